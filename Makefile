@@ -1,0 +1,41 @@
+# Everything runs in a virtual environment of its own; only Python >= 3.11, git and make are needed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo test check format bench ablations clean
+help:           ## Show the targets
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: $(VENV)/.done ## Make the virtual environment and install everything a CPU user needs
+
+$(VENV)/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[adapt,export,cpu,dev]"
+	touch $@
+
+demo: setup     ## Zero-shot, adapt, evaluate and predict on the embedded benchmark
+	$(BIN)/microclip-deploy demo
+
+test: setup     ## Run the default test suite
+	$(BIN)/python -m pytest
+
+check: setup    ## Lint, format check, types, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup   ## Reformat the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup    ## Time one training step against the plain algorithm on this CPU
+	$(BIN)/python -m microclip_deploy.bench.training_step
+
+ablations: setup ## Rerun the ablation table on the embedded benchmark (about an hour on two cores)
+	$(BIN)/python -m microclip_deploy.bench.ablations
+
+clean:          ## Remove the virtual environment and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

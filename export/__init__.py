@@ -1,0 +1,1 @@
+"""Conversion of an adapted checkpoint to portable graphs."""

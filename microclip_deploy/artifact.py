@@ -1,0 +1,139 @@
+"""Directories on disk that are complete or absent, and verified when read.
+
+Every file is written to a temporary sibling, flushed to disk and renamed; the manifest comes
+last, so its presence means the directory is complete. Readers check the size and sha256 of every
+listed file. Formats: safetensors and JSON.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem
+
+MANIFEST = "manifest.json"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that after a crash or a full disk either the old or the new one is there.
+
+    Raises:
+        EnvironmentProblem: the disk is full or the directory cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise write_problem(path, error) from error
+
+
+def write_problem(path: Path, error: OSError) -> EnvironmentProblem:
+    """Explain why a file could not be written."""
+    remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
+    reason = error.strerror or str(error)
+    return EnvironmentProblem(
+        f"{path}: could not be written: {reason}; nothing already written was lost; {remedy} and "
+        "run again"
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON (UTF-8, indented, no NaN) atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours.
+
+    Raises:
+        CheckpointError: the file is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected a JSON file, found: {error}") from error
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(
+    directory: Path, schema: str, content: Mapping[str, Any], files: list[str]
+) -> None:
+    """Write the manifest that declares `directory` complete.
+
+    Args:
+        directory: where the listed files already are.
+        schema: "name/version"; readers accept exactly the versions they know.
+        content: JSON-able fields.
+        files: names relative to `directory`.
+    """
+    listed = {
+        name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
+        for name in files
+    }
+    write_json(directory / MANIFEST, {"schema": schema, **content, "files": listed})
+
+
+def read_manifest(directory: Path, schema: str) -> dict[str, Any]:
+    """Read a manifest and verify every file it lists.
+
+    Raises:
+        CheckpointError: no manifest, another schema, a path that leaves the directory, or a file
+            that is missing or whose bytes changed.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory}: expected a finished artifact with {MANIFEST}, found none; "
+            "an interrupted `adapt` is finished with --resume"
+        )
+    manifest = read_json(path)
+    found = manifest.get("schema") if isinstance(manifest, dict) else None
+    if found != schema:
+        raise CheckpointError(
+            f"{path}: expected schema {schema}, found {found}; write it again with this version"
+        )
+    for name, entry in manifest["files"].items():
+        _verify(directory, name, entry)
+    return dict(manifest)
+
+
+def _verify(directory: Path, name: str, entry: Mapping[str, Any]) -> None:
+    path = directory / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CheckpointError(
+            f"{directory}: the manifest names '{name}', outside the directory; refused"
+        )
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: listed in the manifest and missing; restore it or run again"
+        )
+    if path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
+        raise CheckpointError(f"{path}: its bytes differ from the manifest's sha256; it is damaged")
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the rename itself durable where the system can open directories."""
+    with suppress(PermissionError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,118 @@
+"""TOML recipes and dotted overrides -> validated, frozen settings.
+
+This module knows no field of anybody: the caller brings the pydantic model. Precedence:
+override > recipe > the recipe it extends > default.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from microclip_deploy.errors import UsageError
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def resolve(model: type[Settings], recipe: str | None, overrides: Iterable[str] = ()) -> Settings:
+    """Return the settings of a recipe with overrides applied.
+
+    Args:
+        model: pydantic model of the whole settings.
+        recipe: name of a shipped recipe, path of a TOML file, or None for the defaults.
+        overrides: "section.key=value" strings; the value is TOML, bare words are strings.
+
+    Raises:
+        UsageError: unknown recipe or key, or a value out of range; names the dotted path.
+    """
+    values = read_recipe(recipe) if recipe else {}
+    for override in overrides:
+        values = merge(values, parse_override(override))
+    return validate(model, values)
+
+
+def validate(model: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Build `model` from plain values, turning pydantic's complaints into one UsageError."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(
+            "\n".join(_explain(model, problem) for problem in error.errors())
+        ) from error
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """Read a TOML recipe; `extends = "NAME"` starts from another one."""
+    try:
+        values = tomllib.loads(_recipe_text(recipe))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"recipe {recipe}: expected valid TOML, found: {error}") from error
+    parent = values.pop("extends", None)
+    return merge(read_recipe(parent), values) if parent else values
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes inside the package."""
+    folder = resources.files("microclip_deploy") / "recipes"
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir())
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with the nested values of `top` laid over it."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        both_tables = isinstance(value, Mapping) and isinstance(below, Mapping)
+        merged[key] = merge(below, value) if both_tables else value  # type: ignore[arg-type]
+    return merged
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """Turn "a.b=1" into {"a": {"b": 1}}."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UsageError(f"--set: expected section.key=value, found '{text}'")
+    try:
+        parsed: Any = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return dict(parsed)
+
+
+def _recipe_text(recipe: str) -> str:
+    if recipe in shipped_recipes():
+        return (resources.files("microclip_deploy") / "recipes" / f"{recipe}.toml").read_text(
+            "utf-8"
+        )
+    path = Path(recipe)
+    if not path.is_file():
+        raise UsageError(
+            f"recipe '{recipe}': expected a TOML file or one of {', '.join(shipped_recipes())}"
+        )
+    return path.read_text("utf-8")
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    dotted = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        return f"setting {dotted}: {problem['msg']}; found {problem['input']!r}"
+    near = difflib.get_close_matches(dotted, _dotted_names(model), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"setting {dotted}: no such setting{hint}"
+
+
+def _dotted_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += _dotted_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names

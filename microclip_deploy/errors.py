@@ -1,0 +1,85 @@
+"""Errors a user can act on, each with the exit code its command ends with.
+
+    MicroclipError          1  internal error: please report it
+    ├── UsageError          2  an option or configuration value is wrong
+    ├── DataError           3  images, class lists or descriptions cannot be used
+    │   └── CheckpointError 3  a checkpoint or model is missing, damaged or of the wrong kind
+    ├── EnvironmentProblem  4  a package, device or resource is missing
+    ├── VerificationError   5  a result does not equal the one it must equal
+    ├── ThresholdError      6  a limit the user set was missed
+    └── Interrupted   130/143  stopped by SIGINT or SIGTERM after the state was saved
+
+Every message says what was expected, what was found, and what to do.
+"""
+
+import importlib
+import signal
+from types import ModuleType
+
+
+class MicroclipError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is the command's exit status."""
+
+    exit_code = 1
+
+
+class UsageError(MicroclipError):
+    """An option or a configuration value is wrong."""
+
+    exit_code = 2
+
+
+class DataError(MicroclipError):
+    """The user's images, class names or descriptions cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(DataError):
+    """A checkpoint or model is missing, damaged, or of a kind this version cannot use."""
+
+
+class EnvironmentProblem(MicroclipError):
+    """A package, a device or a resource such as disk space is missing."""
+
+    exit_code = 4
+
+
+class VerificationError(MicroclipError):
+    """A result differs from the one it must equal."""
+
+    exit_code = 5
+
+
+class ThresholdError(MicroclipError):
+    """A limit set by the user was missed."""
+
+    exit_code = 6
+
+
+class Interrupted(MicroclipError):
+    """Stopped by a signal; everything needed to resume is on disk."""
+
+    def __init__(self, message: str, signum: int = signal.SIGINT) -> None:
+        """Keep the shell's convention: 128 plus the signal number."""
+        super().__init__(message)
+        self.exit_code = 128 + int(signum)
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import a module of an optional extra.
+
+    Args:
+        module: importable name, such as "torch".
+        extra: the extra of this package that installs it, such as "adapt".
+
+    Raises:
+        EnvironmentProblem: the module is not installed; the message holds the install line.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise EnvironmentProblem(
+            f"the package '{error.name or module}' is needed here and is not installed; "
+            f'run: pip install "microclip-deploy[{extra}]"'
+        ) from error

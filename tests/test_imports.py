@@ -1,0 +1,50 @@
+"""Light entry points stay light, and --help works without any extra."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {
+    "torch",
+    "torchvision",
+    "timm",
+    "open_clip",
+    "matplotlib",
+    "jinja2",
+    "onnx",
+    "onnxruntime",
+    "cupy",
+    "tensorrt",
+}
+LIGHT = [
+    "microclip_deploy",
+    "microclip_deploy.cli",
+    "microclip_deploy.serving",
+    "microclip_deploy.sources",
+    "microclip_deploy.classes",
+    "microclip_deploy.ncut.steps",
+    "microclip_deploy.doctor",
+]
+
+
+def run(code: str) -> str:
+    return subprocess.check_output([sys.executable, "-c", code], text=True).strip()
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_import_is_light(module: str) -> None:
+    assert run(f"import sys, {module}; print(*sorted({HEAVY!r} & set(sys.modules)))") == ""
+
+
+def test_a_missing_extra_is_named_with_its_install_line() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from microclip_deploy.cli import main\n"
+        "sys.exit(main(['adapt', 'x', '--classes', 'y', '-o', 'z']))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 4
+    assert 'pip install "microclip-deploy[adapt]"' in found.stderr
