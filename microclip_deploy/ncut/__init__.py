@@ -1,0 +1,1 @@
+"""Normalised-cut saliency on ViT patch tokens: the definition and its implementations."""

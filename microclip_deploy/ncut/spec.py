@@ -1,0 +1,52 @@
+"""Every constant of the normalised cut, in one place.
+
+Artifacts carry these values and their fingerprint; an implementation built from other values
+refuses the artifact.
+"""
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class NCutSpec(BaseModel):
+    """Constants and rules of the saliency mask (docs/numerics.md section 2)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    affinity: Literal["dot", "cosine", "centered_cosine"] = "dot"
+    """What is compared with `tau`: raw products of the tokens (the method's own rule), their
+    cosines, or the cosines after the image's mean token is subtracted."""
+
+    tau: float = Field(default=0.2, allow_inf_nan=False)
+    """Two tokens are joined when their similarity is strictly above this value."""
+
+    eps: float = Field(default=1e-6, gt=0, lt=1e-3)
+    """Weight of an absent edge, also added to sqrt(degree)."""
+
+    threshold: Literal["std", "mean"] = "std"
+    """Foreground is every entry of the oriented vector above its unbiased standard deviation
+    (the method's own rule) or above its mean."""
+
+    gap_tolerance: float = Field(default=1e-6, gt=0, lt=1e-2)
+    """The vector is undefined when (lambda3 - lambda2) <= gap_tolerance * lambda3."""
+
+    tie_tolerance: float = Field(default=1e-9, gt=0, lt=1e-5)
+    """Float64: entries of the unit vector closer than this count as equal."""
+
+    tie_tolerance_iterative: float = Field(default=2e-6, gt=0, lt=1e-4)
+    """Float32: entries of the unit vector closer than this count as equal."""
+
+    squarings: int = Field(default=22, ge=8, le=32)
+    """Squarings of the iterative solver: it applies the filter 2**squarings times."""
+
+    rank_one_residual: float = Field(default=0.2, gt=0, lt=0.41)
+    """The iterative solver calls the vector undefined when trace / Frobenius norm - 1 of its
+    filter exceeds this (0 for a simple eigenvalue, 0.41 for a double one)."""
+
+    def fingerprint(self) -> str:
+        """Return sha256 (hex) of the canonical JSON of all fields."""
+        canonical = json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()

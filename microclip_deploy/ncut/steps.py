@@ -1,0 +1,232 @@
+"""The normalised cut of patch tokens, written once against the array API.
+
+NumPy, torch and CuPy arrays run the same lines. Two solvers share everything but the
+eigenvector itself:
+
+* `saliency_exact`: dense float64 eigendecomposition. The oracle, and the solver on CPUs.
+* `saliency_iterative`: float32 repeated squaring of a spectral filter. Only matrix products
+  and reductions, so it runs on an accelerator without a host synchronisation, and exports.
+
+The method leaves the sign of the eigenvector to the solver, and with it the mask. Here the
+vector is oriented first (largest entry positive) and thresholded second; where it is undefined
+(complete, edgeless or exactly symmetric graphs) every token is foreground.
+
+Letters: B images, N tokens, D width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias
+
+from array_api_compat import array_namespace, device, is_torch_array
+
+from microclip_deploy.errors import UsageError
+from microclip_deploy.ncut.spec import NCutSpec
+
+Array: TypeAlias = Any  # the array API has no static type that covers NumPy, torch and CuPy
+
+MIN_TOKENS = 4
+
+
+class Fiedler(NamedTuple):
+    """The second eigenvector of each graph and whether it is determined."""
+
+    vector: Array
+    """float (B, N), unit norm, sign arbitrary."""
+    simple: Array
+    """bool (B,): the second eigenvalue is separated from the third."""
+
+
+class Saliency(NamedTuple):
+    """Foreground of each image."""
+
+    mask: Array
+    """bool (B, N), never all False."""
+    vector: Array
+    """float (B, N), oriented unit eigenvector; meaningless where `degenerate`."""
+    degenerate: Array
+    """bool (B,): the eigenvector is undefined and the mask is all True."""
+    complete: Array
+    """bool (B,): every pair of tokens is joined, so the graph says nothing."""
+
+
+def saliency(tokens: Array, spec: NCutSpec) -> Saliency:
+    """Mark the tokens on the foreground side of the normalised cut.
+
+    CPU arrays take the exact solver; arrays on an accelerator the iterative one, because a dense
+    eigendecomposition would synchronise with the host.
+
+    Args:
+        tokens: float (B, N, D), N >= 4, raw (not normalised), class token removed.
+        spec: constants and rules.
+
+    Returns:
+        One foreground mask an image.
+
+    Raises:
+        UsageError: `tokens` is not (B, N, D) floating point with N >= 4.
+
+    Source: docs/numerics.md section 2.
+    """
+    on_cpu = not is_torch_array(tokens) or device(tokens).type == "cpu"
+    return saliency_exact(tokens, spec) if on_cpu else saliency_iterative(tokens, spec)
+
+
+def saliency_mask(tokens: Array, spec: NCutSpec) -> Array:
+    """Return only the mask of `saliency`: bool (B, N)."""
+    return saliency(tokens, spec).mask
+
+
+def saliency_exact(tokens: Array, spec: NCutSpec) -> Saliency:
+    """As `saliency`, by a dense float64 eigendecomposition."""
+    edges = adjacency(tokens, spec)
+    return _bipartition(tokens, edges, fiedler_exact(edges, spec), spec.tie_tolerance, spec)
+
+
+def saliency_iterative(tokens: Array, spec: NCutSpec) -> Saliency:
+    """As `saliency`, by float32 matrix products only."""
+    edges = adjacency(tokens, spec)
+    fiedler = fiedler_iterative(edges, spec)
+    return _bipartition(tokens, edges, fiedler, spec.tie_tolerance_iterative, spec)
+
+
+def adjacency(tokens: Array, spec: NCutSpec) -> Array:
+    """Join the tokens whose similarity exceeds tau.
+
+    Similarities are computed in float32, or in float64 for float64 tokens. The lower triangle
+    decides, as in the method's `eigh`, so that the graph is symmetric to the bit.
+
+    Returns:
+        bool (B, N, N), symmetric; the diagonal follows the same rule.
+    """
+    xp = array_namespace(tokens)
+    if (
+        tokens.ndim != 3
+        or tokens.shape[1] < MIN_TOKENS
+        or not xp.isdtype(tokens.dtype, "real floating")
+    ):
+        raise UsageError(
+            f"patch tokens: expected floating point (B, N, D) with N >= {MIN_TOKENS}, "
+            f"found {tokens.dtype} {tuple(tokens.shape)}"
+        )
+    x = tokens if tokens.dtype == xp.float64 else xp.astype(tokens, xp.float32)
+    if spec.affinity == "centered_cosine":
+        x = x - xp.mean(x, axis=1, keepdims=True)
+    if spec.affinity != "dot":
+        x = x / xp.clip(xp.sqrt(xp.sum(x * x, axis=2, keepdims=True)), min=1e-12)
+    above = (x @ xp.matrix_transpose(x)) > spec.tau
+    lower = above & _lower_triangle(xp, above)
+    return lower | xp.matrix_transpose(lower)
+
+
+def fiedler_exact(edges: Array, spec: NCutSpec) -> Fiedler:
+    """Solve the symmetric normalised Laplacian in float64."""
+    xp = array_namespace(edges)
+    laplacian, _ = _laplacian(edges, spec, xp.float64)
+    with _one_thread(laplacian):
+        values, vectors = xp.linalg.eigh(laplacian)
+    simple = (values[:, 2] - values[:, 1]) > spec.gap_tolerance * values[:, 2]
+    return Fiedler(vectors[:, :, 1], simple)
+
+
+def fiedler_iterative(edges: Array, spec: NCutSpec) -> Fiedler:
+    """Square a filter that keeps the wanted eigenvector until it has rank one.
+
+    The null vector is known and removed; the rest of `shift - L` is shifted just enough to be
+    positive semidefinite, so that rounding is relative to the spread of the spectrum. For a
+    positive semidefinite rank-one matrix the column of the largest diagonal entry is the
+    eigenvector, with its largest entry positive.
+    """
+    xp = array_namespace(edges)
+    laplacian, null = _laplacian(edges, spec, xp.float32)
+    identity = xp.astype(_identity(xp, edges), xp.float32)
+    projector = identity - null[:, :, None] * null[:, None, :]
+    kept = projector - laplacian  # eigenvalues 1 - lambda, and 0 for the null vector
+    shift = _frobenius(xp, kept)
+    filter_ = kept + shift * projector
+    for _ in range(spec.squarings):
+        filter_ = filter_ / _frobenius(xp, filter_)
+        filter_ = filter_ @ filter_
+    return _dominant(xp, filter_ / _frobenius(xp, filter_), identity, spec)
+
+
+def _dominant(xp: Any, filter_: Array, identity: Array, spec: NCutSpec) -> Fiedler:
+    """Read the eigenvector off a positive semidefinite matrix of (almost) rank one."""
+    diagonal = xp.sum(filter_ * identity, axis=2)
+    at_peak = diagonal >= xp.max(diagonal, axis=1, keepdims=True)
+    weight = xp.astype(at_peak, filter_.dtype)
+    # Several equal peaks only occur where the vector is undefined or tied; their mean is as good.
+    column = xp.sum(filter_ * weight[:, None, :], axis=2)
+    norm = xp.sqrt(xp.sum(column * column, axis=1, keepdims=True))
+    simple = xp.sum(diagonal, axis=1) - 1 <= spec.rank_one_residual
+    return Fiedler(column / xp.clip(norm, min=1e-30), simple)
+
+
+def _bipartition(
+    tokens: Array, edges: Array, fiedler: Fiedler, tie: float, spec: NCutSpec
+) -> Saliency:
+    """Orient, threshold, and answer "everything" where the vector is undefined."""
+    xp = array_namespace(edges)
+    peak = xp.max(fiedler.vector, axis=1)
+    trough = -xp.min(fiedler.vector, axis=1)
+    vector = xp.where((peak >= trough)[:, None], fiedler.vector, -fiedler.vector)
+    center = xp.mean(vector, axis=1, keepdims=True)
+    level = (
+        xp.std(vector, axis=1, correction=1, keepdims=True) if spec.threshold == "std" else center
+    )
+    mask = vector > level + tie
+    off_diagonal = xp.sum(xp.astype(edges & ~_identity(xp, edges), xp.int32), axis=(1, 2))
+    pairs = edges.shape[1] * (edges.shape[1] - 1)
+    complete = off_diagonal == pairs
+    determined = fiedler.simple & (xp.abs(peak - trough) > tie) & (off_diagonal > 0) & ~complete
+    determined = determined & xp.all(xp.isfinite(tokens), axis=(1, 2)) & xp.any(mask, axis=1)
+    return Saliency(mask | ~determined[:, None], vector, ~determined, complete)
+
+
+def _laplacian(edges: Array, spec: NCutSpec, dtype: Any) -> tuple[Array, Array]:
+    """Return L = diag(s) (diag(d) - A) diag(s), s = 1 / (sqrt(d) + eps), and its null vector."""
+    xp = array_namespace(edges)
+    joined = xp.astype(edges, dtype)
+    affinity = joined + spec.eps * (1 - joined)
+    root = xp.sqrt(xp.sum(affinity, axis=2)) + spec.eps
+    degree = xp.sum(affinity, axis=2)
+    identity = xp.astype(_identity(xp, edges), dtype)
+    scaled = affinity / (root[:, :, None] * root[:, None, :])
+    laplacian = identity * (degree / (root * root))[:, :, None] - scaled
+    return laplacian, root / xp.sqrt(xp.sum(root * root, axis=1, keepdims=True))
+
+
+@contextmanager
+def _one_thread(matrix: Array) -> Iterator[None]:
+    """Keep torch's LAPACK on one thread: on small matrices its threads wait for one another.
+
+    Where other processes use the cores too, as loader workers do, a batch took 100 times longer
+    on two threads than on one.
+    """
+    if not is_torch_array(matrix):
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _identity(xp: Any, edges: Array) -> Array:
+    """Return bool (N, N), made from comparisons because `eye` has no ONNX form."""
+    index = xp.arange(edges.shape[1], device=device(edges))
+    return index[:, None] == index[None, :]
+
+
+def _lower_triangle(xp: Any, edges: Array) -> Array:
+    index = xp.arange(edges.shape[1], device=device(edges))
+    return index[:, None] >= index[None, :]
+
+
+def _frobenius(xp: Any, matrix: Array) -> Array:
+    """Return the norm of each matrix, (B, 1, 1), never zero."""
+    return xp.clip(xp.sqrt(xp.sum(matrix * matrix, axis=(1, 2), keepdims=True)), min=1e-30)

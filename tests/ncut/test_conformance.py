@@ -1,0 +1,191 @@
+"""Every implementation of the cut on every golden graph (docs/numerics.md section 2)."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from microclip_deploy.errors import UsageError
+from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.ncut.steps import (
+    Saliency,
+    adjacency,
+    fiedler_exact,
+    saliency,
+    saliency_exact,
+    saliency_iterative,
+    saliency_mask,
+)
+
+CASES = np.load(Path(__file__).parent.parent / "data" / "ncut_cases.npz")
+SIZES = (49, 196, 256, 576)
+SPEC = NCutSpec()
+
+Implementation = Callable[[Any], Saliency]
+
+
+def implementation(
+    solver: Callable[..., Saliency], convert: Callable[[Any], Any]
+) -> Implementation:
+    return lambda tokens: solver(convert(tokens), SPEC)
+
+
+IMPLEMENTATIONS = {
+    "numpy float64 exact": implementation(saliency_exact, lambda x: x.astype(np.float64)),
+    "numpy float32 exact": implementation(saliency_exact, lambda x: x),
+    "torch float64 exact": implementation(saliency_exact, lambda x: torch.from_numpy(x).double()),
+    "torch float32 exact": implementation(saliency_exact, torch.from_numpy),
+    "numpy float32 iterative": implementation(saliency_iterative, lambda x: x),
+    "torch float32 iterative": implementation(saliency_iterative, torch.from_numpy),
+}
+EXACT = [name for name in IMPLEMENTATIONS if "exact" in name]
+
+# Complete, edgeless and exactly symmetric graphs: the eigenvector does not exist.
+UNDEFINED = ("complete", "empty", "star", "ring_symmetric")
+
+
+@lru_cache
+def result(name: str, size: int) -> Saliency:
+    """Return what an implementation says about all graphs of a size."""
+    return IMPLEMENTATIONS[name](case(size, "tokens"))
+
+
+def case(size: int, name: str) -> Any:
+    return CASES[f"n{size}/{name}"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_mask_is_exact_where_well_posed(name: str, size: int) -> None:
+    found = np.asarray(result(name, size).mask)
+    well_posed = case(size, "well_posed")
+    np.testing.assert_array_equal(found[well_posed], case(size, "mask")[well_posed])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_mask_holds_wherever_float64_decides(name: str, size: int) -> None:
+    found = np.asarray(result(name, size).mask)
+    decided = case(size, "well_posed_f64")
+    np.testing.assert_array_equal(found[decided], case(size, "mask")[decided])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_undefined_graphs_give_every_token(name: str, size: int) -> None:
+    undefined = np.isin(case(size, "kind"), UNDEFINED)
+    found = result(name, size)
+    assert np.asarray(found.mask)[undefined].all()
+    assert np.asarray(found.degenerate)[undefined].all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_mask_is_never_empty_and_deterministic(name: str, size: int) -> None:
+    first = result(name, size)
+    few = slice(0, None, 7)  # again, and in another batch
+    again = IMPLEMENTATIONS[name](case(size, "tokens")[few])
+    assert np.asarray(first.mask).any(axis=1).all()
+    assert np.isfinite(np.asarray(first.vector)).all()
+    np.testing.assert_array_equal(np.asarray(first.mask)[few], np.asarray(again.mask))
+
+
+@pytest.mark.parametrize("size", SIZES[:3])
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_mask_moves_with_the_tokens(name: str, size: int) -> None:
+    order = np.random.default_rng(size).permutation(size)
+    tokens = case(size, "tokens")
+    found = np.asarray(result(name, size).mask)
+    moved = np.asarray(IMPLEMENTATIONS[name](np.ascontiguousarray(tokens[:, order])).mask)
+    np.testing.assert_array_equal(moved, found[:, order])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_graph_equals_the_reference(size: int) -> None:
+    bits = np.unpackbits(case(size, "edges_bits"), axis=1)[:, : size * size]
+    found = adjacency(case(size, "tokens"), SPEC)
+    np.testing.assert_array_equal(found, bits.reshape(-1, size, size).astype(bool))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_exact_vector_equals_the_reference(size: int) -> None:
+    decided = case(size, "well_posed_f64")
+    found = saliency_exact(case(size, "tokens").astype(np.float64), SPEC).vector
+    # The gap of a disconnected graph is 1e-6, which leaves 1e-9 of 1e-16 rounding.
+    np.testing.assert_allclose(found[decided], case(size, "fiedler")[decided], atol=1e-8)
+
+
+def test_mask_ignores_the_sign_of_the_eigenvector(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = case(49, "tokens").astype(np.float64)
+    expected = saliency_exact(tokens, SPEC).mask
+
+    def flipped(edges: Any, spec: NCutSpec) -> Any:
+        found = fiedler_exact(edges, spec)
+        return found._replace(vector=-found.vector)
+
+    monkeypatch.setattr("microclip_deploy.ncut.steps.fiedler_exact", flipped)
+    np.testing.assert_array_equal(saliency_exact(tokens, SPEC).mask, expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_tokens_that_are_no_numbers_give_every_token_of_their_image_only(bad: float) -> None:
+    tokens = case(49, "tokens")[:3].copy()
+    expected = saliency_mask(tokens, SPEC)
+    tokens[1, 5, 2] = bad
+    with np.errstate(invalid="ignore"):
+        found = saliency(tokens, SPEC)
+    assert found.mask[1].all()
+    assert found.degenerate[1]
+    np.testing.assert_array_equal(found.mask[[0, 2]], expected[[0, 2]])
+
+
+def test_complete_graphs_are_counted() -> None:
+    found = saliency(case(49, "tokens"), SPEC)
+    np.testing.assert_array_equal(found.complete, case(49, "kind") == "complete")
+
+
+def test_centered_cosine_tells_anisotropic_tokens_apart() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.normal(size=(1, 49, 16)) + 20.0  # a shared component makes every product positive
+    tokens[:, :12] += 6 * rng.normal(size=16)
+    assert saliency(tokens, SPEC).complete.all()
+    centered = saliency(tokens, NCutSpec(affinity="centered_cosine"))
+    assert not centered.degenerate.any()
+    np.testing.assert_array_equal(centered.mask[0], np.arange(49) < 12)
+
+
+def test_cosine_affinity_ignores_the_length_of_tokens() -> None:
+    tokens = case(49, "tokens").astype(np.float64)[:10]
+    spec = NCutSpec(affinity="cosine")
+    scaled = tokens * np.random.default_rng(0).uniform(0.5, 2, (10, 49, 1))
+    np.testing.assert_array_equal(saliency_mask(tokens, spec), saliency_mask(scaled, spec))
+
+
+def test_mean_threshold_is_looser_than_the_deviation() -> None:
+    tokens = case(49, "tokens").astype(np.float64)[:10]
+    by_mean = saliency(tokens, NCutSpec(threshold="mean"))
+    by_std = saliency(tokens, SPEC)
+    assert (by_mean.mask >= by_std.mask).all()
+    center = by_mean.vector.mean(axis=1, keepdims=True)
+    np.testing.assert_array_equal(by_mean.mask, by_mean.vector > center)
+
+
+@pytest.mark.parametrize("shape", [(49, 16), (1, 3, 16)])
+def test_shapes_that_are_no_tokens_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="expected floating point"):
+        saliency(np.zeros(shape, np.float32), SPEC)
+
+
+def test_fingerprint_changes_with_every_constant() -> None:
+    assert SPEC.fingerprint() == NCutSpec().fingerprint()
+    changed = [
+        NCutSpec(tau=0.3),
+        NCutSpec(eps=1e-5),
+        NCutSpec(affinity="cosine"),
+        NCutSpec(threshold="mean"),
+    ]
+    assert len({spec.fingerprint() for spec in [SPEC, *changed]}) == 5
