@@ -1,0 +1,239 @@
+"""Image paths -> shuffled batches of random views, the input of adaptation.
+
+    order of epoch e       permutation from Generator([seed, e])
+    views of image i       Generator([seed, e, i + 1]), see views.view_generator
+
+Nothing random depends on workers or on earlier batches, so an epoch can be entered at any iteration
+and continues exactly. Batches are uint8: a quarter of the memory traffic of float32, normalised on
+the device by `Preprocess.normalize`.
+
+Worker processes are started from a clean server process, never forked from this one: by then it
+holds threads and perhaps a CUDA context, and a forked copy of a held lock is never released. They
+ignore the interrupt signals, which a terminal or a service manager sends to all processes at once;
+this process decides what to do and stops them.
+"""
+
+import math
+import multiprocessing
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError
+from microclip_deploy.images import MAX_PIXELS, BadImage, read_image
+from microclip_deploy.preprocess import Preprocess
+from microclip_deploy.views import ViewConfig, Views, make_views, view_generator
+
+
+class Batch(NamedTuple):
+    """Views of B images on the CPU; every tensor contiguous."""
+
+    weak: torch.Tensor
+    """uint8 (B, 3, S, S)"""
+    strong: torch.Tensor
+    """uint8 (B, 3, S, S)"""
+    crops: torch.Tensor
+    """uint8 (B, V, 3, S, S)"""
+    indices: torch.Tensor
+    """int64 (B,), positions of the images in the paths given."""
+
+
+class AdaptImages:
+    """The training images: unlabelled by construction, as only paths come in."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        preprocess: Preprocess,
+        views: ViewConfig,
+        seed: int,
+        *,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        """Keep what defines every batch.
+
+        Args:
+            paths: images that `check_images` found good.
+            preprocess: gives the side S and the resizing.
+            views: what the views look like.
+            seed: >= 0.
+            max_pixels: as for `read_image`; as it was for `check_images`.
+
+        Raises:
+            DataError: no paths.
+            UsageError: a negative seed.
+        """
+        if not paths:
+            raise DataError("images: expected at least one, found none; give a folder with images")
+        if seed < 0:
+            raise UsageError(f"seed: expected at least 0, found {seed}; give another")
+        self.paths = tuple(paths)
+        self.preprocess = preprocess
+        self.views = views
+        self.seed = seed
+        self.max_pixels = max_pixels
+
+    def iterations(self, batch_size: int) -> int:
+        """Return the number of batches per epoch; the last, smaller one is kept.
+
+        Raises:
+            UsageError: `batch_size` < 1.
+        """
+        if batch_size < 1:
+            raise UsageError(f"batch size: expected at least 1, found {batch_size}; give another")
+        return math.ceil(len(self.paths) / batch_size)
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Return the image positions of an epoch in the order they are used: int64 (n,)."""
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.paths))
+
+    def epoch(
+        self,
+        epoch: int,
+        batch_size: int,
+        start_iteration: int = 0,
+        workers: int = 0,
+        *,
+        pin_memory: bool = False,
+    ) -> Iterator[Batch]:
+        """Yield the batches of one epoch, from any iteration on.
+
+        Args:
+            epoch: >= 0.
+            batch_size: B; the last batch may be smaller.
+            start_iteration: first batch to yield, 0 <= start <= iterations.
+            workers: processes that decode; 0 decodes in this one.
+            pin_memory: whether to copy batches into page-locked memory for a GPU.
+
+        Raises:
+            BadImage: a file became unreadable after it was checked. It is never replaced, because
+                the results would then depend on when it happened.
+            EnvironmentProblem: a worker process was killed.
+            UsageError: a value out of range.
+        """
+        count = self.iterations(batch_size)
+        if not 0 <= start_iteration <= count:
+            raise UsageError(
+                f"start iteration: expected 0 to {count}, found {start_iteration}; "
+                f"resume with the batch size the run was started with"
+            )
+        order = self.order(epoch).tolist()
+        loader = DataLoader(
+            _EpochViews(self, epoch),
+            batch_sampler=[
+                order[i * batch_size : (i + 1) * batch_size] for i in range(start_iteration, count)
+            ],
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            worker_init_fn=_ignore_interrupts,
+            multiprocessing_context=_worker_context() if workers else None,
+            # The loader draws a seed for its workers; not from the global generator, whose state
+            # belongs to the model.
+            generator=torch.Generator(),
+        )
+        return _checked(loader)
+
+
+class _Unreadable(NamedTuple):
+    """A failure as a value: torch would re-raise it as text with the worker's traceback."""
+
+    path: str
+    reason: str
+
+
+class _Sample(NamedTuple):
+    """The outcome for one image."""
+
+    position: int
+    views: Views | _Unreadable
+
+
+class _EpochViews(Dataset[_Sample]):
+    """Views of single images in one epoch; sent to each worker when it starts."""
+
+    def __init__(self, images: AdaptImages, epoch: int) -> None:
+        # Strings: a million Path objects take seconds to send, per worker and epoch.
+        self._files = [str(path) for path in images.paths]
+        self._preprocess = images.preprocess
+        self._views = images.views
+        self._seed = images.seed
+        self._max_pixels = images.max_pixels
+        self._epoch = epoch
+
+    def __getitem__(self, index: int) -> _Sample:
+        try:
+            image = read_image(self._files[index], max_pixels=self._max_pixels)
+        except BadImage as error:
+            return _Sample(index, _Unreadable(self._files[index], error.reason))
+        rng = view_generator(self._seed, self._epoch, index)
+        return _Sample(index, make_views(image, rng, self._preprocess, self._views))
+
+
+def _collate(samples: list[_Sample]) -> Batch | _Unreadable:
+    """Stack samples channels first; the first failure stands for the whole batch."""
+    views: list[Views] = []
+    for sample in samples:
+        if isinstance(sample.views, _Unreadable):
+            return sample.views
+        views.append(sample.views)
+
+    def stacked(arrays: list[NDArray[np.uint8]]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.stack(arrays), -1, -3)))
+
+    return Batch(
+        weak=stacked([view.weak for view in views]),
+        strong=stacked([view.strong for view in views]),
+        crops=stacked([view.crops for view in views]),
+        indices=torch.tensor([sample.position for sample in samples], dtype=torch.int64),
+    )
+
+
+def _checked(batches: Iterable[Batch | _Unreadable]) -> Iterator[Batch]:
+    """Yield the batches; turn failures in workers into errors a user can act on."""
+    try:
+        for batch in batches:
+            if isinstance(batch, _Unreadable):
+                raise BadImage(Path(batch.path), f"it was readable before: {batch.reason}")
+            yield batch
+    except (EOFError, OSError, RuntimeError) as error:
+        # Depending on the moment, torch notices a killed worker or its connection just breaks.
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
+        raise EnvironmentProblem(
+            f"image workers: expected them to run until the end, "
+            f"found: {error or 'a broken connection'}; use fewer workers, "
+            f"or give the container more memory and /dev/shm (docker run --shm-size=8g)"
+        ) from error
+
+
+def _worker_context() -> BaseContext:
+    """Return how worker processes are started; runs the server process the first time."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # The server imports torch and timm once; each worker is then a cheap fork of it.
+    context.set_forkserver_preload([__name__])
+    interrupts = {signal.SIGINT, signal.SIGTERM}
+    # The mask, unlike a handler, is inherited by the server and so protects it as well; a signal
+    # that arrives meanwhile stays pending for this process and is not lost.
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, interrupts)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    return context
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Leave interrupts to the main process, also where workers are spawned."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,240 @@
+"""Random views of one image for adaptation: weak, strong and crops, as uint8 arrays.
+
+    weak     resize the short side to S, random S x S crop
+    strong   random resized crop to S x S, horizontal flip, RandAugment
+    crops    V times: random square of the original image, then the weak view of it
+
+Every random number comes from one NumPy generator seeded with (seed, epoch, image), so a view
+depends on nothing else: not on workers, batches, or where a run was resumed. The views are drawn in
+the order above; changing the number of crops leaves the other two as they are.
+
+Source: microCLIP, training transforms; timm `RandomResizedCropAndInterpolation`, `RandAugment`.
+"""
+
+import math
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Annotated, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from timm.data.auto_augment import (
+    RandAugment,
+    posterize,
+    rand_augment_choices,
+    rand_augment_transform,
+)
+
+from microclip_deploy.errors import UsageError
+from microclip_deploy.preprocess import Preprocess
+
+_Share = Annotated[float, Field(gt=0, le=1)]
+_Ratio = Annotated[float, Field(gt=0, le=10)]
+
+# timm's configuration language; timm itself ignores or asserts on what it does not know.
+_RANDAUGMENT = re.compile(
+    r"rand(-(m\d+|n\d+|p\d*\.?\d+|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3a|3aw)))*"
+)
+
+
+class ViewConfig(BaseModel):
+    """What the random views look like; the defaults are the paper's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    crops: int = Field(default=8, ge=1, le=64)
+    """Number V of crops per image, from which the pseudo-label is computed."""
+    crop_side: tuple[_Share, _Share] = (0.5, 0.9)
+    """Range of a crop's side as a share of the image's short side; low <= high."""
+    strong_scale: tuple[_Share, _Share] = (0.3, 1.0)
+    """Range of the strong view's area as a share of the image's; low <= high."""
+    strong_ratio: tuple[_Ratio, _Ratio] = (3 / 4, 4 / 3)
+    """Range of the strong view's width / height before it is squared; low <= high."""
+    flip: float = Field(default=0.5, ge=0, le=1)
+    """Probability of mirroring the strong view; 0 where left and right differ, such as text."""
+    randaugment: str = "rand-m9-mstd0.5-inc1"
+    """timm's RandAugment configuration of the strong view; '' for none."""
+    randaugment_ops: tuple[str, ...] = ()
+    """The operations RandAugment draws from, by timm's names; () for all 15. A data set whose
+    classes differ by orientation or colour needs a subset."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("crop_side", "strong_scale", "strong_ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: expected low <= high, found ({low}, {high}); swap them")
+        if self.randaugment and not _RANDAUGMENT.fullmatch(self.randaugment):
+            raise UsageError(
+                f"randaugment: expected '' or a timm configuration such as "
+                f"'rand-m9-mstd0.5-inc1', found '{self.randaugment}'; correct it"
+            )
+        known = randaugment_names(self.randaugment)
+        unknown = [name for name in self.randaugment_ops if name not in known]
+        if unknown:
+            raise UsageError(
+                f"randaugment_ops: expected names among {', '.join(known) or 'none'} for "
+                f"randaugment '{self.randaugment}', found {', '.join(unknown)}; use these names"
+            )
+        return self
+
+
+class Views(NamedTuple):
+    """The views of one image, RGB, 0..255."""
+
+    weak: NDArray[np.uint8]
+    """(S, S, 3)"""
+    strong: NDArray[np.uint8]
+    """(S, S, 3)"""
+    crops: NDArray[np.uint8]
+    """(V, S, S, 3)"""
+
+
+def randaugment_names(config: str) -> tuple[str, ...]:
+    """Return the operations that a timm RandAugment configuration draws from; '' has none."""
+    if not config:
+        return ()
+    sections = config.split("-")
+    chosen = next((section[1:] for section in sections if section.startswith("t")), "")
+    return tuple(rand_augment_choices(chosen, increasing="inc1" in sections))
+
+
+def view_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """Return the generator for the views of one image in one epoch.
+
+    Args:
+        seed: the run's seed, >= 0.
+        epoch: >= 0.
+        index: position of the image in the run's list, >= 0.
+    """
+    # NumPy pads seeds with zeros: index 0 would repeat the stream of [seed, epoch], which shuffles.
+    return np.random.default_rng([seed, epoch, index + 1])
+
+
+def make_views(
+    image: Image.Image, rng: np.random.Generator, preprocess: Preprocess, config: ViewConfig
+) -> Views:
+    """Return the random views of one image.
+
+    Not for threads: while RandAugment runs, the global states of `random` and NumPy are replaced.
+
+    Args:
+        image: mode RGB.
+        rng: the only source of randomness; see `view_generator`.
+        preprocess: gives the side S and the resizing.
+        config: what the views look like.
+    """
+    weak = _weak_view(image, rng, preprocess)
+    strong = _strong_view(image, rng, preprocess, config)
+    crops = [
+        _weak_view(_random_square(image, rng, config.crop_side), rng, preprocess)
+        for _ in range(config.crops)
+    ]
+    return Views(weak, strong, np.stack(crops))
+
+
+def _weak_view(
+    image: Image.Image, rng: np.random.Generator, preprocess: Preprocess
+) -> NDArray[np.uint8]:
+    """Return a random square of the resized image: uint8 (S, S, 3)."""
+    side = preprocess.size
+    resized = preprocess.resize_short_side(image)
+    left = int(rng.integers(resized.width - side, endpoint=True))
+    top = int(rng.integers(resized.height - side, endpoint=True))
+    return np.array(resized.crop((left, top, left + side, top + side)))
+
+
+def _random_square(
+    image: Image.Image, rng: np.random.Generator, share: tuple[float, float]
+) -> Image.Image:
+    """Return a square whose side is a random share of the short side, placed uniformly."""
+    side = max(1, int(rng.uniform(*share) * min(image.size)))
+    left = int(rng.integers(image.width - side, endpoint=True))
+    top = int(rng.integers(image.height - side, endpoint=True))
+    return image.crop((left, top, left + side, top + side))
+
+
+def _strong_view(
+    image: Image.Image, rng: np.random.Generator, preprocess: Preprocess, config: ViewConfig
+) -> NDArray[np.uint8]:
+    """Return the augmented view: uint8 (S, S, 3)."""
+    box = _random_resized_box(*image.size, rng, config)
+    # Cropping first keeps the filter from reading pixels outside the box, as torchvision does;
+    # resize(box=...) would not.
+    size = (preprocess.size, preprocess.size)
+    view = image.crop(box).resize(size, Image.Resampling.BICUBIC)
+    if rng.random() < config.flip:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if config.randaugment:
+        augment = _randaugment(config.randaugment, config.randaugment_ops, preprocess.size)
+        with _global_seeds(rng):
+            view = augment(view)
+    return np.array(view)
+
+
+def _random_resized_box(
+    width: int, height: int, rng: np.random.Generator, config: ViewConfig
+) -> tuple[int, int, int, int]:
+    """Return (left, top, right, bottom) of a box with random area and aspect ratio.
+
+    Ten attempts to fit the drawn shape, then the largest centred box whose ratio is in range.
+
+    Source: torchvision `RandomResizedCrop.get_params`, the algorithm timm uses too.
+    """
+    low, high = config.strong_ratio
+    for _ in range(10):
+        area = rng.uniform(*config.strong_scale) * width * height
+        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(rng.integers(width - w, endpoint=True))
+            top = int(rng.integers(height - h, endpoint=True))
+            return left, top, left + w, top + h
+    w = min(width, max(1, round(height * high)))
+    h = min(height, max(1, round(width / low)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+@lru_cache(maxsize=8)
+def _randaugment(config: str, ops: tuple[str, ...], side: int) -> RandAugment:
+    """Build timm's transform as its `create_transform` does for mean 0 and bicubic."""
+    parameters = {
+        "translate_const": int(side * 0.45),
+        "img_mean": (0, 0, 0),
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    augment: RandAugment = rand_augment_transform(config, parameters, transforms=list(ops) or None)
+    for operation in augment.ops:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+    return augment
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    """Posterize as timm does, also to 0 bits, which is black and which Pillow 13 refuses.
+
+    At magnitude 9 with deviation 0.5 the clipped magnitude 10, and so 0 bits, is drawn in 2%.
+    """
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
+
+
+@contextmanager
+def _global_seeds(rng: np.random.Generator) -> Iterator[None]:
+    """Seed the global generators, which timm draws from, and restore their states afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    python_seed, numpy_seed = (int(seed) for seed in rng.integers(2**32, size=2))
+    try:
+        random.seed(python_seed)
+        np.random.seed(numpy_seed)
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,0 +1,271 @@
+"""Folders and lists become deterministic image sets; bad files are named, never hidden."""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from microclip_deploy import sources
+from microclip_deploy.errors import DataError, UsageError
+from microclip_deploy.images import BadImage, read_image
+from microclip_deploy.preprocess import Preprocess
+from microclip_deploy.sources import bad_image_limit, check_images, list_images, read_batches
+
+TINY = Preprocess(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def save(path: Path, shade: int = 100) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 10), (shade, shade, shade)).save(path)
+    return path
+
+
+def names(image_set: sources.ImageSet) -> list[str]:
+    return [path.relative_to(image_set.root).as_posix() for path in image_set.paths]
+
+
+def test_flat_folder_is_sorted_and_has_no_labels(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "c.webp"):
+        save(tmp_path / name)
+    found = list_images(tmp_path)
+    assert names(found) == ["a.JPG", "b.png", "c.webp"]
+    assert found.labels == (None, None, None)
+
+
+def test_first_folder_level_is_the_label(tmp_path: Path) -> None:
+    for name in ("dog/2024/a.png", "cat/b.png", "loose.png"):
+        save(tmp_path / name)
+    found = list_images(tmp_path)
+    assert names(found) == ["cat/b.png", "dog/2024/a.png", "loose.png"]
+    assert found.labels == ("cat", "dog", None)
+
+
+def test_labels_are_composed_like_class_names(tmp_path: Path) -> None:
+    save(tmp_path / "cafe\u0301" / "a.png")
+    assert list_images(tmp_path).labels == ("caf\u00e9",)
+
+
+def test_unicode_and_newline_names_survive(tmp_path: Path) -> None:
+    for name in ("日本/ü\n.png", "é.png", "a b\t.png"):
+        save(tmp_path / name)
+    found = list_images(tmp_path)
+    assert sorted(names(found)) == sorted(["日本/ü\n.png", "é.png", "a b\t.png"])
+    assert check_images(found.paths).good == found.paths
+
+
+def test_undecodable_names_survive(tmp_path: Path) -> None:
+    save(tmp_path / os.fsdecode(b"\xff\xfe.png"))
+    assert len(check_images(list_images(tmp_path).paths).good) == 1
+
+
+def test_hidden_files_and_folders_are_skipped(tmp_path: Path) -> None:
+    for name in ("a.png", ".b.png", ".cache/c.png", "__MACOSX/._a.png"):
+        save(tmp_path / name)
+    assert names(list_images(tmp_path)) == ["a.png"]
+
+
+def test_symlink_loops_end_and_no_folder_is_entered_twice(tmp_path: Path) -> None:
+    save(tmp_path / "z" / "a.png")
+    (tmp_path / "z" / "up").symlink_to(tmp_path)
+    (tmp_path / "a").symlink_to(tmp_path / "z")
+    found = list_images(tmp_path)
+    assert names(found) == ["z/a.png"]
+    assert found.labels == ("z",)
+
+
+def test_links_to_folders_and_files_elsewhere_are_followed(tmp_path: Path) -> None:
+    save(tmp_path / "elsewhere" / "a.png")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "cat").symlink_to(tmp_path / "elsewhere")
+    (root / "b.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    assert names(list_images(root)) == ["b.png", "cat/a.png"]
+
+
+def test_broken_link_and_renamed_text_are_found_then_reported(tmp_path: Path) -> None:
+    save(tmp_path / "good.png")
+    (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "text.jpg").write_text("hello")
+    checked = check_images(list_images(tmp_path).paths, max_bad=2)
+    assert [(file.path.name, file.reason.split(":")[0]) for file in checked.bad] == [
+        ("broken.png", "there is no such file"),
+        ("text.jpg", "no image of a known format"),
+    ]
+    assert checked.good == (tmp_path / "good.png",)
+    assert checked.good_indices == (1,)
+
+
+@pytest.mark.parametrize("name", ["missing", "missing.csv", "missing.jpg"])
+def test_missing_source_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"found nothing at .*check the path"):
+        list_images(tmp_path / name)
+
+
+def test_empty_folder_and_folder_of_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="found no files; give another folder"):
+        list_images(tmp_path)
+    (tmp_path / "a.heic").write_bytes(b"x")
+    (tmp_path / "b.heic").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"other files \(2 x \.heic\)"):
+        list_images(tmp_path)
+
+
+def test_unreadable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> Iterator[os.DirEntry[str]]:
+        raise PermissionError(13, "Permission denied")
+
+    # Replaced rather than chmod, which does not bind the administrator.
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="Permission denied; change its permissions"):
+        list_images(tmp_path)
+
+
+def test_single_image_is_a_source(tmp_path: Path) -> None:
+    path = save(tmp_path / "one.png")
+    assert list_images(path).paths == (path,)
+
+
+def test_other_kind_of_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(DataError, match=r"\.csv, \.tsv or \.txt list or an image"):
+        list_images(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "paths", "labels"),
+    [
+        ("a.csv", "path,label\nx/1.png,cat\n2.png,\n", ["x/1.png", "2.png"], ["cat", None]),
+        ("a.csv", "label,IMAGE\ncat,1.png\n", ["1.png"], ["cat"]),
+        ("a.csv", "photo,year\n1.png,2024\n", ["1.png"], [None]),
+        ("a.csv", "1.png,cat\n2.png,dog\n", ["1.png", "2.png"], [None, None]),
+        ("a.csv", '\ufeffpath\r\n"a, ""b""\n.png"\r\n\r\n', ['a, "b"\n.png'], [None]),
+        ("a.tsv", "filename\tlabel\na,b.png\tcaf\u0065\u0301\n", ["a,b.png"], ["caf\u00e9"]),
+        ("a.csv", "path,label\n1.png\n", ["1.png"], [None]),
+        ("a.txt", "\ufeffé.png\r\n\n  b c.png \n", ["é.png", "b c.png"], [None, None]),
+    ],
+    ids=range(8),
+)
+def test_lists_are_read_relative_to_their_folder(
+    tmp_path: Path, name: str, text: str, paths: list[str], labels: list[str | None]
+) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    found = list_images(tmp_path / name)
+    assert found.paths == tuple(tmp_path / path for path in paths)
+    assert list(found.labels) == labels
+    assert found.root == tmp_path
+
+
+def test_absolute_paths_in_lists_stay_absolute(tmp_path: Path) -> None:
+    image = save(tmp_path / "far" / "a.png")
+    (tmp_path / "list.txt").write_text(f"{image}\n")
+    assert list_images(tmp_path / "list.txt").paths == (image,)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "at least one image path, found none"),
+        (b"path,label\n", "at least one image path, found none"),
+        (b"label,path\ncat,1.png\ndog\n", "line 3: expected a path in column 2"),
+        (b"path\n\xff\xfe.png\n", "expected a list in UTF-8"),
+        ("path\na.png\n".encode("utf-16-le"), "found zero bytes"),
+        (b'path\n"' + b"x" * 200_000 + b'"\n', "expected a table"),
+    ],
+    ids=range(6),
+)
+def test_unusable_lists_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list_images(tmp_path / "list.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "total", "limit"),
+    [("1%", 100, 1), ("1%", 99, 0), ("0.5 %", 1000, 5), ("29%", 100, 29), ("25", 3, 25), (0, 9, 0)],
+)
+def test_limit_of_bad_images_is_a_count_or_a_share(text: str | int, total: int, limit: int) -> None:
+    assert bad_image_limit(text, total) == limit
+
+
+@pytest.mark.parametrize("text", ["", "%", "-1", "101%", "-1%", "many", "1.5", "nan%", "1/0%"])
+def test_malformed_limit_of_bad_images_is_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError, match="--max-bad-images: expected a count such as 25"):
+        bad_image_limit(text, 10)
+
+
+def test_too_many_bad_images_are_an_error_that_names_the_first_and_the_option(
+    tmp_path: Path,
+) -> None:
+    paths = [save(tmp_path / "good.png"), *(tmp_path / f"{i}\n.png" for i in range(7))]
+    with pytest.raises(DataError) as caught:
+        check_images(paths, max_bad="50%")
+    message = str(caught.value)
+    assert "expected at most 4 bad ones (--max-bad-images 50%), found 7 of 8" in message
+    assert "0\\n.png (there is no such file)" in message
+    assert "and 2 more" in message
+
+
+def test_no_good_image_is_an_error_even_when_all_may_be_bad(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="found none in 1 files"):
+        check_images([tmp_path / "none.png"], max_bad="100%")
+
+
+def test_progress_counts_every_file_once_in_the_calling_thread(tmp_path: Path) -> None:
+    paths = [save(tmp_path / f"{i:02}.png") for i in range(40)]
+    seen: list[tuple[int, int, bool]] = []
+
+    def note(done: int, total: int) -> None:
+        seen.append((done, total, threading.current_thread() is threading.main_thread()))
+
+    checked = check_images(paths, threads=3, on_progress=note)
+    assert seen == [(i + 1, 40, True) for i in range(40)]
+    assert checked.good == tuple(paths)
+
+
+def test_batches_are_the_test_views_in_order(tmp_path: Path) -> None:
+    paths = [save(tmp_path / f"{i}.png", shade=10 * i) for i in range(7)]
+    batches = list(read_batches(paths, TINY, 3, threads=2))
+    assert [batch.indices.tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    images = np.concatenate([batch.images for batch in batches])
+    assert images.dtype == np.uint8
+    expected = np.stack([TINY.test_view(read_image(path)) for path in paths])
+    np.testing.assert_array_equal(images, expected)
+
+
+def test_bad_image_in_batches_is_reported_and_skipped(tmp_path: Path) -> None:
+    paths = [save(tmp_path / "0.png"), tmp_path / "none.png", save(tmp_path / "2.png")]
+    reported: list[tuple[int, str]] = []
+    batches = list(
+        read_batches(paths, TINY, 2, on_bad=lambda i, error: reported.append((i, error.reason)))
+    )
+    assert [batch.indices.tolist() for batch in batches] == [[0, 2]]
+    assert reported == [(1, "there is no such file")]
+
+
+def test_bad_image_in_batches_is_an_error_without_a_callback(tmp_path: Path) -> None:
+    with pytest.raises(BadImage, match=r"none\.png"):
+        list(read_batches([tmp_path / "none.png"], TINY, 2))
+
+
+def test_reading_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png")
+    started: list[Path] = []
+
+    def counted(path: Path, max_pixels: int) -> Image.Image:
+        started.append(path)
+        return read_image(path, max_pixels=max_pixels)
+
+    monkeypatch.setattr(sources, "read_image", counted)
+    batches = read_batches([path] * 1000, TINY, 2, threads=2)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]  # a generator, declared as an iterator
+    assert len(started) <= 2 + 4 * 2
+
+
+def test_batch_size_below_one_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="batch size: expected at least 1"):
+        next(read_batches([], TINY, 0))
