@@ -1,0 +1,95 @@
+"""MicroCLIP: images -> class embedding, fine-grained embedding, saliency and logits."""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from microclip_deploy.backbone import VisionBackbone
+from microclip_deploy.fusion import SOAP, TokenMean, fused_logits
+from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.ncut.steps import Saliency, saliency
+from microclip_deploy.text import TextHeads
+
+Pooling = Literal["soap", "mean"]
+
+
+class Output(NamedTuple):
+    """What the model says about a batch of images."""
+
+    cls: Tensor
+    """float32 (B, E), unit rows: the [CLS] embedding."""
+    fg: Tensor
+    """float32 (B, E), unit rows: the [FG] embedding."""
+    logits: Tensor
+    """float32 (B, C): TokenFusion's logits, scale 100."""
+    attention: Tensor
+    """float32 (B, N+1): SOAP's weights; the last column is the zero token's."""
+    saliency: Saliency
+    """NCut mask (B, N) with its vector and its degenerate and complete flags (B,)."""
+
+
+class MicroCLIP(nn.Module):
+    """A ViT with SOAP, TokenFusion and the two-headed classifier.
+
+    Trainable: every LayerNorm of the ViT, the pooling's maps, and the class matrix. Everything
+    else is frozen. The encoder may run under autocast; the graph and all that follows it run in
+    float32, because products near tau decide edges.
+    """
+
+    frozen: Tensor
+    names: Tensor
+
+    def __init__(
+        self,
+        backbone: VisionBackbone,
+        heads: TextHeads,
+        *,
+        ncut: NCutSpec,
+        cls_share: float = 0.5,
+        pooling: Pooling = "soap",
+    ) -> None:
+        """Assemble the model in its initial state: identity maps, class matrix from the texts."""
+        super().__init__()
+        self.backbone = backbone
+        self.pooling = SOAP(backbone.width) if pooling == "soap" else TokenMean()
+        self.classifier = nn.Parameter(heads.initial.clone())
+        self.register_buffer("frozen", heads.frozen.clone())
+        self.register_buffer("names", heads.names.clone())
+        self.ncut = ncut
+        self.cls_share = cls_share
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(is_layer_norm(name))
+
+    def forward(self, images: Tensor) -> Output:
+        """Look at float (B, 3, S, S) images that `Preprocess.normalize` made."""
+        cls, patches = self.backbone(images)
+        with torch.autocast(images.device.type, enabled=False):
+            cls, patches = _at_least_float32(cls), _at_least_float32(patches)
+            found = saliency(patches.detach(), self.ncut)
+            vector, attention = self.pooling(patches, found.mask)
+            fg = self.backbone.project(vector)
+            logits = fused_logits(cls, fg, self.class_matrix(), self.cls_share)
+        return Output(cls, fg, logits, attention, found)
+
+    def encode_cls(self, images: Tensor) -> Tensor:
+        """Return only the [CLS] embedding, float32 (B, E): cheaper, and all that crops need."""
+        return _at_least_float32(self.backbone.encode_cls(images))
+
+    def class_matrix(self) -> Tensor:
+        """Return the learnable classifier with unit rows, (C, E)."""
+        return F.normalize(self.classifier, dim=-1)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the trained tensors by name, in a fixed order."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def is_layer_norm(name: str) -> bool:
+    """Say whether a backbone parameter belongs to a LayerNorm (ln_pre, ln_1, ln_2, ln_post)."""
+    return ".ln_" in f".{name}"
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,0 +1,119 @@
+"""What most tests need: a tiny CLIP on disk and a folder of small photos."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from microclip_deploy.adapt import Recipe
+from microclip_deploy.backbone import BackboneSpec, load_clip
+from microclip_deploy.checkpoint import build_model, write_checkpoint
+from microclip_deploy.classes import class_texts
+from microclip_deploy.run import _manifest_content as manifest_content
+from microclip_deploy.run import make_inputs, write_inputs
+from microclip_deploy.sources import BadFile, list_images
+from microclip_deploy.text import text_heads
+
+TINY_MODEL = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        "image_size": 32,
+        "layers": 2,
+        "width": 64,
+        "patch_size": 8,
+        "head_width": 32,
+    },
+    "text_cfg": {
+        "context_length": 16,
+        "vocab_size": 49408,
+        "width": 32,
+        "heads": 1,
+        "layers": 1,
+    },
+}
+CLASSES = ("red circle", "green square", "blue stripe")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an open_clip local-dir with random, seeded weights."""
+    directory = tmp_path_factory.mktemp("tiny-clip")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = open_clip.model.CLIP(**TINY_MODEL)
+    config = {
+        "model_cfg": TINY_MODEL,
+        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+    }
+    (directory / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(clip.state_dict(), directory / "open_clip_model.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a labelled folder CLASS/NN.png of 24 small noisy images."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for index, name in enumerate(CLASSES):
+        (root / name).mkdir()
+        for number in range(8):
+            pixels = rng.integers(0, 80, (40, 48, 3), dtype=np.uint8)
+            pixels[5:30, 5 + number : 30 + number, index] += 150
+            Image.fromarray(pixels).save(root / name / f"{number:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def classes_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a class list, one name a line."""
+    path = tmp_path_factory.mktemp("texts") / "classes.txt"
+    path.write_text("\n".join(CLASSES) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    tiny_model_dir: Path,
+    photos: Path,
+    classes_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Return a run directory as `adapt` leaves it, with a made-up history; copy it to change it."""
+    directory = tmp_path_factory.mktemp("run")
+    clip = load_clip(BackboneSpec(model=f"local-dir:{tiny_model_dir}"))
+    texts, recipe = class_texts(classes_file), Recipe()
+    bad = (BadFile(photos / "broken.png", "the file is empty"),)
+    inputs = make_inputs(clip, recipe, texts, list_images(photos).paths, bad)
+    write_inputs(directory, inputs)
+    heads = text_heads(clip.text, texts)
+    model = build_model(clip, heads, ncut=recipe.ncut, cls_share=0.5, pooling="soap")
+    with torch.no_grad():
+        model.classifier += 0.3 * torch.randn(
+            model.classifier.shape, generator=torch.Generator().manual_seed(0)
+        )
+    history = [_epoch(number) for number in (1, 2, 3)]
+    lines = "".join(json.dumps(epoch) + "\n" for epoch in history)
+    (directory / "history.jsonl").write_text(lines)
+    write_checkpoint(directory, model, clip, heads, manifest_content(inputs, history))
+    return directory
+
+
+def _epoch(number: int) -> dict[str, object]:
+    """Return a line of history.jsonl."""
+    shares = {"agreement": 0.5 + 0.1 * number, "prior_agreement": 0.8, "kept": 1.0}
+    graphs = {"complete_graphs": 0.1, "degenerate_graphs": 0.2, "mask_share": 0.3}
+    losses = {"loss": 9.0 / number, "cross_entropy": 2.0 / number, "fairness": 7.0 / number}
+    labels = {"churn": None if number == 1 else 0.2 / number, "label_counts": [10, 8, 6]}
+    speed = {"seconds": 1.5, "images_per_s": 16.0, "validation": None}
+    return {"epoch": number, "iteration": 3 * number, **losses, **shares, **graphs, **labels, **speed}
