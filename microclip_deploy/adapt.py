@@ -1,0 +1,439 @@
+"""The adaptation loop: unlabeled images and class texts -> an adapted checkpoint.
+
+Each iteration labels a batch with the model of this very moment (weak view and crops), and
+teaches it these labels on the strong view. Only LayerNorms, SOAP's maps and the class matrix
+move. docs/numerics.md sections 6 to 8 hold every equation.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from microclip_deploy.data import AdaptImages, Batch
+from microclip_deploy.errors import EnvironmentProblem, Interrupted, VerificationError
+from microclip_deploy.fusion import LOGIT_SCALE, fused_embedding
+from microclip_deploy.loss import cross_entropy, fairness
+from microclip_deploy.model import MicroCLIP, Output, Pooling, is_layer_norm
+from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.preprocess import Preprocess
+from microclip_deploy.pseudo_labels import aggregate, multi_view_prior
+from microclip_deploy.stop_signal import StopSignal
+from microclip_deploy.training_log import TrainingLog
+from microclip_deploy.training_state import TrainingState
+from microclip_deploy.views import ViewConfig
+
+TALLY = (
+    "images",
+    "loss",
+    "cross_entropy",
+    "fairness",
+    "agreement",
+    "prior_agreement",
+    "kept",
+    "complete_graphs",
+    "degenerate_graphs",
+    "mask_share",
+)
+"""What an epoch sums up, each weighted by images; kept on the device so that nothing waits."""
+
+Validator: TypeAlias = Callable[[MicroCLIP, Tensor], Mapping[str, float]]
+"""(model, int64 (images,) pseudo-labels) -> named measurements."""
+
+LOG_EVERY = 10
+"""Iterations between two lines of metrics.jsonl; also the device's synchronisation points."""
+
+
+class AdaptConfig(BaseModel):
+    """Settings of the optimisation; the defaults are the method's for every data set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(default=15, ge=1, le=10_000)
+    """Passes over the images."""
+    batch_size: int = Field(default=64, ge=1, le=65_536)
+    """Images an iteration; a last partial batch is kept."""
+    lr: float = Field(default=1e-4, gt=0, lt=1)
+    """AdamW learning rate of the first iteration."""
+    end_lr: float = Field(default=2e-6, ge=0, lt=1)
+    """Where the per-iteration cosine ends."""
+    weight_decay: float = Field(default=0.1, ge=0, lt=1)
+    """Decoupled weight decay of every trained tensor."""
+    decay_layer_norm: bool = True
+    """Decay LayerNorm gains and biases too, as the method does."""
+    gamma: float = Field(default=0.5, ge=0, le=1)
+    """Share of the frozen multi-view prior in the pseudo-labels."""
+    cls_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of [CLS] in TokenFusion; 1 leaves [FG] out."""
+    fairness_weight: float = Field(default=1.0, ge=0, le=100)
+    """Weight of the fairness term against the cross-entropy."""
+    confidence: float = Field(default=0.0, ge=0, lt=1)
+    """Images whose pseudo-label has a lower softmax probability (scale 100) are not learnt from;
+    0 learns from all, as the method does."""
+    pooling: Pooling = "soap"
+    """"soap", or "mean" for the plain token mean it is compared with."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the encoder; the graph, the heads and the losses stay in float32."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of data order and views."""
+
+
+class Recipe(BaseModel):
+    """All settings that decide the result of an adaptation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    adapt: AdaptConfig = AdaptConfig()
+    views: ViewConfig = ViewConfig()
+    ncut: NCutSpec = NCutSpec()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """How a run is carried out: nothing here changes its result on a CPU."""
+
+    directory: Path
+    workers: int = 0
+    save_every: int = 200
+    """Iterations between two saved states."""
+
+
+class StepReport(NamedTuple):
+    """Progress after an iteration that was logged."""
+
+    done: int
+    total: int
+    epoch: int
+    loss: float
+    images_per_s: float
+
+
+class Adapted(NamedTuple):
+    """What an adaptation leaves besides the model."""
+
+    history: list[dict[str, Any]]
+    """One record an epoch."""
+    labels: Tensor
+    """int64 (images,): the last pseudo-label of each image."""
+
+
+class Views(NamedTuple):
+    """Normalised network input of one batch."""
+
+    weak: Tensor
+    """float32 (B, 3, S, S)."""
+    strong: Tensor
+    """float32 (B, 3, S, S)."""
+    crops: Tensor
+    """float32 (B, V, 3, S, S)."""
+
+
+class Labels(NamedTuple):
+    """Pseudo-labels of one batch."""
+
+    aggregated: Tensor
+    """float32 (B, C): Dynamic Knowledge Aggregation, cosines."""
+    prior: Tensor
+    """int64 (B,): what the frozen head alone says (the learnable one's word when gamma is 0)."""
+    weak: Output
+    """The model's view of the weak image."""
+
+
+class Losses(NamedTuple):
+    """The loss of one batch."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    fairness: Tensor
+    average: Tensor
+    """float (C,): fairness running mean for the next iteration."""
+
+
+class Step(NamedTuple):
+    """Everything one iteration computed."""
+
+    labels: Labels
+    chosen: Tensor
+    """int64 (B,): the pseudo-labels."""
+    kept: Tensor | None
+    """bool (B,): images learnt from; None for all."""
+    output: Output
+    """The model's view of the strong image, with gradient."""
+    losses: Losses
+
+
+def adapt(
+    model: MicroCLIP,
+    images: AdaptImages,
+    preprocess: Preprocess,
+    config: AdaptConfig,
+    operation: Operation,
+    *,
+    validate: Validator | None = None,
+    on_step: Callable[[StepReport], None] = lambda _: None,
+) -> Adapted:
+    """Adapt `model` in place, resuming from the run directory's state if it holds one.
+
+    Args:
+        model: in its initial state, on the device that trains.
+        images: the unlabeled images.
+        preprocess: the backbone's normalisation.
+        config: optimisation settings.
+        operation: run directory, workers, saving.
+        validate: given the model and the pseudo-labels after each epoch; what it returns is logged
+            and never reaches the training.
+        on_step: told about progress at every logged iteration.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM arrived; the state is on disk.
+        VerificationError: the loss is no longer a finite number; the last good state is kept.
+        EnvironmentProblem: the disk is full, or the device is out of memory.
+    """
+    state = start_state(model, images, config)
+    state.restore(operation.directory / "state")
+    total = config.epochs * images.iterations(config.batch_size)
+    log = TrainingLog(operation.directory, state.done, state.epoch)
+    loop = _Loop(model, images, preprocess, config, operation, state, log, total, on_step)
+    try:
+        with StopSignal() as stop:
+            while state.epoch < config.epochs:
+                loop.run_epoch(stop)
+                loop.finish_epoch(validate)
+        return Adapted(log.history(), state.labels.cpu())
+    except torch.cuda.OutOfMemoryError as error:
+        raise EnvironmentProblem(
+            f"GPU out of memory at batch size {config.batch_size} with {images.views.crops} crops; "
+            "lower --set adapt.batch_size or --set views.crops, or use --set adapt.precision=bf16"
+        ) from error
+    finally:
+        log.close()
+
+
+def start_state(model: MicroCLIP, images: AdaptImages, config: AdaptConfig) -> TrainingState:
+    """Return the state of a run that has not begun."""
+    device = model.classifier.device
+    unlabeled = torch.full((len(images.paths),), -1, dtype=torch.int64, device=device)
+    tally = torch.zeros(len(TALLY), dtype=torch.float64, device=device)
+    parameters = model.trainable()
+    return TrainingState(
+        parameters, make_optimizer(parameters, config), unlabeled, unlabeled.clone(), tally
+    )
+
+
+def make_optimizer(parameters: Mapping[str, Tensor], config: AdaptConfig) -> torch.optim.AdamW:
+    """Return AdamW as the method configures it, one group, or two if LayerNorms are not decayed."""
+    norms = [p for name, p in parameters.items() if is_layer_norm(name)]
+    others = [p for name, p in parameters.items() if not is_layer_norm(name)]
+    norm_decay = config.weight_decay if config.decay_layer_norm else 0.0
+    groups: list[dict[str, Any]] = [
+        {"params": norms, "weight_decay": norm_decay},
+        {"params": others},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
+    )
+
+
+def learning_rate(config: AdaptConfig, iteration: int, total: int) -> float:
+    """Return the rate of iteration 0 <= i < total: a cosine from `lr` to `end_lr`."""
+    cosine = 0.5 * (1 + math.cos(math.pi * iteration / total))
+    return config.end_lr + (config.lr - config.end_lr) * cosine
+
+
+@torch.no_grad()
+def label(model: MicroCLIP, views: Views, config: AdaptConfig) -> Labels:
+    """Label a batch with the current model: multi-view prior and Dynamic Knowledge Aggregation."""
+    weak = model(views.weak)
+    fused = fused_embedding(weak.cls, weak.fg, config.cls_share)
+    prior = weak.cls
+    if config.gamma > 0:  # the crops only speak through the prior
+        crops = model.encode_cls(views.crops.flatten(0, 1)).unflatten(0, views.crops.shape[:2])
+        prior = multi_view_prior(crops, weak.cls)
+    heads = {"frozen": model.frozen, "classifier": model.class_matrix()}
+    aggregated = aggregate(prior, fused, gamma=config.gamma, **heads)
+    return Labels(aggregated, (prior @ model.frozen.T).argmax(dim=1), weak)
+
+
+def train_step(
+    model: MicroCLIP,
+    optimizer: torch.optim.Optimizer,
+    views: Views,
+    config: AdaptConfig,
+    *,
+    average: Tensor | None,
+    rate: float,
+) -> Step:
+    """Label a batch with the model as it is, then move the model once.
+
+    Args:
+        model: on the views' device.
+        optimizer: over the model's trainable tensors.
+        views: one batch.
+        config: optimisation settings.
+        average: fairness running mean of the iteration before; None at the start of an epoch.
+        rate: learning rate of this step.
+    """
+    with torch.autocast(views.weak.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        labels = label(model, views, config)
+        output = model(views.strong)
+    chosen = labels.aggregated.argmax(dim=1)
+    kept = confident(labels.aggregated, config.confidence) if config.confidence > 0 else None
+    agreement = cross_entropy(output.logits, chosen, kept)
+    fair = fairness(output.logits, average)
+    total = agreement + config.fairness_weight * fair.loss
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    optimizer.step()
+    return Step(labels, chosen, kept, output, Losses(total, agreement, fair.loss, fair.average))
+
+
+def confident(aggregated: Tensor, threshold: float) -> Tensor:
+    """Return bool (B,): the label's softmax probability at scale 100 reaches `threshold`."""
+    return (LOGIT_SCALE * aggregated).softmax(dim=1).amax(dim=1) >= threshold
+
+
+def _sums(step: Step) -> Tensor:
+    """Return float64 (len(TALLY),): what a batch adds to the epoch's tally."""
+    images = step.chosen.new_tensor(len(step.chosen), dtype=torch.float64)
+    weak = step.labels.weak.saliency
+    sums = {
+        "images": images,
+        "loss": step.losses.total.detach() * images,
+        "cross_entropy": step.losses.cross_entropy.detach() * images,
+        "fairness": step.losses.fairness.detach() * images,
+        "agreement": (step.output.logits.argmax(dim=1) == step.chosen).sum(),
+        "prior_agreement": (step.labels.prior == step.chosen).sum(),
+        "kept": images if step.kept is None else step.kept.sum(),
+        "complete_graphs": weak.complete.sum(),
+        "degenerate_graphs": weak.degenerate.sum(),
+        "mask_share": weak.mask.double().mean(dim=1).sum(),
+    }
+    return torch.stack([sums[name].double() for name in TALLY])
+
+
+@dataclass
+class _Loop:
+    """What the iterations of one run share."""
+
+    model: MicroCLIP
+    images: AdaptImages
+    preprocess: Preprocess
+    config: AdaptConfig
+    operation: Operation
+    state: TrainingState
+    log: TrainingLog
+    total: int
+    on_step: Callable[[StepReport], None]
+
+    def run_epoch(self, stop: StopSignal) -> None:
+        """Run the current epoch's remaining iterations."""
+        state, config = self.state, self.config
+        self.started = self.logged = time.perf_counter()
+        self.resumed_at = self.logged_at = state.step
+        batches = self.images.epoch(
+            state.epoch,
+            batch_size=config.batch_size,
+            start_iteration=state.step,
+            workers=self.operation.workers,
+        )
+        for batch in batches:
+            found = self.iterate(batch)
+            if state.done % LOG_EVERY == 0 or state.done == self.total:
+                self.log_step(found)
+            if state.done % self.operation.save_every == 0 or stop.received:
+                self.save(found)
+            if stop.received:
+                raise Interrupted(
+                    f"stopped at iteration {state.done} of {self.total}; the state is saved, "
+                    f"continue with: microclip-deploy adapt --resume -o {self.operation.directory}",
+                    stop.received,
+                )
+
+    def iterate(self, batch: Batch) -> Losses:
+        """Label a batch, learn from it, and add to the tally."""
+        state, device = self.state, self.model.classifier.device
+        views = Views(*(self._network_input(x.to(device)) for x in batch[:3]))
+        rate = learning_rate(self.config, state.done, self.total)
+        step = train_step(
+            self.model, state.optimizer, views, self.config, average=state.average, rate=rate
+        )
+        state.average = step.losses.average.detach()
+        state.labels[batch.indices.to(device)] = step.chosen
+        state.tally += _sums(step)
+        state.step += 1
+        state.done += 1
+        return step.losses
+
+    def log_step(self, found: Losses) -> None:
+        """Write a metrics line and tell the user."""
+        state, now = self.state, time.perf_counter()
+        values = self._finite(found)
+        batches = state.step - self.logged_at
+        speed = batches * self.config.batch_size / max(now - self.logged, 1e-9)
+        self.logged, self.logged_at = now, state.step
+        rate = state.optimizer.param_groups[0]["lr"]
+        line = {"iteration": state.done, "epoch": state.epoch + 1, **values, "lr": rate}
+        self.log.metrics({**line, "images_per_s": round(speed, 2)})
+        self.on_step(StepReport(state.done, self.total, state.epoch + 1, values["loss"], speed))
+
+    def save(self, found: Losses) -> None:
+        """Save a state that is known to be finite."""
+        self._finite(found)
+        self.state.save(self.operation.directory / "state")
+
+    def finish_epoch(self, validate: Validator | None) -> None:
+        """Log the epoch, start the next one, and save."""
+        state = self.state
+        state.average, state.step, state.epoch = None, 0, state.epoch + 1
+        seconds = time.perf_counter() - self.started
+        self.log.epoch(self._epoch_record(seconds, validate))
+        state.previous_labels.copy_(state.labels)
+        state.tally.zero_()
+        state.save(self.operation.directory / "state")
+
+    def _network_input(self, pixels: Tensor) -> Tensor:
+        flat = pixels.flatten(0, -4)
+        normal: Tensor = self.preprocess.normalize(flat).unflatten(0, pixels.shape[:-3])
+        return normal
+
+    def _epoch_record(self, seconds: float, validate: Validator | None) -> dict[str, Any]:
+        state = self.state
+        images, *sums = state.tally.tolist()
+        shares = {name: total / images for name, total in zip(TALLY[1:], sums, strict=True)}
+        if not math.isfinite(shares["loss"]):
+            raise self._diverged()
+        known = state.previous_labels >= 0
+        changed = (state.labels != state.previous_labels) & known
+        classes = len(self.model.classifier)
+        trained = images - self.resumed_at * self.config.batch_size
+        return {
+            "epoch": state.epoch,
+            "iteration": state.done,
+            **shares,
+            "churn": changed.sum().item() / known.sum().item() if bool(known.any()) else None,
+            "label_counts": torch.bincount(state.labels.clamp(min=0), minlength=classes).tolist(),
+            "seconds": round(seconds, 3),
+            "images_per_s": round(trained / seconds, 2),
+            "validation": dict(validate(self.model, state.labels)) if validate else None,
+        }
+
+    def _finite(self, found: Losses) -> dict[str, float]:
+        parts = (found.total, found.cross_entropy, found.fairness)
+        values = torch.stack([part.detach().float() for part in parts]).tolist()
+        if not all(math.isfinite(value) for value in values):
+            raise self._diverged()
+        return dict(zip(("loss", "cross_entropy", "fairness"), values, strict=True))
+
+    def _diverged(self) -> VerificationError:
+        return VerificationError(
+            f"the loss is not a finite number near iteration {self.state.done}: training diverged; "
+            "the last good state is kept; start again with a lower --set adapt.lr"
+        )

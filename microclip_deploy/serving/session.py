@@ -1,0 +1,71 @@
+"""What every backend offers: images in, predictions out, NumPy at both ends."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from microclip_deploy.preprocess import Preprocess
+
+
+class Prediction(NamedTuple):
+    """What a session says about a batch of B images."""
+
+    cls: NDArray[np.float32]
+    """(B, E), unit rows: [CLS] embedding."""
+    fg: NDArray[np.float32]
+    """(B, E), unit rows: [FG] embedding."""
+    logits: NDArray[np.float32]
+    """(B, C), scale 100: TokenFusion."""
+    mask: NDArray[np.bool_]
+    """(B, N), row-major token grid: saliency."""
+    attention: NDArray[np.float32]
+    """(B, N+1): SOAP's weights; the last column is the zero token's."""
+    complete: NDArray[np.bool_]
+    """(B,): the image's graph joins every pair of tokens and says nothing."""
+
+
+class Session(Protocol):
+    """A loaded model on a device. Use it as a context manager or call `close`."""
+
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    device: str
+
+    def predict(self, images: NDArray[np.uint8]) -> Prediction:
+        """Classify uint8 (B, S, S, 3) images that `preprocess.test_view` made."""
+
+    def classifier(self) -> NDArray[np.float32]:
+        """Return the class matrix, (C, E), unit rows."""
+
+    def close(self) -> None:
+        """Release the device's memory."""
+
+    def __enter__(self) -> Self:
+        """Return the session."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the session."""
+
+
+def open_session(path: Path, device: str = "cpu") -> Session:
+    """Open a run directory with the backend its manifest asks for.
+
+    Args:
+        path: directory that `adapt` wrote.
+        device: "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        CheckpointError: missing, damaged or of an unknown schema.
+        EnvironmentProblem: the backend's packages or the device are missing.
+    """
+    from microclip_deploy.serving.torch_backend import TorchSession
+
+    return TorchSession.open(path, device)

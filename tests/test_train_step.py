@@ -1,0 +1,153 @@
+"""Four iterations against the reference's numbers, in float32 and float64 (docs/numerics.md 9)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from microclip_deploy.adapt import (
+    AdaptConfig,
+    Step,
+    Views,
+    learning_rate,
+    make_optimizer,
+    train_step,
+)
+from microclip_deploy.backbone import VisionBackbone
+from microclip_deploy.model import MicroCLIP
+from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.text import heads_from_embeddings
+
+GOLDEN = Path(__file__).parent / "data" / "train_step.npz"
+
+# Spec tolerances. A float32 run is compared with the reference's float32 run.
+LOSS_RTOL = 1e-5
+GRADIENT_NORM_RTOL = 1e-5
+PARAMETER_ATOL = 2e-6
+LOGIT_ATOL = 5e-5
+EMBEDDING_ATOL = 5e-6
+TEXT_ATOL = 2e-6
+
+
+@pytest.fixture(scope="module")
+def golden() -> Any:
+    return np.load(GOLDEN)
+
+
+def tensor(golden: Any, name: str) -> torch.Tensor:
+    return torch.from_numpy(golden[name])
+
+
+def test_text_heads_equal_the_reference(golden: Any) -> None:
+    groups = tensor(golden, "desc_raw").split(golden["desc_counts"].tolist())
+    heads = heads_from_embeddings(tensor(golden, "class_prompts_raw"), groups)
+    torch.testing.assert_close(heads.names, tensor(golden, "classname_emb"), atol=TEXT_ATOL, rtol=0)
+    torch.testing.assert_close(
+        heads.frozen, tensor(golden, "frozen_classifier"), atol=TEXT_ATOL, rtol=0
+    )
+    torch.testing.assert_close(
+        heads.initial, tensor(golden, "classifier_init"), atol=TEXT_ATOL, rtol=0
+    )
+
+
+def test_schedule_equals_the_reference(golden: Any) -> None:
+    rates = [learning_rate(AdaptConfig(), i, 6) for i in range(6)]
+    np.testing.assert_allclose(rates, golden["lr_schedule"], rtol=1e-12)
+
+
+def reference_name(name: str) -> str:
+    return name.removeprefix("backbone.").removeprefix("pooling.")
+
+
+def build(golden: Any, dtype: torch.dtype) -> MicroCLIP:
+    clip = open_clip.model.CLIP(**json.loads(str(golden["openclip_cfg_json"])))
+    visual = {k[10:]: tensor(golden, k) for k in golden.files if k.startswith("sd/visual.")}
+    clip.visual.load_state_dict(visual)
+    clip.requires_grad_(False)
+    groups = tensor(golden, "desc_raw").split(golden["desc_counts"].tolist())
+    heads = heads_from_embeddings(tensor(golden, "class_prompts_raw"), groups)
+    return MicroCLIP(VisionBackbone(clip.visual), heads, ncut=NCutSpec()).to(dtype).eval()
+
+
+def run(golden: Any, model: MicroCLIP, dtype: torch.dtype) -> list[Step]:
+    config = AdaptConfig(lr=1e-4)
+    optimizer = make_optimizer(model.trainable(), config)
+    steps: list[Step] = []
+    for i, rate in enumerate(golden["lr_used"]):
+        weak, strong, crops = (
+            tensor(golden, f"step{i}/{view}_i16").to(dtype) / 256
+            for view in ("weak", "strong", "crops")
+        )
+        average = None if i in (0, 3) else steps[-1].losses.average  # step 3 starts an epoch
+        if i == 3:
+            check_parameters(golden, model, dtype)
+        views = Views(weak, strong, crops)
+        steps.append(train_step(model, optimizer, views, config, average=average, rate=float(rate)))
+        check_gradients(golden, model, i, dtype)
+    return steps
+
+
+def check_parameters(golden: Any, model: MicroCLIP, dtype: torch.dtype) -> None:
+    suffix = "f64" if dtype == torch.float64 else "f32"
+    for name, parameter in model.trainable().items():
+        expected = tensor(golden, f"after3_{suffix}/{reference_name(name)}").to(dtype)
+        torch.testing.assert_close(parameter.detach(), expected, atol=PARAMETER_ATOL, rtol=0)
+
+
+def check_gradients(golden: Any, model: MicroCLIP, i: int, dtype: torch.dtype) -> None:
+    suffix = "f64" if dtype == torch.float64 else "f32"
+    names = [str(name) for name in golden["param_names"]]
+    norms = {
+        reference_name(name): p.grad.norm().item()
+        for name, p in model.trainable().items()
+        if p.grad is not None
+    }
+    assert set(norms) == set(names)
+    found = [norms[name] for name in names]
+    np.testing.assert_allclose(found, golden[f"grad_norm_{suffix}"][i], rtol=GRADIENT_NORM_RTOL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_four_steps_equal_the_reference(golden: Any, dtype: torch.dtype) -> None:
+    suffix = "f64" if dtype == torch.float64 else "f32"
+    steps = run(golden, build(golden, dtype), dtype)
+    for i, step in enumerate(steps):
+        np.testing.assert_array_equal(step.chosen, golden["pseudo_labels"][i])
+        np.testing.assert_array_equal(step.labels.weak.saliency.mask, golden["mask_weak"][i])
+        np.testing.assert_array_equal(step.output.saliency.mask, golden["mask_strong"][i])
+        arrays = {
+            "pseudo_logits": (step.labels.aggregated, EMBEDDING_ATOL),
+            "weak_cls": (step.labels.weak.cls, EMBEDDING_ATOL),
+            "weak_fg": (step.labels.weak.fg, EMBEDDING_ATOL),
+            "strong_fg": (step.output.fg.detach(), EMBEDDING_ATOL),
+            "output_logits": (step.output.logits.detach(), LOGIT_ATOL),
+            "probs_avg": (step.losses.average.detach(), EMBEDDING_ATOL),
+        }
+        for name, (found, atol) in arrays.items():
+            np.testing.assert_allclose(found, golden[f"{name}_{suffix}"][i], atol=atol, rtol=0)
+        scalars = {
+            "ce": step.losses.cross_entropy,
+            "fairness": step.losses.fairness,
+            "total": step.losses.total,
+        }
+        for name, value in scalars.items():
+            expected = golden[f"{name}_{suffix}"][i]
+            np.testing.assert_allclose(value.item(), expected, rtol=LOSS_RTOL)
+
+
+def test_first_gradient_equals_the_reference(golden: Any) -> None:
+    model = build(golden, torch.float64)
+    config = AdaptConfig()
+    weak, strong, crops = (
+        tensor(golden, f"step0/{view}_i16").double() / 256 for view in ("weak", "strong", "crops")
+    )
+    optimizer = make_optimizer(model.trainable(), config)
+    train_step(model, optimizer, Views(weak, strong, crops), config, average=None, rate=1e-4)
+    for name, parameter in model.trainable().items():
+        assert parameter.grad is not None
+        expected = tensor(golden, f"grad1/{reference_name(name)}")
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-9, rtol=1e-6)
