@@ -52,7 +52,8 @@ def write_problem(path: Path, error: OSError) -> EnvironmentProblem:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON (UTF-8, indented, no NaN) atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, (text + "\n").encode())
+    # A file name that is no UTF-8 holds lone surrogates; as JSON escapes they read back the same.
+    write_bytes(path, (text + "\n").encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path) -> Any:

@@ -99,9 +99,8 @@ def finished_run(
     heads = text_heads(clip.text, texts)
     model = build_model(clip, heads, ncut=recipe.ncut, cls_share=0.5, pooling="soap")
     with torch.no_grad():
-        model.classifier += 0.3 * torch.randn(
-            model.classifier.shape, generator=torch.Generator().manual_seed(0)
-        )
+        noise = torch.randn(model.classifier.shape, generator=torch.Generator().manual_seed(0))
+        model.classifier.add_(noise, alpha=0.3)
     history = [_epoch(number) for number in (1, 2, 3)]
     lines = "".join(json.dumps(epoch) + "\n" for epoch in history)
     (directory / "history.jsonl").write_text(lines)
@@ -115,5 +114,5 @@ def _epoch(number: int) -> dict[str, object]:
     graphs = {"complete_graphs": 0.1, "degenerate_graphs": 0.2, "mask_share": 0.3}
     losses = {"loss": 9.0 / number, "cross_entropy": 2.0 / number, "fairness": 7.0 / number}
     labels = {"churn": None if number == 1 else 0.2 / number, "label_counts": [10, 8, 6]}
-    speed = {"seconds": 1.5, "images_per_s": 16.0, "validation": None}
-    return {"epoch": number, "iteration": 3 * number, **losses, **shares, **graphs, **labels, **speed}
+    run = {"epoch": number, "iteration": 3 * number, "seconds": 1.5, "images_per_s": 16.0}
+    return {**run, **losses, **shares, **graphs, **labels, "validation": None}

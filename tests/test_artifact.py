@@ -47,3 +47,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(
 def test_nan_is_no_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         artifact.write_json(tmp_path / "x.json", float("nan"))
+
+
+def test_a_file_name_that_is_no_utf8_survives_json(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    artifact.write_json(tmp_path / "x.json", {"name": name})
+    assert artifact.read_json(tmp_path / "x.json")["name"] == name

@@ -1,5 +1,23 @@
 """Inference sessions: one protocol, one backend a file."""
 
-from microclip_deploy.serving.session import Prediction, Session, open_session
+from pathlib import Path
+
+from microclip_deploy.serving.session import Prediction, Session
 
 __all__ = ["Prediction", "Session", "open_session"]
+
+
+def open_session(path: Path, device: str = "cpu") -> Session:
+    """Open a run directory with the backend its manifest asks for.
+
+    Args:
+        path: directory that `adapt` wrote.
+        device: "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        CheckpointError: missing, damaged or of an unknown schema.
+        EnvironmentProblem: the backend's packages or the device are missing.
+    """
+    from microclip_deploy.serving.torch_backend import TorchSession
+
+    return TorchSession.open(path, device)

@@ -1,6 +1,5 @@
 """What every backend offers: images in, predictions out, NumPy at both ends."""
 
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
@@ -53,19 +52,3 @@ class Session(Protocol):
         trace: TracebackType | None,
     ) -> None:
         """Close the session."""
-
-
-def open_session(path: Path, device: str = "cpu") -> Session:
-    """Open a run directory with the backend its manifest asks for.
-
-    Args:
-        path: directory that `adapt` wrote.
-        device: "cpu", "cuda" or "cuda:N".
-
-    Raises:
-        CheckpointError: missing, damaged or of an unknown schema.
-        EnvironmentProblem: the backend's packages or the device are missing.
-    """
-    from microclip_deploy.serving.torch_backend import TorchSession
-
-    return TorchSession.open(path, device)

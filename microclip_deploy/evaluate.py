@@ -1,0 +1,354 @@
+"""Accuracy of any session on labelled images; labels come in here and nowhere else.
+
+Every number is a fraction between 0 and 1. Zero-shot rows look at the model as it was before
+adaptation, with the three class matrices its texts give:
+
+    names          u: the class names alone, as plain zero-shot CLIP uses them
+    descriptions   the start of the learnable head
+    prior          F: the frozen head that pseudo-labels lean on
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from microclip_deploy.errors import DataError
+from microclip_deploy.images import BadImage, printable
+from microclip_deploy.labelled_images import LabelledImages
+from microclip_deploy.scores import TOP, Scores, ranks_of, score, scores_of_ranks
+from microclip_deploy.serving import Prediction, Session, open_session
+from microclip_deploy.sources import BadFile, read_batches
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = [
+    "EVALUATION",
+    "Evaluation",
+    "LabelledImages",
+    "Row",
+    "Scores",
+    "SessionAccuracy",
+    "accuracy",
+    "accuracy_of_session",
+    "evaluate",
+    "score",
+]
+
+EVALUATION = "evaluation.json"
+"""File name of `Evaluation.to_json` beside a checkpoint; the report shows it when it is there."""
+
+_SHOWN = 5  # files an error message lists
+
+
+def _ignore(done: int, total: int) -> None:
+    """Show no progress."""
+
+
+class Row(NamedTuple):
+    """One line of the comparison."""
+
+    model: str
+    """"adapted" or "zero-shot"."""
+    token: str
+    """"fused", "cls" or "fg"."""
+    texts: str
+    """"adapted", "names", "descriptions" or "prior": the class matrix."""
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class SessionAccuracy:
+    """What one session scored."""
+
+    rows: Mapping[str, Scores]
+    """"fused", "cls", "fg" and the names of further class matrices, which [CLS] is compared to."""
+    complete_graphs: float
+    """Share of images whose graph joins every pair of tokens."""
+    whole_image_masks: float
+    """Share of images whose mask is the whole image; every undefined cut is among them."""
+    mask_share: float
+    """Mean share of tokens in the foreground."""
+    bad: tuple[BadFile, ...]
+    """Images that could not be read and count nowhere."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome of `evaluate`."""
+
+    classes: tuple[str, ...]
+    images: int
+    bad: tuple[BadFile, ...]
+    rows: tuple[Row, ...]
+    complete_graphs: float
+    whole_image_masks: float
+    mask_share: float
+    warnings: tuple[str, ...] = field(default=())
+
+    def row(self, model: str, token: str, texts: str) -> Scores | None:
+        """Return the scores of a row, or None if it was not measured."""
+        wanted = (model, token, texts)
+        return next((row.scores for row in self.rows if row[:3] == wanted), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; file names are made printable."""
+        fused = self.row("adapted", "fused", "adapted")
+        assert fused is not None, "the adapted model is always measured"
+        before = self.row("zero-shot", "cls", "names")
+        per_class = [
+            {
+                "class": name,
+                "images": fused.class_images[i],
+                "correct": fused.class_correct[i],
+                "zero_shot_correct": before.class_correct[i] if before else None,
+            }
+            for i, name in enumerate(self.classes)
+        ]
+        return {
+            "images": self.images,
+            "bad": [{"path": printable(f.path), "reason": f.reason} for f in self.bad],
+            "rows": [
+                {"model": r.model, "token": r.token, "texts": r.texts, **r.scores.summary()}
+                for r in self.rows
+            ],
+            "complete_graphs": self.complete_graphs,
+            "whole_image_masks": self.whole_image_masks,
+            "mask_share": self.mask_share,
+            "per_class": per_class,
+            "warnings": list(self.warnings),
+        }
+
+    def tables(self, *, per_class: bool = False) -> list["Table"]:
+        """Return the comparison and, if asked for, one line a class, for a terminal."""
+        return [_comparison(self), *([_class_table(self)] if per_class else [])]
+
+
+def evaluate(
+    run_dir: Path,
+    data: Path,
+    *,
+    device: str = "cpu",
+    batch_size: int = 64,
+    zero_shot: bool = True,
+    progress: Callable[[int, int], None] = _ignore,
+) -> Evaluation:
+    """Measure a run on labelled images, beside the same model before adaptation.
+
+    Args:
+        run_dir: directory that `adapt` wrote.
+        data: as for `LabelledImages.read`.
+        device: "cpu", "cuda" or "cuda:N".
+        batch_size: images a batch.
+        zero_shot: also measure the model before adaptation, in the same pass over the images.
+        progress: called with (done, total) after each batch.
+
+    Raises:
+        DataError: the data, or the checkpoint (CheckpointError), cannot be used.
+        EnvironmentProblem: the device is missing.
+    """
+    with ExitStack() as stack:
+        adapted = stack.enter_context(open_session(run_dir, device))
+        images = LabelledImages.read(data, adapted.classes)
+        probes = [_Probe(adapted)]
+        if zero_shot:
+            from microclip_deploy.serving.torch_backend import TorchSession
+
+            before = stack.enter_context(TorchSession.open_initial(run_dir, device))
+            probes.append(_Probe(before, _zero_shot_heads(run_dir)))
+        measured = _measure(probes, images, batch_size, progress)
+    return _evaluation(adapted.classes, measured)
+
+
+def accuracy(session: Session, images: LabelledImages, *, batch_size: int = 64) -> dict[str, float]:
+    """Measure a session and return the numbers a training log keeps for each epoch.
+
+    Returns:
+        "top1", "top5" and "mean_per_class" of the fused logits, "cls_top1" and "fg_top1".
+
+    Raises:
+        DataError: no image can be read.
+    """
+    rows = accuracy_of_session(session, images, batch_size=batch_size).rows
+    branches = {"cls_top1": rows["cls"].top1, "fg_top1": rows["fg"].top1}
+    return {**rows["fused"].summary(), **branches}
+
+
+def accuracy_of_session(
+    session: Session,
+    images: LabelledImages,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] = _ignore,
+) -> SessionAccuracy:
+    """Measure any open session, such as one built from a model that is being trained.
+
+    Raises:
+        DataError: no image can be read, or a label is outside the session's classes.
+    """
+    return _measure([_Probe(session)], images, batch_size, progress)[0]
+
+
+@dataclass
+class _Probe:
+    """A session being measured, and what it has said so far; memory grows by ranks alone."""
+
+    session: Session
+    heads: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Further class matrices (C, E) for [CLS]."""
+    ranks: dict[str, list[NDArray[np.int64]]] = field(default_factory=dict)
+    complete: int = 0
+    whole: int = 0
+    mask: float = 0.0
+
+    def add(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        """Let the session classify a batch and tally it."""
+        found = self.session.predict(images)
+        for name, logits in self._logits(found).items():
+            self.ranks.setdefault(name, []).append(ranks_of(logits, labels))
+        self.complete += int(found.complete.sum())
+        self.whole += int(found.mask.all(axis=1).sum())
+        self.mask += float(found.mask.mean(axis=1).sum())
+
+    def result(self, labels: NDArray[np.int64], bad: tuple[BadFile, ...]) -> SessionAccuracy:
+        """Return the scores over all batches; `labels` are those of the readable images."""
+        classes, count = len(self.session.classes), len(labels)
+        rows = {
+            name: scores_of_ranks(np.concatenate(parts), labels, classes)
+            for name, parts in self.ranks.items()
+        }
+        return SessionAccuracy(
+            rows, self.complete / count, self.whole / count, self.mask / count, bad
+        )
+
+    def _logits(self, found: Prediction) -> dict[str, NDArray[np.float32]]:
+        classifier = self.session.classifier()
+        further = {name: found.cls @ head.T for name, head in self.heads.items()}
+        return {
+            "fused": found.logits,
+            "cls": found.cls @ classifier.T,
+            "fg": found.fg @ classifier.T,
+            **further,
+        }
+
+
+def _measure(
+    probes: Sequence[_Probe],
+    images: LabelledImages,
+    batch_size: int,
+    progress: Callable[[int, int], None],
+) -> list[SessionAccuracy]:
+    """Show every image to every probe, decoding each file once."""
+    bad: list[BadFile] = []
+    seen: list[NDArray[np.int64]] = []
+
+    def skip(index: int, error: BadImage) -> None:
+        bad.append(BadFile(error.path, error.reason))
+
+    preprocess = probes[0].session.preprocess
+    for batch in read_batches(images.paths, preprocess, batch_size, on_bad=skip):
+        labels = images.labels[batch.indices]
+        for probe in probes:
+            probe.add(batch.images, labels)
+        seen.append(labels)
+        done = int(batch.indices[-1]) + 1
+        if done < len(images.paths):
+            progress(done, len(images.paths))
+    if not seen:
+        shown = "; ".join(f"{printable(f.path)} ({f.reason})" for f in bad[:_SHOWN])
+        raise DataError(f"evaluation images: expected readable ones, found none: {shown}")
+    progress(len(images.paths), len(images.paths))
+    return [probe.result(np.concatenate(seen), tuple(bad)) for probe in probes]
+
+
+def _zero_shot_heads(run_dir: Path) -> dict[str, NDArray[np.float32]]:
+    from microclip_deploy.checkpoint import read_checkpoint
+
+    heads = read_checkpoint(run_dir).heads()
+    return {"names": heads.names.numpy(), "prior": heads.frozen.numpy()}
+
+
+def _evaluation(classes: tuple[str, ...], measured: Sequence[SessionAccuracy]) -> Evaluation:
+    adapted = measured[0]
+    rows = [
+        Row("adapted", token, "adapted", adapted.rows[token]) for token in ("fused", "cls", "fg")
+    ]
+    for before in measured[1:]:
+        rows += [Row("zero-shot", "cls", texts, before.rows[texts]) for texts in ("names", "prior")]
+        rows += [
+            Row("zero-shot", token, "descriptions", before.rows[token])
+            for token in ("cls", "fg", "fused")
+        ]
+    return Evaluation(
+        classes=classes,
+        images=adapted.rows["fused"].images,
+        bad=adapted.bad,
+        rows=tuple(rows),
+        complete_graphs=adapted.complete_graphs,
+        whole_image_masks=adapted.whole_image_masks,
+        mask_share=adapted.mask_share,
+        warnings=_warnings(adapted),
+    )
+
+
+def _warnings(adapted: SessionAccuracy) -> tuple[str, ...]:
+    from microclip_deploy.run import UNINFORMATIVE_SHARE
+
+    found = []
+    if adapted.complete_graphs > UNINFORMATIVE_SHARE:
+        found.append(
+            f"the saliency carries no information: {adapted.complete_graphs:.0%} of the graphs "
+            "join every pair of tokens; adapt again with --set ncut.affinity=centered_cosine"
+        )
+    if adapted.bad:
+        found.append(f"{len(adapted.bad)} images could not be read and were left out")
+    return tuple(found)
+
+
+def _comparison(result: Evaluation) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    share = f"{result.complete_graphs:.1%} complete graphs, mean mask {result.mask_share:.1%}"
+    notes = [f"{result.images} images, {len(result.bad)} unreadable; {share}"]
+    notes += [f"warning: {warning}" for warning in result.warnings]
+    table = Table(title="accuracy", caption=Text("\n".join(notes)), caption_justify="left")
+    for heading in ("model", "token", "texts"):
+        table.add_column(heading)
+    for heading in ("top-1 %", f"top-{TOP} %", "mean per class %"):
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        values = [f"{100 * value:.2f}" for value in row.scores.summary().values()]
+        table.add_row(row.model, row.token, row.texts, *values, style=_row_style(row))
+    return table
+
+
+def _row_style(row: Row) -> str:
+    return (
+        "bold"
+        if row[:3] in (("adapted", "fused", "adapted"), ("zero-shot", "cls", "names"))
+        else ""
+    )
+
+
+def _class_table(result: Evaluation) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="top-1 by class, adapted fused")
+    table.add_column("class")
+    for heading in ("images", "correct", "%", "zero-shot correct"):
+        table.add_column(heading, justify="right")
+    for line in result.to_json()["per_class"]:
+        images, correct, before = line["images"], line["correct"], line["zero_shot_correct"]
+        share = f"{100 * correct / images:.1f}" if images else "-"
+        name = Text(printable(line["class"]))
+        table.add_row(
+            name, str(images), str(correct), share, "-" if before is None else str(before)
+        )
+    return table

@@ -1,0 +1,88 @@
+"""Labelled images: files with the index of their class, for measuring and nothing else."""
+
+import difflib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from microclip_deploy.errors import DataError
+from microclip_deploy.images import printable
+from microclip_deploy.sources import list_images
+
+_SHOWN = 5  # labels an error message lists
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Image files with the index of their class."""
+
+    paths: tuple[Path, ...]
+    labels: NDArray[np.int64]
+    """(M,), indices into the session's classes."""
+
+    @classmethod
+    def read(cls, data: Path, classes: Sequence[str]) -> "LabelledImages":
+        """List labelled images and match their labels to class names.
+
+        A label matches the class of exactly that name; otherwise the one class that is equal when
+        case, underscores, hyphens and repeated spaces are ignored.
+
+        Args:
+            data: folder whose first-level folders are class names, or a .csv/.tsv with `label`.
+            classes: names in the order of the logits.
+
+        Raises:
+            DataError: nothing is there, an image has no label, or a label is no class.
+        """
+        found = list_images(data)
+        missing = [path for path, label in zip(found.paths, found.labels, strict=True) if not label]
+        if missing:
+            raise DataError(
+                f"{printable(data)}: expected a class for every image, found none for "
+                f"{len(missing)} of {len(found.paths)}, such as {printable(missing[0])}; "
+                "put images into folders named after their class, or give a .csv with "
+                "the columns path and label"
+            )
+        labels = [label or "" for label in found.labels]
+        index = _class_indices(Counter(labels), classes)
+        return cls(found.paths, np.array([index[label] for label in labels], np.int64))
+
+
+def _class_indices(labels: Mapping[str, int], classes: Sequence[str]) -> dict[str, int]:
+    """Return the class index of every label; refuse the unknown ones."""
+    exact = {name: i for i, name in enumerate(classes)}
+    loose: dict[str, list[int]] = {}
+    for name, i in exact.items():
+        loose.setdefault(_plain(name), []).append(i)
+    index: dict[str, int] = {}
+    unknown: list[str] = []
+    for label in labels:
+        candidates = [exact[label]] if label in exact else loose.get(_plain(label), [])
+        if len(candidates) == 1:
+            index[label] = candidates[0]
+        else:
+            unknown.append(label)
+    if unknown:
+        named = "; ".join(_near(label, labels[label], classes) for label in unknown[:_SHOWN])
+        more = f"; and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        raise DataError(
+            f"labels: expected names of the model's {len(classes)} classes, found {named}{more}; "
+            "rename the folders or labels, or evaluate a model of these classes"
+        )
+    return index
+
+
+def _near(label: str, count: int, classes: Sequence[str]) -> str:
+    by_plain = {_plain(name): name for name in classes}
+    close = difflib.get_close_matches(_plain(label), by_plain, n=3, cutoff=0.6)
+    images = "1 image" if count == 1 else f"{count} images"
+    hint = f", near {', '.join(repr(by_plain[c]) for c in close)}" if close else ""
+    return f"{printable(label)!r} ({images}{hint})"
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())

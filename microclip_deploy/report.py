@@ -1,0 +1,385 @@
+"""report.html of a run: one file, no script, nothing loaded from elsewhere.
+
+Class names, descriptions and file names may come from anywhere. Every string is escaped by the
+template engine, control and direction-changing characters are dropped, and the page forbids
+itself scripts and connections (Content-Security-Policy).
+"""
+
+import base64
+import io
+import json
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from microclip_deploy import artifact, svg_chart
+from microclip_deploy.checkpoint import SCHEMA
+from microclip_deploy.errors import CheckpointError, MicroclipError
+from microclip_deploy.evaluate import EVALUATION
+from microclip_deploy.images import printable
+from microclip_deploy.predict import FailedImage, Guess, ImagePrediction, predict
+from microclip_deploy.run import RunInputs, read_inputs
+from microclip_deploy.saliency_image import attention_map, overlay
+from microclip_deploy.serving.torch_backend import TorchSession
+
+REPORT = "report.html"
+
+_JOINERS = "\u200c\u200d"
+
+_TILE = 208  # side of a montage picture, pixels
+_LISTED = 200  # bad images that are listed
+_BARS = 40  # up to this many classes each get a bar
+_EXTREMES = 12  # most and least frequent classes shown beyond that
+
+
+class Chart(NamedTuple):
+    """A drawing with its legend."""
+
+    title: str
+    svg: str
+    legend: tuple[str, ...]
+    """Names of the lines, in the order of their colours."""
+    note: str = ""
+
+
+class LabelBar(NamedTuple):
+    """How often a class was chosen as pseudo-label in the last epoch."""
+
+    name: str
+    images: int
+    width: float
+    """Percent of the widest bar."""
+
+
+class LabelCounts(NamedTuple):
+    """The pseudo-labels of the last epoch."""
+
+    groups: tuple[tuple[str, tuple[LabelBar, ...]], ...]
+    """Heading and bars."""
+    profile: str
+    """SVG of all counts in falling order; '' where every class has a bar."""
+    even: float
+    """Count of every class if all were equally frequent."""
+    unused: int
+    """Classes that no image was labelled with."""
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One image of the montage: data: URIs and what both models say."""
+
+    name: str
+    photo: str
+    masks: tuple[tuple[str, str], ...]
+    """Before and after adaptation, each with a caption."""
+    attentions: tuple[str, ...]
+    guesses: tuple[Guess, Guess]
+
+
+class Montage(NamedTuple):
+    """The montage, or why there is none."""
+
+    rows: tuple[SampleRow, ...]
+    note: str
+
+
+def write_report(run_dir: Path, *, device: str = "cpu", sample_images: int = 12) -> Path:
+    """Write report.html into a finished run directory.
+
+    Where images or the backbone are no longer there, the report says so instead of the montage.
+
+    Args:
+        run_dir: directory that `adapt` wrote.
+        device: what draws the montage.
+        sample_images: images in the montage, spread evenly over the run's; 0 for none.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        CheckpointError: the run is not finished, or damaged.
+        EnvironmentProblem: the disk is full or the directory cannot be written.
+    """
+    manifest = artifact.read_manifest(run_dir, SCHEMA)
+    inputs = _inputs(run_dir)
+    montage = _montage(run_dir, inputs, device, sample_images)
+    path = run_dir / REPORT
+    page = render(manifest, _history(run_dir), inputs, montage, _evaluation(run_dir))
+    artifact.write_bytes(path, page.encode())
+    return path
+
+
+def render(
+    manifest: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    inputs: RunInputs | None,
+    montage: Montage,
+    evaluation: Mapping[str, Any] | None,
+) -> str:
+    """Return the page as text.
+
+    Args:
+        manifest: of the checkpoint.
+        history: its epochs, oldest first.
+        inputs: what the run depends on; None leaves out texts and skipped images.
+        montage: pictures.
+        evaluation: `Evaluation.to_json`, if the run was evaluated.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    def finalize(value: Any) -> Any:
+        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        finalize=finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["percent"] = percent
+    source = (resources.files("microclip_deploy") / "report.html.j2").read_text("utf-8")
+    return environment.from_string(source).render(
+        manifest=manifest,
+        history=history,
+        inputs=inputs,
+        montage=montage,
+        evaluation=evaluation,
+        charts=[chart._replace(svg=Markup(chart.svg)) for chart in _charts(history)],
+        labels=_label_counts(manifest["classes"], history),
+        headline=_headline(manifest, history, evaluation),
+        warnings=_warnings(manifest, evaluation),
+        settings=_settings(manifest),
+        listed=_LISTED,
+        markup=Markup,
+    )
+
+
+def visible(text: str) -> str:
+    """Drop what has no place in a page: control characters, direction changes, lone surrogates.
+
+    Joiners stay: they are spelling in several scripts.
+    """
+    spaced = "".join(" " if c in "\t\n\r" else c for c in text)
+    return "".join(
+        c
+        for c in spaced
+        if c in _JOINERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    )
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return a fraction as a percentage, or a dash for None."""
+    return "–" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def _inputs(run_dir: Path) -> RunInputs | None:
+    try:
+        return read_inputs(run_dir)
+    except CheckpointError:
+        # A checkpoint may have been copied without them: it works, and the report says less.
+        return None
+
+
+def _history(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "history.jsonl"
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except ValueError as error:
+        raise CheckpointError(f"{path}: expected one JSON object a line, found: {error}") from error
+
+
+def _evaluation(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / EVALUATION
+    return dict(artifact.read_json(path)) if path.is_file() else None
+
+
+def _headline(
+    manifest: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    evaluation: Mapping[str, Any] | None,
+) -> list[tuple[str, str, str]]:
+    """Return (label, value, remark) of the figures at the top."""
+    images, backbone = manifest["images"], manifest["backbone"]
+    skipped = f"{images['bad']} skipped" if images["bad"] else "none skipped"
+    figures = [
+        ("Classes", f"{len(manifest['classes']):,}", ""),
+        ("Images", f"{images['used']:,}", skipped),
+        ("Epochs", str(len(history)), _duration(sum(e["seconds"] for e in history))),
+        (
+            "Backbone",
+            Path(backbone["model"]).name or backbone["model"],
+            backbone["pretrained"] or "",
+        ),
+    ]
+    measured = [epoch["validation"]["top1"] for epoch in history if epoch.get("validation")]
+    before, after = _top1(evaluation, "zero-shot", "cls"), _top1(evaluation, "adapted", "fused")
+    if after is not None:
+        change = "" if before is None else f"{100 * (after - before):+.1f} points over zero-shot"
+        figures.insert(0, ("Accuracy", _from_to(before, after), change))
+    elif measured:
+        figures.insert(0, ("Validation accuracy", percent(measured[-1]), "after the last epoch"))
+    elif history:
+        remark = "of the strong view with its pseudo-label"
+        figures.insert(0, ("Agreement", percent(history[-1]["agreement"]), remark))
+    return figures
+
+
+def _top1(evaluation: Mapping[str, Any] | None, model: str, token: str) -> float | None:
+    texts = {"zero-shot": "names", "adapted": "adapted"}[model]
+    wanted = (model, token, texts)
+    rows = evaluation["rows"] if evaluation else []
+    return next((r["top1"] for r in rows if (r["model"], r["token"], r["texts"]) == wanted), None)
+
+
+def _from_to(before: float | None, after: float) -> str:
+    return percent(after) if before is None else f"{100 * before:.1f} → {percent(after)}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
+
+
+def _warnings(manifest: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[str]:
+    found = [*manifest.get("warnings", ()), *(evaluation["warnings"] if evaluation else ())]
+    return list(dict.fromkeys(found))
+
+
+def _settings(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return the resolved configuration by section; the graph's constants as they were used."""
+    sections = {
+        **manifest["config"],
+        "ncut": manifest["ncut"],
+        "preprocess": manifest["preprocess"],
+    }
+    return [
+        (name, [(key, json.dumps(value, ensure_ascii=False)) for key, value in values.items()])
+        for name, values in sections.items()
+    ]
+
+
+def _charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    def columns(*keys: str) -> list[list[float | None]]:
+        return [[epoch.get(key) for epoch in history] for key in keys]
+
+    def chart(title: str, names: Mapping[str, str], note: str = "", *, share: bool = True) -> Chart:
+        series = dict(zip(names.values(), columns(*names), strict=True))
+        return Chart(title, svg_chart.line_chart(series, percent=share), tuple(series), note)
+
+    loss = {"loss": "total", "cross_entropy": "cross-entropy", "fairness": "fairness"}
+    agreement = {
+        "agreement": "strong view agrees with its pseudo-label",
+        "prior_agreement": "pseudo-label is the frozen prior's choice",
+    }
+    graphs = {
+        "mask_share": "tokens in the foreground",
+        "complete_graphs": "complete graphs",
+        "degenerate_graphs": "undefined cuts",
+    }
+    churn = {"churn": "labels that changed since the epoch before"}
+    found = [
+        chart("Pseudo-labels", agreement),
+        chart("Churn", churn, "Falls towards zero as the labels settle; the first epoch has none."),
+        chart("Loss", loss, share=False),
+        chart("Saliency graphs", graphs, "Complete or undefined graphs carry no saliency."),
+    ]
+    validation = [epoch.get("validation") or {} for epoch in history]
+    names = {"top1": "fused", "cls_top1": "[CLS] only", "fg_top1": "[FG] only"}
+    measured = {
+        title: [line.get(key) for line in validation]
+        for key, title in names.items()
+        if any(key in line for line in validation)
+    }
+    if measured:
+        svg = svg_chart.line_chart(measured, percent=True)
+        note = "Top-1 on labelled images that never reach the training."
+        found.insert(0, Chart("Validation accuracy", svg, tuple(measured), note))
+    return [entry for entry in found if entry.svg]
+
+
+def _label_counts(
+    classes: Sequence[str], history: Sequence[Mapping[str, Any]]
+) -> LabelCounts | None:
+    if not history:
+        return None
+    counts = list(history[-1]["label_counts"])
+    widest = max(*counts, 1)
+    order = sorted(range(len(classes)), key=lambda i: (-counts[i], i))
+    bars = [LabelBar(classes[i], counts[i], 100 * counts[i] / widest) for i in order]
+    even = sum(counts) / len(classes)
+    unused = sum(count == 0 for count in counts)
+    if len(bars) <= _BARS:
+        half = math.ceil(len(bars) / 2)
+        groups = (("", tuple(bars[:half])), ("", tuple(bars[half:])))
+        return LabelCounts(groups, "", even, unused)
+    groups = (
+        ("Most frequent", tuple(bars[:_EXTREMES])),
+        ("Least frequent", tuple(bars[-_EXTREMES:])),
+    )
+    profile = svg_chart.column_chart(sorted(counts, reverse=True), even, "images per class")
+    return LabelCounts(groups, profile, even, unused)
+
+
+def _montage(run_dir: Path, inputs: RunInputs | None, device: str, count: int) -> Montage:
+    if inputs is None or count < 1:
+        return Montage((), "The run directory does not name its images." if count else "")
+    total = len(inputs.images)
+    wanted = min(count, total)
+    paths = [Path(inputs.images[i * total // wanted]) for i in range(wanted)]
+    try:
+        with TorchSession.open_initial(run_dir, device) as initial:
+            before = list(predict(initial, paths, 1, batch_size=wanted))
+        with TorchSession.open(run_dir, device) as adapted:
+            after = list(predict(adapted, paths, 1, batch_size=wanted))
+    except MicroclipError as error:
+        return Montage((), f"No pictures: {error}")
+    rows = [
+        _sample_row(old, new)
+        for old, new in zip(before, after, strict=True)
+        if not isinstance(old, FailedImage) and not isinstance(new, FailedImage)
+    ]
+    lost = wanted - len(rows)
+    return Montage(tuple(rows), f"{lost} of {wanted} images can no longer be read." if lost else "")
+
+
+def _sample_row(before: ImagePrediction, after: ImagePrediction) -> SampleRow:
+    scale = max(1, math.ceil(_TILE / len(after.view)))
+    both = (before, after)
+    return SampleRow(
+        name=printable(after.path.name),
+        photo=data_uri(Image.fromarray(after.view)),
+        masks=tuple((data_uri(overlay(p.view, p.mask, None, scale)), _extent(p)) for p in both),
+        attentions=tuple(data_uri(attention_map(p.view, p.attention, scale)) for p in both),
+        guesses=(before.top[0], after.top[0]),
+    )
+
+
+def _extent(prediction: ImagePrediction) -> str:
+    """Say how much of the image the mask holds; the whole image means that nothing stands out."""
+    if prediction.mask.all():
+        return "complete graph" if prediction.complete else "whole image"
+    return percent(float(prediction.mask.mean()), 0)
+
+
+def data_uri(picture: Image.Image) -> str:
+    """Return the picture as a data: URI of a JPEG, `_TILE` pixels wide."""
+    buffer = io.BytesIO()
+    picture.resize((_TILE, _TILE), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,181 @@
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from microclip_deploy import environment_probe
+from microclip_deploy.doctor import Diagnosis, diagnose, judge, require
+from microclip_deploy.environment_probe import PACKAGES, Gpu, Machine, Package, probe_package
+from microclip_deploy.errors import EnvironmentProblem, UsageError
+
+GPU = Gpu("NVIDIA H100", 81559, "580.10")
+
+
+def machine(gpus: tuple[Gpu, ...] = (), driver_cuda: str = "13.0") -> Machine:
+    return Machine("3.12.1", "Linux", 8, gpus, driver_cuda if gpus else "")
+
+
+def installed(name: str, version: str = "1.0", **fields: Any) -> Package:
+    return Package(name, version, **{"distributions": (name,), **fields})
+
+
+def packages(**changed: Package) -> Mapping[str, Package]:
+    usable = {
+        "torch": installed("torch", "2.15", cuda_major=13, details={"usable": 1, "threads": 4}),
+        "torchvision": installed("torchvision"),
+        "open_clip": installed("open_clip"),
+        "onnx": installed("onnx"),
+        "onnxruntime": installed(
+            "onnxruntime", cuda_major=13,
+            details={"in_use": ["CUDAExecutionProvider", "CPUExecutionProvider"]},
+        ),
+        "tensorrt": installed("tensorrt", "11.4", cuda_major=13),
+        "cupy": installed("cupy", "14.2", cuda_major=13),
+    }  # fmt: skip
+    return {**usable, **changed}
+
+
+def on_cpu(**changed: Package) -> Diagnosis:
+    plain = {
+        "torch": installed("torch", "2.15", details={"usable": 0, "threads": 2}),
+        "onnxruntime": installed("onnxruntime", details={"in_use": ["CPUExecutionProvider"]}),
+        "tensorrt": Package("tensorrt"),
+        "cupy": Package("cupy"),
+    }
+    return judge(machine(), packages(**{**plain, **changed}))
+
+
+def test_a_good_gpu_machine_has_no_problems() -> None:
+    found = judge(machine((GPU,)), packages())
+    assert found.problems == ()
+    uses = dict(found.uses)
+    assert uses["adapt"] == "PyTorch 2.15 on cuda (NVIDIA H100)"
+    assert uses["exported graphs"] == "TensorRT 11.4 on the GPU"
+    assert "GPU" in uses["NCut"]
+    require(found, {"gpu", "trt", "cupy"})
+
+
+def test_a_cpu_machine_needs_no_gpu_packages() -> None:
+    found = on_cpu()
+    assert found.problems == ()
+    assert dict(found.uses) == {
+        "adapt": "PyTorch 2.15 on cpu (2 threads)",
+        "evaluate, predict": "PyTorch 2.15 on cpu (2 threads)",
+        "NCut": "exact solver in float64 on the CPU",
+        "exported graphs": "ONNX Runtime 1.0 on the CPU",
+    }
+
+
+def test_requirements_name_all_that_is_missing() -> None:
+    with pytest.raises(EnvironmentProblem) as error:
+        require(on_cpu(), {"gpu", "trt", "cupy"})
+    message = str(error.value)
+    assert error.value.exit_code == 4
+    assert "gpu: no NVIDIA GPU" in message
+    assert 'TensorRT is not installed; run: pip install "microclip-deploy[gpu]"' in message
+    assert "CuPy is not installed" in message
+
+
+def test_an_unknown_requirement_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="cupy, gpu, trt"):
+        require(on_cpu(), {"tpu"})
+
+
+def test_mixed_cuda_majors_are_named_with_the_commands() -> None:
+    cupy = installed("cupy", cuda_major=12, distributions=("cupy-cuda12x",))
+    found = judge(machine((GPU,)), packages(cupy=cupy))
+    (problem,) = found.problems
+    assert problem.severity == "error"
+    assert "torch 13, onnxruntime 13, tensorrt 13, cupy 12" in problem.what
+    assert problem.fix == "pip uninstall -y cupy-cuda12x; pip install cupy-cuda13x"
+
+
+def test_a_cpu_torch_beside_a_gpu_is_an_error() -> None:
+    torch = installed("torch", details={"usable": 0, "threads": 2})
+    found = judge(machine((GPU,)), packages(torch=torch))
+    assert found.problems[0].fix == "pip install --force-reinstall torch torchvision"
+    with pytest.raises(EnvironmentProblem, match="does not work: it cannot use the GPU"):
+        require(found, {"gpu"})
+
+
+def test_an_old_driver_is_explained() -> None:
+    torch = installed("torch", cuda_major=13, details={"usable": 0})
+    found = judge(machine((GPU,), "12.4"), packages(torch=torch))
+    assert "the driver supports CUDA 12.4 only" in found.problems[0].what
+    assert "update the NVIDIA driver" in found.problems[0].fix
+
+
+def test_onnxruntime_that_falls_back_is_an_error() -> None:
+    runtime = installed("onnxruntime", cuda_major=13, details={"in_use": ["CPUExecutionProvider"]})
+    found = judge(machine((GPU,)), packages(onnxruntime=runtime))
+    assert "falls back to the CPU" in found.problems[0].what
+
+
+def test_two_onnxruntimes_are_an_error() -> None:
+    both = ("onnxruntime", "onnxruntime-gpu")
+    runtime = installed("onnxruntime", distributions=both)
+    found = on_cpu(onnxruntime=runtime)
+    assert found.problems[0].fix == (
+        "pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"
+    )
+
+
+def test_what_cannot_be_imported_is_reported() -> None:
+    torch = installed("torch", error="libcudart.so.13: cannot open shared object file")
+    found = on_cpu(torch=torch)
+    assert "libcudart.so.13" in found.problems[0].what
+    assert dict(found.uses)["adapt"] == "not possible without torch"
+
+
+def test_missing_packages_name_their_extra() -> None:
+    found = on_cpu(onnx=Package("onnx"), onnxruntime=Package("onnxruntime"))
+    assert [problem.fix for problem in found.problems] == [
+        'pip install "microclip-deploy[export]"',
+        'pip install "microclip-deploy[cpu]"',
+    ]
+    assert dict(found.uses)["exported graphs"] == "not possible without onnxruntime"
+
+
+def test_a_crashing_import_does_not_kill_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os; os.kill(os.getpid(), 11)"
+    monkeypatch.setattr(environment_probe, "_PROBES", {"onnx": code})
+    assert "crashed with signal 11" in probe_package("onnx").error
+
+
+def test_a_raising_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment_probe, "_PROBES", {"onnx": "raise OSError('no libfoo.so')"})
+    found = probe_package("onnx")
+    assert found.error == "OSError: no libfoo.so"
+    assert not found.works
+
+
+def test_a_hanging_import_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment_probe, "_PROBES", {"onnx": "import time; time.sleep(60)"})
+    monkeypatch.setattr(environment_probe, "_PROBE_TIMEOUT_S", 0.2)
+    assert "longer than" in probe_package("onnx").error
+
+
+def test_this_machine_is_diagnosed_and_shown() -> None:
+    found = diagnose(("onnxruntime",))
+    assert set(found.packages) == set(PACKAGES)
+    assert found.packages["onnxruntime"].works == bool(found.packages["onnxruntime"].version)
+    content = json.loads(json.dumps(found.to_json()))
+    assert content["machine"]["cpus"] >= 1
+    console = Console(width=120)
+    with console.capture() as captured:
+        for table in found.tables():
+            console.print(table)
+    assert "onnxruntime" in captured.get()
+
+
+def test_the_module_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, microclip_deploy.doctor\n"
+        "print({'torch', 'onnxruntime', 'onnx', 'rich'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

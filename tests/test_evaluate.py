@@ -1,0 +1,218 @@
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from rich.console import Console
+
+from microclip_deploy.errors import DataError, VerificationError
+from microclip_deploy.evaluate import (
+    Evaluation,
+    LabelledImages,
+    accuracy,
+    accuracy_of_session,
+    evaluate,
+    score,
+)
+from microclip_deploy.preprocess import Preprocess
+from microclip_deploy.serving import Prediction, open_session
+
+CLASSES = ("red circle", "green square", "blue stripe")
+
+
+class ColourSession:
+    """Knows the class by the strongest colour channel; [FG] always says the first class."""
+
+    def __init__(self, classes: Sequence[str] = CLASSES, complete: bool = False) -> None:
+        self.classes = tuple(classes)
+        self.preprocess = Preprocess(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+        self.device = "cpu"
+        self.complete = complete
+
+    def predict(self, images: NDArray[np.uint8]) -> Prediction:
+        count = len(images)
+        means = images.reshape(count, -1, 3).mean(axis=1).astype(np.float32)
+        cls = np.eye(3, dtype=np.float32)[means.argmax(axis=1)]
+        fg = np.tile(np.eye(3, dtype=np.float32)[0], (count, 1))
+        mask = np.zeros((count, 16), np.bool_)
+        mask[:, :4] = True
+        attention = np.full((count, 17), 1 / 17, np.float32)
+        return Prediction(cls, fg, 100 * cls, mask, attention, np.full(count, self.complete))
+
+    def classifier(self) -> NDArray[np.float32]:
+        return np.eye(3, dtype=np.float32)
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@pytest.fixture(scope="module")
+def evaluation(finished_run: Path, photos: Path) -> Evaluation:
+    return evaluate(finished_run, photos, batch_size=10)
+
+
+def test_score_equals_counts_made_by_hand() -> None:
+    logits = np.eye(7)[[0, 1, 1, 6, 0]] - np.linspace(0, 0.1, 7)
+    found = score(logits, np.array([0, 1, 2, 5, 0]))
+    assert (found.images, found.top1, found.top5) == (5, 0.6, 0.8)
+    assert found.class_images == (2, 1, 1, 0, 0, 1, 0)
+    assert found.class_correct == (2, 1, 0, 0, 0, 0, 0)
+    assert found.mean_per_class == pytest.approx((1 + 1 + 0 + 0) / 4)
+
+
+def test_equal_logits_rank_by_class_index_like_argmax() -> None:
+    found = score(np.zeros((2, 3)), np.array([0, 1]))
+    assert found.class_correct == (1, 0, 0)
+
+
+def test_score_refuses_nan() -> None:
+    with pytest.raises(VerificationError, match="NaN"):
+        score(np.full((1, 3), np.nan), np.array([0]))
+
+
+@pytest.mark.parametrize("labels", [[3], [-1], [0, 1], []])
+def test_score_refuses_labels_that_do_not_fit(labels: list[int]) -> None:
+    with pytest.raises(DataError, match="labels below C"):
+        score(np.zeros((1, 3)), np.array(labels, np.int64))
+
+
+def test_a_session_is_measured_by_branch(photos: Path) -> None:
+    images = LabelledImages.read(photos, CLASSES)
+    found = accuracy_of_session(ColourSession(), images, batch_size=5)
+    assert found.rows["fused"].top1 == found.rows["cls"].top1 == 1.0
+    assert found.rows["fg"].top1 == pytest.approx(1 / 3)
+    assert found.mask_share == 0.25
+
+
+def test_training_gets_plain_numbers(photos: Path) -> None:
+    found = accuracy(ColourSession(), LabelledImages.read(photos, CLASSES))
+    assert found == {
+        "top1": 1.0,
+        "top5": 1.0,
+        "mean_per_class": 1.0,
+        "cls_top1": 1.0,
+        "fg_top1": pytest.approx(1 / 3),
+    }
+
+
+def test_labels_match_regardless_of_case_and_underscores(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos / "red circle", tmp_path / "Red_Circle")
+    assert LabelledImages.read(tmp_path, CLASSES).labels.tolist() == [0] * 8
+
+
+def test_an_exact_name_wins_over_a_similar_one(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos / "red circle", tmp_path / "a_b")
+    assert set(LabelledImages.read(tmp_path, ("A b", "a_b")).labels.tolist()) == {1}
+
+
+def test_an_ambiguous_label_is_refused(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos / "red circle", tmp_path / "a b")
+    with pytest.raises(DataError, match="'a b'"):
+        LabelledImages.read(tmp_path, ("A-b", "a_b"))
+
+
+def test_an_unknown_label_is_named_with_its_neighbours(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos / "red circle", tmp_path / "red circel")
+    with pytest.raises(DataError, match=r"'red circel' \(8 images, near 'red circle'\)"):
+        LabelledImages.read(tmp_path, CLASSES)
+
+
+def test_images_without_a_label_are_refused(photos: Path) -> None:
+    with pytest.raises(DataError, match="none for 8 of 8"):
+        LabelledImages.read(photos / "red circle", CLASSES)
+
+
+def test_a_csv_gives_labels(photos: Path, tmp_path: Path) -> None:
+    table = tmp_path / "list.csv"
+    table.write_text(f"path,label\n{photos / 'red circle' / '00.png'},BLUE STRIPE\n")
+    assert LabelledImages.read(table, CLASSES).labels.tolist() == [2]
+
+
+def test_bad_images_are_counted_and_listed(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "data")
+    (tmp_path / "data" / "red circle" / "01.png").write_bytes(b"")
+    images = LabelledImages.read(tmp_path / "data", CLASSES)
+    found = accuracy_of_session(ColourSession(), images, batch_size=4)
+    assert found.rows["fused"].images == 23
+    assert [(f.path.name, f.reason) for f in found.bad] == [("01.png", "the file is empty")]
+    assert found.rows["fused"].class_images == (7, 8, 8)
+
+
+def test_only_bad_images_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "red circle").mkdir()
+    (tmp_path / "red circle" / "x.png").write_bytes(b"")
+    with pytest.raises(DataError, match="found none"):
+        accuracy_of_session(ColourSession(), LabelledImages.read(tmp_path, CLASSES))
+
+
+def test_evaluate_compares_eight_rows(evaluation: Evaluation) -> None:
+    assert [row[:3] for row in evaluation.rows] == [
+        ("adapted", "fused", "adapted"), ("adapted", "cls", "adapted"),
+        ("adapted", "fg", "adapted"), ("zero-shot", "cls", "names"), ("zero-shot", "cls", "prior"),
+        ("zero-shot", "cls", "descriptions"), ("zero-shot", "fg", "descriptions"),
+        ("zero-shot", "fused", "descriptions"),
+    ]  # fmt: skip
+    assert all(row.scores.images == 24 for row in evaluation.rows)
+
+
+def test_evaluate_without_zero_shot_equals_the_session(
+    finished_run: Path, photos: Path, evaluation: Evaluation
+) -> None:
+    alone = evaluate(finished_run, photos, batch_size=7, zero_shot=False)
+    assert alone.rows == evaluation.rows[:3]
+    with open_session(finished_run) as session:
+        numbers = accuracy(session, LabelledImages.read(photos, session.classes))
+    assert numbers["top1"] == alone.rows[0].scores.top1
+
+
+def test_progress_reaches_the_end_once(finished_run: Path, photos: Path) -> None:
+    told: list[tuple[int, int]] = []
+    evaluate(
+        finished_run, photos, batch_size=12, zero_shot=False, progress=lambda *x: told.append(x)
+    )
+    assert told == [(12, 24), (24, 24)]
+
+
+def test_json_is_plain_and_complete(evaluation: Evaluation) -> None:
+    content = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))
+    assert [line["class"] for line in content["per_class"]] == list(CLASSES)
+    assert sum(line["images"] for line in content["per_class"]) == content["images"] == 24
+    assert content["rows"][0]["top1"] == evaluation.rows[0].scores.top1
+
+
+def test_tables_show_every_row_and_class(evaluation: Evaluation) -> None:
+    console = Console(width=120, record=True, quiet=True)
+    with console.capture() as captured:
+        console.quiet = False
+        for table in evaluation.tables(per_class=True):
+            console.print(table)
+    text = captured.get()
+    assert text.count("zero-shot") >= 5
+    assert all(name in text for name in CLASSES)
+
+
+def test_many_complete_graphs_warn_with_the_remedy(
+    finished_run: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "microclip_deploy.evaluate.open_session", lambda *_: ColourSession(complete=True)
+    )
+    found = evaluate(finished_run, photos, zero_shot=False)
+    assert found.complete_graphs == 1.0
+    assert "--set ncut.affinity=centered_cosine" in found.warnings[0]

@@ -1,0 +1,186 @@
+import csv
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError
+from microclip_deploy.predict import (
+    CsvWriter,
+    FailedImage,
+    Guess,
+    ImagePrediction,
+    JsonLinesWriter,
+    OverlayWriter,
+    Result,
+    overlay_name,
+    predict,
+    softmax,
+    table,
+)
+from microclip_deploy.serving import Session, open_session
+
+
+@pytest.fixture(scope="module")
+def session(finished_run: Path) -> Session:
+    return open_session(finished_run)
+
+
+def made_up(path: str = "a.png", names: tuple[str, ...] = ("cat", "dog")) -> ImagePrediction:
+    return ImagePrediction(
+        index=3,
+        path=Path(path),
+        top=tuple(Guess(name, 0.5, 10.0) for name in names),
+        cls_top1=names[0],
+        fg_top1=names[-1],
+        mask=np.array([True, False, False, False]),
+        attention=np.full(5, 0.2, np.float32),
+        complete=False,
+        view=np.full((8, 8, 3), 100, np.uint8),
+    )
+
+
+def csv_rows(*results: ImagePrediction | FailedImage, top_k: int = 2) -> list[list[str]]:
+    stream = io.StringIO(newline="")
+    writer = CsvWriter(stream, top_k)
+    for result in results:
+        writer.write(result)
+    return list(csv.reader(io.StringIO(stream.getvalue(), newline="")))
+
+
+def json_line(result: ImagePrediction | FailedImage) -> tuple[bytes, dict[str, object]]:
+    stream = io.StringIO()
+    JsonLinesWriter(stream).write(result)
+    written = stream.getvalue().encode("utf-8")
+    return written, json.loads(written)
+
+
+def test_results_equal_the_session_in_order(session: Session, photos: Path) -> None:
+    results = list(predict(session, [photos], top_k=9, batch_size=7))
+    assert [result.index for result in results] == list(range(24))
+    first = results[0]
+    assert isinstance(first, ImagePrediction)
+    assert len(first.top) == 3
+    assert sum(guess.probability for guess in first.top) == pytest.approx(1)
+    logits = session.predict(first.view[None]).logits[0]
+    assert [guess.name for guess in first.top] == [session.classes[i] for i in np.argsort(-logits)]
+
+
+def test_bad_images_come_in_their_place(session: Session, photos: Path, tmp_path: Path) -> None:
+    for number in range(6):
+        shutil.copy(photos / "red circle" / "00.png", tmp_path / f"{number}.png")
+    for number in (0, 2, 5):
+        (tmp_path / f"{number}.png").write_bytes(b"")
+    results = list(predict(session, [tmp_path], batch_size=2))
+    assert [isinstance(r, FailedImage) for r in results] == [True, False, True, False, False, True]
+    assert [r.path.name for r in results] == [f"{number}.png" for number in range(6)]
+
+
+def test_only_bad_images_are_an_error_after_all_are_told(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"")
+    results = predict(session, [tmp_path])
+    assert isinstance(next(results), FailedImage)
+    with pytest.raises(DataError, match=r"x\.png \(the file is empty\)"):
+        next(results)
+
+
+def test_a_missing_source_is_an_error_at_once(session: Session, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="found nothing"):
+        predict(session, [tmp_path / "nothing"])
+
+
+def test_no_class_to_show_is_refused(session: Session, photos: Path) -> None:
+    with pytest.raises(UsageError, match="--top-k"):
+        predict(session, [photos], top_k=0)
+
+
+def test_softmax_survives_large_logits() -> None:
+    found = softmax(np.array([[1e4, 0.0], [-1e4, -1e4]], np.float32))
+    assert found.tolist() == [[1.0, 0.0], [0.5, 0.5]]
+
+
+def test_csv_round_trips_difficult_names() -> None:
+    header, row = csv_rows(made_up('a,"b"\nç.png', ('q"u,o', "日本")))
+    assert header[:6] == ["path", "error", "class_1", "probability_1", "class_2", "probability_2"]
+    assert row[0] == 'a,"b"\nç.png'
+    assert (row[2], row[4], row[6], row[7]) == ('q"u,o', "日本", 'q"u,o', "日本")
+    assert len(row) == len(header)
+
+
+@pytest.mark.parametrize(
+    "name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", " =1", "=cmd|' /C calc'!A0"]
+)
+def test_csv_defuses_formulas(name: str) -> None:
+    _, good, bad = csv_rows(made_up(name, (name, "dog")), FailedImage(0, Path("x"), name))
+    assert good[0] == good[2] == good[6] == bad[1] == f"'{name}"
+
+
+def test_csv_pads_fewer_classes_than_asked_for() -> None:
+    header, row = csv_rows(made_up(), top_k=4)
+    assert len(row) == len(header)
+    assert row[6:10] == [""] * 4
+
+
+def test_undecodable_file_names_can_be_written() -> None:
+    path = os.fsdecode(b"bad\xff.png")
+    _, row = csv_rows(made_up(path))
+    assert row[0] == "bad\\xff.png"
+    written, content = json_line(made_up(path))
+    assert content["path"] == path
+    assert written.count(b"\n") == 1
+
+
+def test_json_lines_hold_one_line_an_image() -> None:
+    written, content = json_line(made_up("a\nb.png"))
+    assert written.count(b"\n") == 1
+    assert content["top"] == [
+        {"class": "cat", "probability": 0.5, "logit": 10.0},
+        {"class": "dog", "probability": 0.5, "logit": 10.0},
+    ]
+    assert (content["mask_share"], content["cls_class"], content["fg_class"]) == (
+        0.25,
+        "cat",
+        "dog",
+    )
+    _, failed = json_line(FailedImage(0, Path("x"), "empty"))
+    assert failed == {"path": "x", "error": "empty"}
+
+
+def test_overlays_are_written_for_good_images_only(tmp_path: Path) -> None:
+    writer = OverlayWriter(tmp_path / "deep" / "down")
+    writer.write(made_up("../x/../../naïve name?.png"))
+    writer.write(FailedImage(0, Path("x"), "empty"))
+    (written,) = (tmp_path / "deep" / "down").iterdir()
+    assert written.name == "000003-na-ve-name.png"
+    with Image.open(written) as picture:
+        assert picture.size == (16, 16)
+
+
+def test_an_overlay_folder_that_cannot_be_made_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentProblem, match="could not be written"):
+        OverlayWriter(tmp_path / "file")
+
+
+def test_overlay_names_never_leave_the_folder() -> None:
+    assert overlay_name(made_up("/etc/..")) == "000003-image.png"
+
+
+def test_the_table_marks_disagreement_and_shows_markup_as_text() -> None:
+    console = Console(width=100, file=io.StringIO())
+    told: list[int] = []
+    results: list[Result] = [
+        made_up(names=("[red]cat", "dog")),
+        FailedImage(4, Path("b\x1b.png"), "empty"),
+    ]
+    console.print(table(results, on_result=lambda result: told.append(result.index)))
+    text = console.file.getvalue()  # type: ignore[attr-defined]  # an io.StringIO
+    assert "[red]cat *" in text
+    assert "b\\x1b.png" in text
+    assert told == [3, 4]

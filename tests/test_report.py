@@ -1,0 +1,179 @@
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from microclip_deploy import artifact
+from microclip_deploy.checkpoint import SCHEMA
+from microclip_deploy.errors import CheckpointError
+from microclip_deploy.evaluate import EVALUATION, evaluate
+from microclip_deploy.report import Montage, render, visible, write_report
+from microclip_deploy.run import read_inputs
+from microclip_deploy.svg_chart import column_chart, line_chart, nice_axis
+
+HOSTILE = '<script>alert("x")</script>'
+
+
+class Elements(HTMLParser):
+    """Collects start tags with their attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.found)
+
+
+@pytest.fixture(scope="module")
+def page(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    run = shutil.copytree(finished_run, tmp_path_factory.mktemp("report") / "run")
+    return write_report(run, sample_images=3).read_text("utf-8")
+
+
+@pytest.fixture
+def manifest(finished_run: Path) -> dict[str, Any]:
+    return artifact.read_manifest(finished_run, SCHEMA)
+
+
+def history_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+
+
+def test_the_page_stands_alone(page: str) -> None:
+    elements = Elements(page)
+    assert elements.count("script") == elements.count("link") == elements.count("iframe") == 0
+    sources = [a["src"] or "" for _, a in elements.found if "src" in a]
+    assert sources
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert not any(key in a for _, a in elements.found for key in ("href", "onload", "onerror"))
+    assert re.findall(r"https?://|url\(|@import", page) == []
+    assert "default-src 'none'" in page
+
+
+def test_the_montage_shows_five_pictures_an_image(page: str) -> None:
+    assert Elements(page).count("img") == 3 * 5
+
+
+def test_the_page_tells_what_happened(page: str) -> None:
+    for text in ("red circle", "the file is empty", "batch_size", "classes.sha256"):
+        assert text in page
+    assert "80.0 %" in page
+    assert Elements(page).count("svg") == 4
+
+
+def test_an_evaluation_gives_the_headline(finished_run: Path, photos: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    measured = evaluate(run, photos).to_json()
+    artifact.write_json(run / EVALUATION, measured)
+    text = write_report(run, sample_images=0).read_text("utf-8")
+    before, after = measured["rows"][3]["top1"], measured["rows"][0]["top1"]
+    assert f"{100 * before:.1f} → {100 * after:.1f} %" in text
+    assert "Mean per class" in text
+
+
+def test_validation_is_drawn(manifest: dict[str, Any], finished_run: Path) -> None:
+    history = history_of(finished_run)
+    for number, epoch in enumerate(history):
+        epoch["validation"] = {"top1": 0.5 + 0.1 * number, "cls_top1": 0.4, "fg_top1": 0.3}
+    text = render(manifest, history, None, Montage((), ""), None)
+    assert "Validation accuracy" in text
+    assert "70.0 %" in text
+
+
+def test_hostile_texts_stay_texts(manifest: dict[str, Any], finished_run: Path) -> None:
+    manifest["classes"][0] = HOSTILE
+    manifest["warnings"] = [f'"><img src=x onerror=alert(1)>{HOSTILE}']
+    manifest["texts"]["provenance"]["classes.file"] = "\x1b[31m\u202eevil\udcff\x00.txt"
+    inputs = read_inputs(finished_run).model_copy(
+        update={
+            "classes": (HOSTILE, "b", "c"),
+            "descriptions": ((HOSTILE,), ("b",), ("c",)),
+            "bad_images": (("</td><script>x</script>", HOSTILE),),
+        }
+    )
+    text = render(manifest, history_of(finished_run), inputs, Montage((), HOSTILE), None)
+    elements = Elements(text)
+    assert elements.count("script") == elements.count("img") == 0
+    assert "[31mevil.txt" in text
+    assert "&lt;script&gt;" in text
+    text.encode("utf-8")
+    assert not set(map(ord, text)) & (set(range(32)) - {10})
+
+
+def test_warnings_are_shown(manifest: dict[str, Any], finished_run: Path) -> None:
+    manifest["warnings"] = ["the pseudo-labels collapsed: one class holds 99%"]
+    text = render(manifest, history_of(finished_run), None, Montage((), ""), None)
+    assert "One thing needs your attention" in text
+    assert "collapsed" in text
+
+
+def test_many_classes_show_the_extremes(manifest: dict[str, Any], finished_run: Path) -> None:
+    manifest["classes"] = [f"class {i}" for i in range(1000)]
+    history = history_of(finished_run)
+    history[-1]["label_counts"] = list(range(1000))
+    text = render(manifest, history, None, Montage((), ""), None)
+    assert "Most frequent" in text
+    assert text.count('class="fill"') == 24
+    assert "no image was given to 1 class." in text
+
+
+def test_lost_images_leave_a_note(finished_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    inputs = json.loads((run / "inputs.json").read_text())
+    inputs["images"] = [str(tmp_path / "gone.png")]
+    (run / "inputs.json").write_text(json.dumps(inputs))
+    assert "No pictures: " in write_report(run).read_text("utf-8")
+
+
+def test_a_checkpoint_alone_gives_a_report(finished_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "inputs.json").unlink()
+    assert "does not name its images" in write_report(run).read_text("utf-8")
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="--resume"):
+        write_report(tmp_path)
+
+
+def test_visible_keeps_joiners_and_drops_control() -> None:
+    assert visible("a\u200cb\u200d\u202e\x07\n\u2028é") == "a\u200cb\u200d é"
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (0.44, 0.55), (3.0, 3.0), (0.0, 0.0), (1e-9, 2e-9), (-5.0, 1e6)]
+)
+def test_axes_cover_their_values_with_few_ticks(low: float, high: float) -> None:
+    axis = nice_axis(low, high)
+    assert axis.low <= low <= high <= axis.high
+    assert 2 <= len(axis.ticks) <= 8
+
+
+def test_share_axes_stay_within_their_range() -> None:
+    assert nice_axis(0.97, 1.0, share=True).high == pytest.approx(1.0)
+    assert nice_axis(1.0, 1.0, share=True).high == pytest.approx(1.0)
+
+
+def test_a_line_breaks_at_missing_values() -> None:
+    drawn = line_chart({"a": [1.0, 2.0, None, 3.0, float("nan")]})
+    path = re.search(r'path d="([^"]+)"', drawn)
+    assert path
+    assert path.group(1).count("M") == 2
+    assert "nan" not in drawn
+
+
+def test_nothing_to_draw_is_no_chart() -> None:
+    assert line_chart({"a": [None, None]}) == ""
+
+
+def test_columns_have_no_negative_height() -> None:
+    assert 'height="-' not in column_chart([3, 2, 0], 1.5, "counts")
