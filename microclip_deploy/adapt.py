@@ -302,7 +302,9 @@ def confident(aggregated: Tensor, threshold: float) -> Tensor:
 
 def _sums(step: Step) -> Tensor:
     """Return float64 (len(TALLY),): what a batch adds to the epoch's tally."""
-    images = step.chosen.new_tensor(len(step.chosen), dtype=torch.float64)
+    # torch.full fills on the device; a tensor made from a Python number would be copied to it.
+    count, device = len(step.chosen), step.chosen.device
+    images = torch.full((), count, dtype=torch.float64, device=device)
     weak = step.labels.weak.saliency
     sums = {
         "images": images,
