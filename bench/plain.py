@@ -1,0 +1,121 @@
+"""The specified algorithm done plainly: what the product is compared with, for speed and equality.
+
+Every block also computes its value path, as reading the specification word by word suggests; the
+views go through the encoder one after another, each with its patch tokens; the graph of each image
+is solved by itself, with one look at its numbers from the host. Slow, and short enough to check by
+eye against docs/numerics.md.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+from microclip_deploy.adapt import AdaptConfig, Views
+from microclip_deploy.text import TextHeads
+
+TAU, EPS = 0.2, 1e-6
+
+
+class PlainOutput(NamedTuple):
+    """[CLS] and [FG] embeddings, float (B, E), unit rows, and logits (B, C)."""
+
+    cls: Tensor
+    fg: Tensor
+    logits: Tensor
+
+
+class PlainMicroCLIP(nn.Module):
+    """microCLIP word by word."""
+
+    def __init__(self, visual: VisionTransformer, heads: TextHeads) -> None:
+        super().__init__()
+        self.visual = visual
+        width = visual.conv1.out_channels
+        self.query_proj = nn.Linear(width, width, bias=False)
+        self.key_proj = nn.Linear(width, width, bias=False)
+        self.value_proj = nn.Linear(width, width, bias=False)
+        for linear in (self.query_proj, self.key_proj, self.value_proj):
+            nn.init.eye_(linear.weight)
+        self.classifier = nn.Parameter(heads.initial.clone())
+        self.frozen = heads.frozen
+        for name, parameter in self.named_parameters():
+            wanted = "ln_" in name or ("_proj.weight" in name and "visual" not in name)
+            parameter.requires_grad_(wanted or name == "classifier")
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cls (B, E) and tokens (B, N, D), with the value path in every block."""
+        visual = self.visual
+        x = visual._embeds(images)
+        value_path = x
+        for block in visual.transformer.resblocks:
+            value_path = self._value_path(block, x)
+            x = block(x)
+        cls = F.normalize(visual.ln_post(x[:, 0]) @ visual.proj, dim=-1)
+        return cls, visual.ln_post(value_path)[:, 1:]
+
+    def forward(self, images: Tensor) -> PlainOutput:
+        """Encode, cut, pool and classify a batch."""
+        cls, tokens = self.encode(images)
+        masks = torch.stack([cut(image) for image in tokens.detach()])
+        fg = self._soap(tokens, masks)
+        matrix = F.normalize(self.classifier, dim=-1)
+        return PlainOutput(cls, fg, 50 * cls @ matrix.T + 50 * fg @ matrix.T)
+
+    def _value_path(self, block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+        width = x.shape[-1]
+        hidden = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)[
+            ..., 2 * width :
+        ]
+        v = x + block.attn.out_proj(hidden)
+        rows: Tensor = v + block.mlp(block.ln_2(v))
+        return rows
+
+    def _soap(self, tokens: Tensor, masks: Tensor) -> Tensor:
+        weight = masks.to(tokens.dtype)[:, :, None]
+        query = (weight * tokens).sum(1) / weight.sum(1).clamp(min=1)
+        padded = F.pad(tokens, (0, 0, 0, 1))
+        scores = self.query_proj(query)[:, None] @ self.key_proj(padded).transpose(1, 2)
+        attention = (scores / math.sqrt(tokens.shape[-1])).softmax(-1)
+        return F.normalize((attention @ self.value_proj(padded))[:, 0] @ self.visual.proj, dim=-1)
+
+
+def cut(tokens: Tensor) -> Tensor:
+    """Return the NCut mask bool (N,) of one image's tokens (N, D)."""
+    affinity = torch.where(tokens @ tokens.T > TAU, 1.0, EPS).float()
+    degree = affinity.sum(1)
+    scale = 1 / (degree.sqrt() + EPS)
+    laplacian = scale[:, None] * (torch.diag(degree) - affinity) * scale
+    vector = torch.linalg.eigh(laplacian)[1][:, 1]
+    if vector[vector.abs().argmax()].item() < 0:  # the host waits for every image
+        vector = -vector
+    mask = vector > vector.std()
+    return mask if mask.any().item() else torch.ones_like(mask)
+
+
+def plain_step(
+    model: PlainMicroCLIP, optimizer: torch.optim.Optimizer, views: Views, config: AdaptConfig
+) -> Tensor:
+    """Label a batch, learn from it once, and return the loss."""
+    matrix = F.normalize(model.classifier, dim=-1)
+    with torch.no_grad():
+        weak = model(views.weak)
+        crops = torch.stack([model.encode(crop)[0] for crop in views.crops.unbind(1)], dim=1)
+        relevance = (crops @ weak.cls[:, :, None]).softmax(dim=1)
+        prior = F.normalize((relevance * crops).sum(1), dim=-1)
+        fused = F.normalize(0.5 * weak.cls + 0.5 * weak.fg, dim=-1)
+        labels = (
+            config.gamma * prior @ model.frozen.T + (1 - config.gamma) * fused @ matrix.T
+        ).argmax(1)
+    logits = model(views.strong).logits
+    average = logits.softmax(-1).mean(0)
+    loss: Tensor = (
+        F.cross_entropy(logits, labels) - config.fairness_weight * 2 * average.log().mean()
+    )
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()

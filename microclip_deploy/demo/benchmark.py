@@ -1,0 +1,105 @@
+"""The embedded benchmark, end to end: zero-shot, adapt, evaluate, predict.
+
+The images are written as ordinary folders first, so everything below is what a user's photos go
+through.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from microclip_deploy.artifact import write_json
+from microclip_deploy.commands import (
+    AdaptRequest,
+    PredictRequest,
+    run_adapt,
+    run_evaluate,
+    run_predict,
+)
+from microclip_deploy.demo.folders import Split, write_class_texts, write_images
+from microclip_deploy.evaluate import Evaluation
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SIZES = {Split.ADAPT: 4000, Split.VAL: 82 * 12, Split.TEST: 82 * 20}
+"""Images of each split; every class equally often in the labelled ones."""
+
+RECIPE = "demo"
+_WRITTEN = "complete.json"
+"""Written last into the image folder: it need not be rendered again."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What the benchmark measured."""
+
+    evaluation: Evaluation
+    adapt_s: float
+    """Seconds of the adaptation, labels and saving included, images and report not."""
+
+    def table(self) -> "Table":
+        """Return the comparison for a terminal."""
+        return self.evaluation.tables()[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"adapt_s": round(self.adapt_s, 1), **self.evaluation.to_json()}
+
+
+def write_benchmark(directory: Path, notes: Console) -> None:
+    """Write the images of all splits, class names and descriptions into `directory`."""
+    if (directory / _WRITTEN).is_file():
+        return
+    write_class_texts(directory)
+    for split, count in SIZES.items():
+        notes.print(f"rendering {count} images: {split.name.lower()}")
+        write_images(directory, split, count)
+    write_json(directory / _WRITTEN, {split.name.lower(): count for split, count in SIZES.items()})
+    notes.print(f"images: {directory}", markup=False)
+
+
+def run(out: Path, *, seed: int, device: str, notes: Console, printed: Console) -> Benchmark:
+    """Run the whole benchmark in a folder; what is already there is not done again.
+
+    Args:
+        out: gets images/ and the run directory seed-N/.
+        seed: of the adaptation; the images are always the same.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        notes: progress and remarks.
+        printed: the predictions.
+    """
+    images, directory = out / "images", out / f"seed-{seed}"
+    write_benchmark(images, notes)
+    request = adapt_request(images, directory, seed=seed, device=device)
+    run_adapt(request, notes)
+    evaluation = run_evaluate(directory, images / "test", device, 128, True, notes)
+    photos = sorted((images / "test").glob("*/*.png"))[:: SIZES[Split.TEST] // 5][:5]
+    run_predict(
+        PredictRequest(directory, tuple(photos), 3, "table", None, device, 64), printed, notes
+    )
+    return Benchmark(evaluation, sum(epoch["seconds"] for epoch in read_history(directory)))
+
+
+def read_history(directory: Path) -> list[dict[str, Any]]:
+    """Return the epochs of a run."""
+    lines = (directory / "history.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def adapt_request(images: Path, out: Path, *, seed: int, device: str) -> AdaptRequest:
+    """Return the request a user would make for the written images."""
+    return AdaptRequest(
+        out=out,
+        images=images / "adapt",
+        classes=images / "classes.txt",
+        descriptions=images / "descriptions.json",
+        model="demo",
+        recipe=RECIPE,
+        overrides=(f"adapt.seed={seed}",),
+        device=device,
+        resume=True,
+    )

@@ -1,0 +1,117 @@
+"""Write the benchmark as ordinary folders of PNG files, as a user's photos would lie.
+
+    DIR/adapt/000000.png ...             unlabelled; neither name nor order tells the class
+    DIR/val/CLASS/000000.png ...         ImageFolder: the folder is the label
+    DIR/test/CLASS/000000.png ...
+    DIR/val-ink/CLASS/000000.png ...     grey: coverage of the image of the same name by ink
+    DIR/test-ink/CLASS/000000.png ...
+    DIR/classes.txt, DIR/descriptions.json
+
+The number in a file name is the index of the image: with seed and split it decides every pixel,
+so writing the same images again, for instance after an interruption, gives the same files.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from enum import IntEnum
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from microclip_deploy.artifact import write_bytes, write_json
+from microclip_deploy.demo.glyphs import (
+    CLASS_CHARACTERS,
+    class_names,
+    descriptions_by_name,
+    glyph_name,
+)
+from microclip_deploy.demo.render import TARGET, RenderedGlyph, image_generator, render_glyph
+from microclip_deploy.errors import UsageError
+
+__all__ = ["Split", "target_image", "write_class_texts", "write_images"]
+
+_WORKERS = 2
+_CHUNK = 100
+
+
+class Split(IntEnum):
+    """The three image sets; the value keeps their random numbers apart."""
+
+    ADAPT = 0
+    VAL = 1
+    TEST = 2
+
+
+def write_class_texts(directory: Path) -> None:
+    """Write classes.txt and descriptions.json of the 82 classes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_bytes(directory / "classes.txt", ("\n".join(class_names()) + "\n").encode())
+    write_json(directory / "descriptions.json", descriptions_by_name())
+
+
+def write_images(directory: Path, split: Split, count: int, *, seed: int = 0) -> Path:
+    """Render target images of one split into PNG files, in two worker processes.
+
+    Args:
+        directory: benchmark folder; the split's folders are made in it.
+        split: which set; labelled sets also get their ink masks.
+        count: number of images. Labelled sets hold every class equally often when it is a
+            multiple of 82.
+        seed: seed of the whole benchmark; two seeds give unrelated images.
+
+    Returns:
+        The folder of the images.
+
+    Raises:
+        UsageError: `count` is not positive.
+    """
+    if count < 1:
+        raise UsageError(f"number of images: expected at least 1, found {count}; ask for more")
+    for folder in _folders(directory, split):
+        folder.mkdir(parents=True, exist_ok=True)
+    chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
+    write = partial(_write_chunk, directory, split, seed)
+    # spawn, not fork: the caller may already run torch threads.
+    with multiprocessing.get_context("spawn").Pool(min(_WORKERS, len(chunks))) as workers:
+        workers.map(write, chunks)
+    return directory / split.name.lower()
+
+
+def target_image(split: Split, index: int, *, seed: int = 0) -> tuple[str, RenderedGlyph]:
+    """Render one image of the benchmark again.
+
+    Returns:
+        The class character and the image with its ink.
+    """
+    rng = image_generator(seed, split, index)
+    # Drawn, not counted, in the unlabelled split: the order of its files tells nothing.
+    drawn = int(rng.integers(len(CLASS_CHARACTERS)))
+    label = drawn if split is Split.ADAPT else index % len(CLASS_CHARACTERS)
+    character = CLASS_CHARACTERS[label]
+    return character, render_glyph(character, TARGET, rng)
+
+
+def _folders(directory: Path, split: Split) -> list[Path]:
+    name = split.name.lower()
+    if split is Split.ADAPT:
+        return [directory / name]
+    tops = (directory / name, directory / f"{name}-ink")
+    return [top / class_name for top in tops for class_name in class_names()]
+
+
+def _write_chunk(directory: Path, split: Split, seed: int, indices: range) -> None:
+    name = split.name.lower()
+    for index in indices:
+        character, glyph = target_image(split, index, seed=seed)
+        image = Image.fromarray(glyph.image)
+        file_name = f"{index:06d}.png"
+        if split is Split.ADAPT:
+            image.save(directory / name / file_name)
+            continue
+        class_name = glyph_name(character)
+        image.save(directory / name / class_name / file_name)
+        ink = Image.fromarray(np.rint(glyph.ink * 255).astype(np.uint8))
+        ink.save(directory / f"{name}-ink" / class_name / file_name)
