@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from microclip_deploy.adapt import AdaptConfig, Views
+from microclip_deploy.iteration import AdaptConfig, Views
 from microclip_deploy.text import TextHeads
 
 TAU, EPS = 0.2, 1e-6

@@ -21,11 +21,11 @@ import open_clip
 import torch
 import typer
 
-from microclip_deploy.adapt import AdaptConfig, Views, make_optimizer, train_step
 from microclip_deploy.artifact import write_json
 from microclip_deploy.backbone import VisionBackbone
 from microclip_deploy.bench.card import environment
 from microclip_deploy.bench.plain import PlainMicroCLIP, plain_step
+from microclip_deploy.iteration import AdaptConfig, Views, make_optimizer, train_step
 from microclip_deploy.model import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.text import TextHeads

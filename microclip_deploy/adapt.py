@@ -10,20 +10,26 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from microclip_deploy.data import AdaptImages, Batch
 from microclip_deploy.errors import EnvironmentProblem, Interrupted, VerificationError
-from microclip_deploy.fusion import LOGIT_SCALE, fused_embedding
-from microclip_deploy.loss import cross_entropy, fairness
-from microclip_deploy.model import MicroCLIP, Output, Pooling, is_layer_norm
+from microclip_deploy.iteration import (
+    AdaptConfig,
+    Losses,
+    Step,
+    Views,
+    learning_rate,
+    make_optimizer,
+    train_step,
+)
+from microclip_deploy.model import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.preprocess import Preprocess
-from microclip_deploy.pseudo_labels import aggregate, multi_view_prior
 from microclip_deploy.stop_signal import StopSignal
 from microclip_deploy.training_log import TrainingLog
 from microclip_deploy.training_state import TrainingState
@@ -48,40 +54,6 @@ Validator: TypeAlias = Callable[[MicroCLIP, Tensor], Mapping[str, float]]
 
 LOG_EVERY = 10
 """Iterations between two lines of metrics.jsonl; also the device's synchronisation points."""
-
-
-class AdaptConfig(BaseModel):
-    """Settings of the optimisation; the defaults are the method's for every data set."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epochs: int = Field(default=15, ge=1, le=10_000)
-    """Passes over the images."""
-    batch_size: int = Field(default=64, ge=1, le=65_536)
-    """Images an iteration; a last partial batch is kept."""
-    lr: float = Field(default=1e-4, gt=0, lt=1)
-    """AdamW learning rate of the first iteration."""
-    end_lr: float = Field(default=2e-6, ge=0, lt=1)
-    """Where the per-iteration cosine ends."""
-    weight_decay: float = Field(default=0.1, ge=0, lt=1)
-    """Decoupled weight decay of every trained tensor."""
-    decay_layer_norm: bool = True
-    """Decay LayerNorm gains and biases too, as the method does."""
-    gamma: float = Field(default=0.5, ge=0, le=1)
-    """Share of the frozen multi-view prior in the pseudo-labels."""
-    cls_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of [CLS] in TokenFusion; 1 leaves [FG] out."""
-    fairness_weight: float = Field(default=1.0, ge=0, le=100)
-    """Weight of the fairness term against the cross-entropy."""
-    confidence: float = Field(default=0.0, ge=0, lt=1)
-    """Images whose pseudo-label has a lower softmax probability (scale 100) are not learnt from;
-    0 learns from all, as the method does."""
-    pooling: Pooling = "soap"
-    """"soap", or "mean" for the plain token mean it is compared with."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the encoder; the graph, the heads and the losses stay in float32."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of data order and views."""
 
 
 class Recipe(BaseModel):
@@ -121,51 +93,6 @@ class Adapted(NamedTuple):
     """One record an epoch."""
     labels: Tensor
     """int64 (images,): the last pseudo-label of each image."""
-
-
-class Views(NamedTuple):
-    """Normalised network input of one batch."""
-
-    weak: Tensor
-    """float32 (B, 3, S, S)."""
-    strong: Tensor
-    """float32 (B, 3, S, S)."""
-    crops: Tensor
-    """float32 (B, V, 3, S, S)."""
-
-
-class Labels(NamedTuple):
-    """Pseudo-labels of one batch."""
-
-    aggregated: Tensor
-    """float32 (B, C): Dynamic Knowledge Aggregation, cosines."""
-    prior: Tensor
-    """int64 (B,): what the frozen head alone says (the learnable one's word when gamma is 0)."""
-    weak: Output
-    """The model's view of the weak image."""
-
-
-class Losses(NamedTuple):
-    """The loss of one batch."""
-
-    total: Tensor
-    cross_entropy: Tensor
-    fairness: Tensor
-    average: Tensor
-    """float (C,): fairness running mean for the next iteration."""
-
-
-class Step(NamedTuple):
-    """Everything one iteration computed."""
-
-    labels: Labels
-    chosen: Tensor
-    """int64 (B,): the pseudo-labels."""
-    kept: Tensor | None
-    """bool (B,): images learnt from; None for all."""
-    output: Output
-    """The model's view of the strong image, with gradient."""
-    losses: Losses
 
 
 def adapt(
@@ -226,80 +153,6 @@ def start_state(model: MicroCLIP, images: AdaptImages, config: AdaptConfig) -> T
     )
 
 
-def make_optimizer(parameters: Mapping[str, Tensor], config: AdaptConfig) -> torch.optim.AdamW:
-    """Return AdamW as the method configures it, one group, or two if LayerNorms are not decayed."""
-    norms = [p for name, p in parameters.items() if is_layer_norm(name)]
-    others = [p for name, p in parameters.items() if not is_layer_norm(name)]
-    norm_decay = config.weight_decay if config.decay_layer_norm else 0.0
-    groups: list[dict[str, Any]] = [
-        {"params": norms, "weight_decay": norm_decay},
-        {"params": others},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
-    )
-
-
-def learning_rate(config: AdaptConfig, iteration: int, total: int) -> float:
-    """Return the rate of iteration 0 <= i < total: a cosine from `lr` to `end_lr`."""
-    cosine = 0.5 * (1 + math.cos(math.pi * iteration / total))
-    return config.end_lr + (config.lr - config.end_lr) * cosine
-
-
-@torch.no_grad()
-def label(model: MicroCLIP, views: Views, config: AdaptConfig) -> Labels:
-    """Label a batch with the current model: multi-view prior and Dynamic Knowledge Aggregation."""
-    weak = model(views.weak)
-    fused = fused_embedding(weak.cls, weak.fg, config.cls_share)
-    prior = weak.cls
-    if config.gamma > 0:  # the crops only speak through the prior
-        crops = model.encode_cls(views.crops.flatten(0, 1)).unflatten(0, views.crops.shape[:2])
-        prior = multi_view_prior(crops, weak.cls)
-    heads = {"frozen": model.frozen, "classifier": model.class_matrix()}
-    aggregated = aggregate(prior, fused, gamma=config.gamma, **heads)
-    return Labels(aggregated, (prior @ model.frozen.T).argmax(dim=1), weak)
-
-
-def train_step(
-    model: MicroCLIP,
-    optimizer: torch.optim.Optimizer,
-    views: Views,
-    config: AdaptConfig,
-    *,
-    average: Tensor | None,
-    rate: float,
-) -> Step:
-    """Label a batch with the model as it is, then move the model once.
-
-    Args:
-        model: on the views' device.
-        optimizer: over the model's trainable tensors.
-        views: one batch.
-        config: optimisation settings.
-        average: fairness running mean of the iteration before; None at the start of an epoch.
-        rate: learning rate of this step.
-    """
-    with torch.autocast(views.weak.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        labels = label(model, views, config)
-        output = model(views.strong)
-    chosen = labels.aggregated.argmax(dim=1)
-    kept = confident(labels.aggregated, config.confidence) if config.confidence > 0 else None
-    agreement = cross_entropy(output.logits, chosen, kept)
-    fair = fairness(output.logits, average)
-    total = agreement + config.fairness_weight * fair.loss
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    optimizer.step()
-    return Step(labels, chosen, kept, output, Losses(total, agreement, fair.loss, fair.average))
-
-
-def confident(aggregated: Tensor, threshold: float) -> Tensor:
-    """Return bool (B,): the label's softmax probability at scale 100 reaches `threshold`."""
-    return (LOGIT_SCALE * aggregated).softmax(dim=1).amax(dim=1) >= threshold
-
-
 def _sums(step: Step) -> Tensor:
     """Return float64 (len(TALLY),): what a batch adds to the epoch's tally."""
     # torch.full fills on the device; a tensor made from a Python number would be copied to it.
@@ -339,7 +192,7 @@ class _Loop:
         """Run the current epoch's remaining iterations."""
         state, config = self.state, self.config
         self.started = self.logged = time.perf_counter()
-        self.resumed_at = self.logged_at = state.step
+        self.logged_at, self.trained = state.step, 0
         batches = self.images.epoch(
             state.epoch,
             batch_size=config.batch_size,
@@ -370,6 +223,7 @@ class _Loop:
         state.average = step.losses.average.detach()
         state.labels[batch.indices.to(device)] = step.chosen
         state.tally += _sums(step)
+        self.trained += len(batch.indices)
         state.step += 1
         state.done += 1
         return step.losses
@@ -389,6 +243,7 @@ class _Loop:
     def save(self, found: Losses) -> None:
         """Save a state that is known to be finite."""
         self._finite(found)
+        self._require_finite_parameters()
         self.state.save(self.operation.directory / "state")
 
     def finish_epoch(self, validate: Validator | None) -> None:
@@ -399,6 +254,7 @@ class _Loop:
         self.log.epoch(self._epoch_record(seconds, validate))
         state.previous_labels.copy_(state.labels)
         state.tally.zero_()
+        self._require_finite_parameters()
         state.save(self.operation.directory / "state")
 
     def _network_input(self, pixels: Tensor) -> Tensor:
@@ -415,7 +271,6 @@ class _Loop:
         known = state.previous_labels >= 0
         changed = (state.labels != state.previous_labels) & known
         classes = len(self.model.classifier)
-        trained = images - self.resumed_at * self.config.batch_size
         return {
             "epoch": state.epoch,
             "iteration": state.done,
@@ -423,7 +278,7 @@ class _Loop:
             "churn": changed.sum().item() / known.sum().item() if bool(known.any()) else None,
             "label_counts": torch.bincount(state.labels.clamp(min=0), minlength=classes).tolist(),
             "seconds": round(seconds, 3),
-            "images_per_s": round(trained / seconds, 2),
+            "images_per_s": round(self.trained / seconds, 2),
             "validation": dict(validate(self.model, state.labels)) if validate else None,
         }
 
@@ -433,6 +288,12 @@ class _Loop:
         if not all(math.isfinite(value) for value in values):
             raise self._diverged()
         return dict(zip(("loss", "cross_entropy", "fairness"), values, strict=True))
+
+    def _require_finite_parameters(self) -> None:
+        """A finite loss may still have left a gradient that was not."""
+        finite = [torch.isfinite(p).all() for p in self.state.parameters.values()]
+        if not torch.stack(finite).all().item():
+            raise self._diverged()
 
     def _diverged(self) -> VerificationError:
         return VerificationError(

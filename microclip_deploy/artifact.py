@@ -111,12 +111,15 @@ def read_manifest(directory: Path, schema: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: expected schema {schema}, found {found}; write it again with this version"
         )
-    for name, entry in manifest["files"].items():
-        _verify(directory, name, entry)
+    try:
+        for name, entry in manifest["files"].items():
+            _verify(directory, name, int(entry["bytes"]), str(entry["sha256"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its list of files is damaged; restore it") from error
     return dict(manifest)
 
 
-def _verify(directory: Path, name: str, entry: Mapping[str, Any]) -> None:
+def _verify(directory: Path, name: str, size: int, sha256: str) -> None:
     path = directory / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise CheckpointError(
@@ -126,7 +129,7 @@ def _verify(directory: Path, name: str, entry: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{path}: listed in the manifest and missing; restore it or run again"
         )
-    if path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
+    if path.stat().st_size != size or sha256_file(path) != sha256:
         raise CheckpointError(f"{path}: its bytes differ from the manifest's sha256; it is damaged")
 
 

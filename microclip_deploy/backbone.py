@@ -56,7 +56,7 @@ class Tokens(NamedTuple):
 class VisionBackbone(nn.Module):
     """An open_clip VisionTransformer read through its parameters.
 
-    Source: spec of the visual encoder in docs/numerics.md section 1; MaskCLIP for the value path.
+    Source: docs/numerics.md section 1; MaskCLIP for the value path.
     """
 
     def __init__(self, visual: VisionTransformer) -> None:
@@ -119,7 +119,7 @@ class Clip(NamedTuple):
     preprocess: Preprocess
     spec: BackboneSpec
     sha256: str
-    """Hash of the vision tower's names, shapes and values."""
+    """Hash of both towers' names, shapes and values."""
 
 
 class TextEncoder:
@@ -150,6 +150,8 @@ def load_clip(spec: BackboneSpec, device: torch.device | str = "cpu") -> Clip:
     Raises:
         CheckpointError: unknown name or tag, missing or damaged weights, an architecture that
             does not match its weights, or a tower microCLIP cannot use.
+
+    On a CUDA device TF32 is switched off for the process.
     """
     name = resolve_name(spec.model)
     _check_source(spec, name)
@@ -172,6 +174,10 @@ def load_clip(spec: BackboneSpec, device: torch.device | str = "cpu") -> Clip:
             f"model {spec.model}: could not be loaded: {_first_line(error)}"
         ) from error
     clip.eval().requires_grad_(False)
+    if torch.device(device).type == "cuda":
+        # TF32 would move products of tokens across tau: float32 here means float32.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
     _check_finite(clip, spec)
     vision = VisionBackbone(clip.visual)
     settings = open_clip.get_model_preprocess_cfg(clip)
@@ -180,7 +186,7 @@ def load_clip(spec: BackboneSpec, device: torch.device | str = "cpu") -> Clip:
         mean=tuple(settings["mean"]),
         std=tuple(settings["std"]),
     )
-    return Clip(vision, TextEncoder(clip, tokenizer), preprocess, spec, weights_sha256(vision))
+    return Clip(vision, TextEncoder(clip, tokenizer), preprocess, spec, weights_sha256(clip))
 
 
 def resolve_name(model: str) -> str:
@@ -195,7 +201,7 @@ def weights_sha256(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

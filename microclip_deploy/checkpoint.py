@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from microclip_deploy import artifact
 from microclip_deploy.backbone import BackboneSpec, Clip, load_clip
-from microclip_deploy.errors import CheckpointError
+from microclip_deploy.config import validate
+from microclip_deploy.errors import CheckpointError, UsageError
 from microclip_deploy.model import MicroCLIP, Pooling
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.preprocess import Preprocess
@@ -25,21 +27,56 @@ SCHEMA = "microclip.checkpoint/1"
 WEIGHTS = "weights.safetensors"
 
 
+class StoredBackbone(BackboneSpec):
+    """Where the frozen weights come from, and their hash."""
+
+    sha256: str
+
+
+class StoredFusion(BaseModel):
+    """The settings of `adapt` that shape the model."""
+
+    cls_share: float
+    pooling: Pooling
+
+
+class StoredConfig(BaseModel):
+    """The part of the resolved recipe that shapes the model."""
+
+    adapt: StoredFusion
+
+
+class CheckpointManifest(BaseModel):
+    """The fields of manifest.json that loading needs; others are for people."""
+
+    model_config = ConfigDict(frozen=True)
+
+    backbone: StoredBackbone
+    preprocess: Preprocess
+    ncut: dict[str, Any]
+    """The fields of NCutSpec, and the fingerprint they had when they were written."""
+    classes: tuple[str, ...] = Field(min_length=2)
+    config: StoredConfig
+
+    def ncut_spec(self) -> NCutSpec:
+        """Return the constants of the cut.
+
+        Raises:
+            CheckpointError: they do not match their fingerprint.
+        """
+        spec = validate(NCutSpec, {k: v for k, v in self.ncut.items() if k != "fingerprint"})
+        if spec.fingerprint() != self.ncut.get("fingerprint"):
+            raise CheckpointError(
+                "checkpoint: the constants of the cut do not match their fingerprint; adapt again"
+            )
+        return spec
+
+
 class Checkpoint(NamedTuple):
     """A checkpoint read from disk and verified."""
 
-    manifest: dict[str, Any]
+    manifest: CheckpointManifest
     tensors: dict[str, Tensor]
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names in the order of the logits."""
-        return tuple(self.manifest["classes"])
-
-    @property
-    def preprocess(self) -> Preprocess:
-        """How pixels become the network's input."""
-        return Preprocess(**self.manifest["preprocess"])
 
     def heads(self) -> TextHeads:
         """Class matrices as they were before adaptation."""
@@ -80,7 +117,13 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         CheckpointError: missing, damaged, foreign, or with weights that are no finite numbers.
     """
-    manifest = artifact.read_manifest(directory, SCHEMA)
+    stored = artifact.read_manifest(directory, SCHEMA)
+    try:
+        manifest = validate(CheckpointManifest, stored)
+    except UsageError as error:
+        raise CheckpointError(f"{directory / artifact.MANIFEST}: {error}; restore it") from error
+    if WEIGHTS not in stored["files"]:
+        raise CheckpointError(f"{directory}: the manifest does not list {WEIGHTS}; restore it")
     try:
         tensors = load_file(directory / WEIGHTS)
     except (SafetensorError, OSError) as error:
@@ -121,24 +164,22 @@ def load_model(checkpoint: Checkpoint, device: str = "cpu") -> MicroCLIP:
 
 def initial_model(checkpoint: Checkpoint, device: str = "cpu") -> MicroCLIP:
     """Rebuild the model as it was before adaptation: what zero-shot CLIP says."""
-    stored = checkpoint.manifest["backbone"]
-    spec = BackboneSpec(model=stored["model"], pretrained=stored["pretrained"])
-    clip = load_clip(spec, device)
-    if clip.sha256 != stored["sha256"]:
+    manifest = checkpoint.manifest
+    stored, fusion = manifest.backbone, manifest.config.adapt
+    clip = load_clip(BackboneSpec(model=stored.model, pretrained=stored.pretrained), device)
+    if clip.sha256 != stored.sha256:
         raise CheckpointError(
-            f"backbone {spec.model}/{spec.pretrained}: expected weights with sha256 "
-            f"{stored['sha256'][:12]}, found {clip.sha256[:12]}; "
+            f"backbone {stored.model}/{stored.pretrained}: expected weights with sha256 "
+            f"{stored.sha256[:12]}, found {clip.sha256[:12]}; "
             "adapt again or restore the old weights"
         )
-    adapt = checkpoint.manifest["config"]["adapt"]
-    ncut = {k: v for k, v in checkpoint.manifest["ncut"].items() if k != "fingerprint"}
     return build_model(
         clip,
         checkpoint.heads(),
-        ncut=NCutSpec(**ncut),
-        cls_share=adapt["cls_share"],
-        pooling=adapt["pooling"],
-    ).to(device)
+        ncut=manifest.ncut_spec(),
+        cls_share=fusion.cls_share,
+        pooling=fusion.pooling,
+    )
 
 
 def build_model(

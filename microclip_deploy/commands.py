@@ -23,7 +23,7 @@ from microclip_deploy.labelled_images import LabelledImages
 from microclip_deploy.model import MicroCLIP
 from microclip_deploy.predict import CsvWriter, JsonLinesWriter, OverlayWriter, predict, table
 from microclip_deploy.progress import bar
-from microclip_deploy.report import write_report
+from microclip_deploy.report import REPORT, write_report
 from microclip_deploy.run import (
     INPUTS,
     RunInputs,
@@ -69,7 +69,9 @@ def run_adapt(request: AdaptRequest, notes: Console) -> dict[str, Any]:
     with locked(request.out):
         resuming = request.resume and (request.out / INPUTS).is_file()
         if resuming and (request.out / artifact.MANIFEST).is_file():
-            notes.print(f"{request.out}: already finished")
+            notes.print(f"{request.out}: already finished", markup=False)
+            if not (request.out / REPORT).is_file():
+                _report(request.out, device, notes)
             return dict(artifact.read_json(request.out / artifact.MANIFEST))
         inputs, clip = (_resumed if resuming else _new)(request, device, notes)
         validator = _validator(request.val_dir, inputs, clip, device)
@@ -150,9 +152,12 @@ def _backbone(request: AdaptRequest) -> BackboneSpec:
         raise UsageError(
             f"--pretrained: --model {request.model} already names its weights; drop it"
         )
-    return BackboneSpec(
-        model=model, pretrained=None if located else request.pretrained or DEFAULT_TAG
-    )
+    if located:
+        return BackboneSpec(model=model)
+    pretrained = request.pretrained or DEFAULT_TAG
+    if Path(pretrained).is_file():
+        pretrained = str(Path(pretrained).absolute())
+    return BackboneSpec(model=model, pretrained=pretrained)
 
 
 def _default_workers(device: str) -> int:

@@ -24,6 +24,7 @@ _EXTRA_OF: Mapping[str, str] = {
     "torch": "adapt",
     "torchvision": "adapt",
     "open_clip": "adapt",
+    "timm": "adapt",
     "onnx": "export",
     "onnxruntime": "cpu",
     "tensorrt": "gpu",
@@ -98,8 +99,8 @@ def judge(machine: Machine, packages: Mapping[str, Package]) -> Diagnosis:
 
     Args:
         machine: processors, GPUs and driver.
-        packages: one entry for each of torch, torchvision, open_clip, onnx, onnxruntime, tensorrt
-            and cupy.
+        packages: one entry for each of torch, torchvision, open_clip, timm, onnx, onnxruntime,
+            tensorrt and cupy.
     """
     problems = [
         *_broken(packages.values()),
@@ -203,7 +204,7 @@ def _absent(machine: Machine, packages: Mapping[str, Package]) -> Iterator[Probl
 
 def _uses(machine: Machine, packages: Mapping[str, Package]) -> tuple[Use, ...]:
     torch = packages["torch"]
-    lacking = [n for n in ("torch", "torchvision", "open_clip") if not packages[n].works]
+    lacking = [n for n in ("torch", "torchvision", "open_clip", "timm") if not packages[n].works]
     on_gpu = torch.works and bool(torch.details.get("usable"))
     device = machine.gpus[0].name if on_gpu and machine.gpus else "GPU" if on_gpu else "CPU"
     threads = torch.details.get("threads", machine.cpus)

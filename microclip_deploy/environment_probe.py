@@ -33,6 +33,7 @@ _PROBES: Mapping[str, str] = {
     ),
     "torchvision": "import torchvision; print('{}')",
     "open_clip": "import open_clip; print('{}')",
+    "timm": "import timm; print('{}')",
     "onnx": "import onnx; print('{}')",
     "onnxruntime": (
         "import base64, json, onnxruntime as m; m.set_default_logger_severity(4);"
@@ -53,6 +54,7 @@ _DISTRIBUTIONS: Mapping[str, str] = {
     "torch": r"torch",
     "torchvision": r"torchvision",
     "open_clip": r"open[-_]clip[-_]torch",
+    "timm": r"timm",
     "onnx": r"onnx",
     "onnxruntime": r"onnxruntime(?:-gpu|-openvino|-directml)?",
     "tensorrt": r"tensorrt(?:[-_]cu(\d+))?",

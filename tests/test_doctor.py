@@ -28,6 +28,7 @@ def packages(**changed: Package) -> Mapping[str, Package]:
         "torch": installed("torch", "2.15", cuda_major=13, details={"usable": 1, "threads": 4}),
         "torchvision": installed("torchvision"),
         "open_clip": installed("open_clip"),
+        "timm": installed("timm"),
         "onnx": installed("onnx"),
         "onnxruntime": installed(
             "onnxruntime", cuda_major=13,

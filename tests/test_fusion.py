@@ -13,7 +13,8 @@ def definition(soap: SOAP, patches: torch.Tensor, mask: torch.Tensor) -> torch.T
     query = soap.query_proj(masked_mean(patches, mask))
     padded = F.pad(patches, (0, 0, 0, 1))
     scores = (query[:, None] @ soap.key_proj(padded).transpose(1, 2)) / math.sqrt(patches.shape[-1])
-    return (scores.softmax(-1) @ soap.value_proj(padded))[:, 0]
+    pooled: torch.Tensor = (scores.softmax(-1) @ soap.value_proj(padded))[:, 0]
+    return pooled
 
 
 def test_shortcut_equals_the_definition() -> None:

@@ -9,7 +9,8 @@ import open_clip
 import pytest
 import torch
 
-from microclip_deploy.adapt import (
+from microclip_deploy.backbone import VisionBackbone
+from microclip_deploy.iteration import (
     AdaptConfig,
     Step,
     Views,
@@ -17,7 +18,6 @@ from microclip_deploy.adapt import (
     make_optimizer,
     train_step,
 )
-from microclip_deploy.backbone import VisionBackbone
 from microclip_deploy.model import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.text import heads_from_embeddings
@@ -151,3 +151,23 @@ def test_first_gradient_equals_the_reference(golden: Any) -> None:
         assert parameter.grad is not None
         expected = tensor(golden, f"grad1/{reference_name(name)}")
         torch.testing.assert_close(parameter.grad, expected, atol=1e-9, rtol=1e-6)
+
+
+def test_bf16_touches_the_encoder_and_nothing_behind_it(golden: Any) -> None:
+    model = build(golden, torch.float32)
+    views = Views(
+        *(tensor(golden, f"step0/{view}_i16").float() / 256 for view in ("weak", "strong", "crops"))
+    )
+    config = AdaptConfig(precision="bf16")
+    optimizer = make_optimizer(model.trainable(), config)
+    step = train_step(model, optimizer, views, config, average=None, rate=1e-4)
+    assert step.labels.aggregated.dtype == torch.float32
+    # What the prior adds lies in the span of the frozen head to float32 precision; products in
+    # bfloat16 would leave 4e-3.
+    matrix = torch.nn.functional.normalize(tensor(golden, "classifier_init").double(), dim=-1)
+    weak = step.labels.weak
+    fused = torch.nn.functional.normalize(0.5 * (weak.cls + weak.fg).double(), dim=-1)
+    prior = 2 * (step.labels.aggregated.double() - 0.5 * fused @ matrix.T)
+    frozen = model.frozen.double()
+    span = prior @ torch.linalg.pinv(frozen).T @ frozen.T
+    torch.testing.assert_close(span, prior, atol=1e-5, rtol=0)

@@ -1,7 +1,7 @@
 """Every constant of the normalised cut, in one place.
 
-Artifacts carry these values and their fingerprint; an implementation built from other values
-refuses the artifact.
+Artifacts carry these values and their fingerprint, and a reader refuses values that do not match
+it.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class NCutSpec(BaseModel):
     squarings: int = Field(default=22, ge=8, le=32)
     """Squarings of the iterative solver: it applies the filter 2**squarings times."""
 
-    rank_one_residual: float = Field(default=0.2, gt=0, lt=0.41)
+    rank_one_residual: float = Field(default=0.01, gt=0, lt=0.41)
     """The iterative solver calls the vector undefined when trace / Frobenius norm - 1 of its
     filter exceeds this (0 for a simple eigenvalue, 0.41 for a double one)."""
 

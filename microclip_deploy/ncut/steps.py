@@ -53,8 +53,8 @@ class Saliency(NamedTuple):
 def saliency(tokens: Array, spec: NCutSpec) -> Saliency:
     """Mark the tokens on the foreground side of the normalised cut.
 
-    CPU arrays take the exact solver; arrays on an accelerator the iterative one, because a dense
-    eigendecomposition would synchronise with the host.
+    torch tensors on an accelerator take the iterative solver, because a dense eigendecomposition
+    would synchronise with the host; everything else takes the exact one.
 
     Args:
         tokens: float (B, N, D), N >= 4, raw (not normalised), class token removed.

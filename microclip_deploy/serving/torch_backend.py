@@ -32,7 +32,7 @@ class TorchSession:
         require_device(device)
         checkpoint = read_checkpoint(path)
         model = load_model(checkpoint, device)
-        return cls(model, checkpoint.classes, checkpoint.preprocess, device)
+        return cls(model, checkpoint.manifest.classes, checkpoint.manifest.preprocess, device)
 
     @classmethod
     def open_initial(cls, path: Path, device: str = "cpu") -> Self:
@@ -40,7 +40,7 @@ class TorchSession:
         require_device(device)
         checkpoint = read_checkpoint(path)
         model = initial_model(checkpoint, device)
-        return cls(model, checkpoint.classes, checkpoint.preprocess, device)
+        return cls(model, checkpoint.manifest.classes, checkpoint.manifest.preprocess, device)
 
     @torch.inference_mode()
     def predict(self, images: NDArray[np.uint8]) -> Prediction:

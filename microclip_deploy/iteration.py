@@ -1,0 +1,177 @@
+"""One iteration: label a batch with the model as it is, then move the model once.
+
+docs/numerics.md sections 6 to 8 hold every equation.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from microclip_deploy.fusion import LOGIT_SCALE, fused_embedding
+from microclip_deploy.loss import cross_entropy, fairness
+from microclip_deploy.model import MicroCLIP, Output, Pooling, is_layer_norm
+from microclip_deploy.pseudo_labels import aggregate, multi_view_prior
+
+
+class AdaptConfig(BaseModel):
+    """Settings of the optimisation; the defaults are the method's for every data set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(default=15, ge=1, le=10_000)
+    """Passes over the images."""
+    batch_size: int = Field(default=64, ge=1, le=65_536)
+    """Images an iteration; a last partial batch is kept."""
+    lr: float = Field(default=1e-4, gt=0, lt=1)
+    """AdamW learning rate of the first iteration."""
+    end_lr: float = Field(default=2e-6, ge=0, lt=1)
+    """Where the per-iteration cosine ends."""
+    weight_decay: float = Field(default=0.1, ge=0, lt=1)
+    """Decoupled weight decay of every trained tensor."""
+    decay_layer_norm: bool = True
+    """Decay LayerNorm gains and biases too, as the method does."""
+    gamma: float = Field(default=0.5, ge=0, le=1)
+    """Share of the frozen multi-view prior in the pseudo-labels."""
+    cls_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of [CLS] in TokenFusion; 1 leaves [FG] out."""
+    fairness_weight: float = Field(default=1.0, ge=0, le=100)
+    """Weight of the fairness term against the cross-entropy."""
+    confidence: float = Field(default=0.0, ge=0, lt=1)
+    """Images whose pseudo-label has a lower softmax probability (scale 100) are not learnt from;
+    0 learns from all, as the method does."""
+    pooling: Pooling = "soap"
+    """"soap", or "mean" for the plain token mean it is compared with."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the encoder; the graph, the heads and the losses stay in float32."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of data order and views."""
+
+
+class Views(NamedTuple):
+    """Normalised network input of one batch."""
+
+    weak: Tensor
+    """float32 (B, 3, S, S)."""
+    strong: Tensor
+    """float32 (B, 3, S, S)."""
+    crops: Tensor
+    """float32 (B, V, 3, S, S)."""
+
+
+class Labels(NamedTuple):
+    """Pseudo-labels of one batch."""
+
+    aggregated: Tensor
+    """float32 (B, C): Dynamic Knowledge Aggregation, cosines."""
+    prior: Tensor
+    """int64 (B,): what the frozen head alone says (of the weak view when gamma is 0)."""
+    weak: Output
+    """The model's view of the weak image."""
+
+
+class Losses(NamedTuple):
+    """The loss of one batch."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    fairness: Tensor
+    average: Tensor
+    """float (C,): fairness running mean for the next iteration."""
+
+
+class Step(NamedTuple):
+    """Everything one iteration computed."""
+
+    labels: Labels
+    chosen: Tensor
+    """int64 (B,): the pseudo-labels."""
+    kept: Tensor | None
+    """bool (B,): images learnt from; None for all."""
+    output: Output
+    """The model's view of the strong image, with gradient."""
+    losses: Losses
+
+
+def make_optimizer(parameters: Mapping[str, Tensor], config: AdaptConfig) -> torch.optim.AdamW:
+    """Return AdamW as the method configures it; LayerNorms are a group of their own."""
+    norms = [p for name, p in parameters.items() if is_layer_norm(name)]
+    others = [p for name, p in parameters.items() if not is_layer_norm(name)]
+    norm_decay = config.weight_decay if config.decay_layer_norm else 0.0
+    groups: list[dict[str, Any]] = [
+        {"params": norms, "weight_decay": norm_decay},
+        {"params": others},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
+    )
+
+
+def learning_rate(config: AdaptConfig, iteration: int, total: int) -> float:
+    """Return the rate of iteration 0 <= i < total: a cosine from `lr` to `end_lr`."""
+    cosine = 0.5 * (1 + math.cos(math.pi * iteration / total))
+    return config.end_lr + (config.lr - config.end_lr) * cosine
+
+
+@torch.no_grad()
+def label(model: MicroCLIP, views: Views, config: AdaptConfig) -> Labels:
+    """Label a batch with the current model: multi-view prior and Dynamic Knowledge Aggregation."""
+    with _encoder_precision(views, config):
+        weak = model(views.weak)
+        seen = model.encode_cls(views.crops.flatten(0, 1)) if config.gamma > 0 else None
+    fused = fused_embedding(weak.cls, weak.fg, config.cls_share)
+    prior = weak.cls
+    if seen is not None:  # crops speak through the prior alone; with gamma 0 nobody listens
+        prior = multi_view_prior(seen.unflatten(0, views.crops.shape[:2]), weak.cls)
+    heads = {"frozen": model.frozen, "classifier": model.class_matrix()}
+    aggregated = aggregate(prior, fused, gamma=config.gamma, **heads)
+    return Labels(aggregated, (prior @ model.frozen.T).argmax(dim=1), weak)
+
+
+def train_step(
+    model: MicroCLIP,
+    optimizer: torch.optim.Optimizer,
+    views: Views,
+    config: AdaptConfig,
+    *,
+    average: Tensor | None,
+    rate: float,
+) -> Step:
+    """Label a batch with the model as it is, then move the model once.
+
+    Args:
+        model: on the views' device.
+        optimizer: over the model's trainable tensors.
+        views: one batch.
+        config: optimisation settings.
+        average: fairness running mean of the iteration before; None at the start of an epoch.
+        rate: learning rate of this step.
+    """
+    labels = label(model, views, config)
+    with _encoder_precision(views, config):
+        output = model(views.strong)
+    chosen = labels.aggregated.argmax(dim=1)
+    kept = confident(labels.aggregated, config.confidence) if config.confidence > 0 else None
+    agreement = cross_entropy(output.logits, chosen, kept)
+    fair = fairness(output.logits, average)
+    total = agreement + config.fairness_weight * fair.loss
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    optimizer.step()
+    return Step(labels, chosen, kept, output, Losses(total, agreement, fair.loss, fair.average))
+
+
+def confident(aggregated: Tensor, threshold: float) -> Tensor:
+    """Return bool (B,): the label's softmax probability at scale 100 reaches `threshold`."""
+    return (LOGIT_SCALE * aggregated).softmax(dim=1).amax(dim=1) >= threshold
+
+
+def _encoder_precision(views: Views, config: AdaptConfig) -> torch.autocast:
+    """Return the autocast of the encoder; pseudo-labels and losses stay outside it."""
+    device = views.weak.device.type
+    return torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16")

@@ -1,0 +1,60 @@
+"""The commands and their options, pinned: a new setting is a recipe field, not a flag."""
+
+import re
+
+import pytest
+import typer
+
+from microclip_deploy.cli import EPILOG, app, main
+
+COMMAND = typer.main.get_command(app)
+
+SURFACE = {
+    "adapt": {
+        "--out", "--classes", "--descriptions", "--template", "--model", "--pretrained", "--recipe",
+        "--set", "--epochs", "--batch-size", "--lr", "--seed", "--val-dir", "--device", "--workers",
+        "--max-bad-images", "--save-every", "--resume", "--overwrite", "--json",
+    },
+    "evaluate": {"--device", "--batch-size", "--zero-shot", "--per-class", "--json"},
+    "predict": {"--top-k", "--format", "--overlay", "--device", "--batch-size"},
+    "demo": {"--out", "--write-images", "--seed", "--device", "--json"},
+    "doctor": {"--require", "--json"},
+    "recipes": set(),
+    "version": {"--json"},
+}  # fmt: skip
+
+
+def options(name: str) -> set[str]:
+    params = COMMAND.commands[name].params  # type: ignore[attr-defined]
+    return {opt for param in params for opt in param.opts if opt.startswith("--")}
+
+
+def test_commands_are_the_documented_ones() -> None:
+    assert set(COMMAND.commands) == set(SURFACE)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_options_are_the_documented_ones(name: str) -> None:
+    assert options(name) == SURFACE[name]
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    assert "Usage:" in capsys.readouterr().out
+
+
+def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert EPILOG in shown
+
+
+def test_unknown_options_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--fast"]) == 2
+    assert "--fast" in capsys.readouterr().err
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)

@@ -1,0 +1,51 @@
+"""The README names only commands, options, files and settings that exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from microclip_deploy.adapt import Recipe
+from microclip_deploy.cli import app
+from microclip_deploy.config import resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def command_lines() -> list[str]:
+    found = re.findall(r"^\s*(microclip-deploy .*?)(?:\s+#.*)?$", README, re.MULTILINE)
+    return list(found)
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_commands_and_options_exist(line: str) -> None:
+    _, name, *arguments = shlex.split(line)
+    known = {opt for param in COMMANDS[name].params for opt in (*param.opts, *param.secondary_opts)}
+    given = {argument for argument in arguments if argument.startswith("-")}
+    assert given <= known
+
+
+def test_every_option_named_in_the_text_exists() -> None:
+    known = {opt for command in COMMANDS.values() for p in command.params for opt in p.opts}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert named <= known
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)", README))))
+def test_links_lead_somewhere(target: str) -> None:
+    assert (ROOT / target).exists()
+
+
+@pytest.mark.parametrize("override", sorted(set(re.findall(r"--set (\S+=[^`\s]+)", README))))
+def test_settings_exist(override: str) -> None:
+    if override == "section.key=value":
+        pytest.skip("the form, not a setting")
+    resolve(Recipe, None, [override.replace("''", "")])
+
+
+def test_placeholders_are_filled() -> None:
+    assert "@@" not in README
