@@ -22,14 +22,17 @@ from microclip_deploy.backbone import BackboneSpec, load_clip
 from microclip_deploy.bench.card import environment
 from microclip_deploy.classes import class_texts
 from microclip_deploy.config import resolve
-from microclip_deploy.demo.benchmark import read_history, write_benchmark
+from microclip_deploy.demo.benchmark import write_benchmark
 from microclip_deploy.demo.folders import hidden_labels
 from microclip_deploy.demo.ink import mask_ink_iou
 from microclip_deploy.evaluate import evaluate
+from microclip_deploy.history import read_history
 from microclip_deploy.model import MicroCLIP
-from microclip_deploy.run import execute, locked, make_inputs, write_inputs
+from microclip_deploy.run import execute
+from microclip_deploy.run_directory import locked, make_inputs, write_inputs
 from microclip_deploy.serving import open_session
 from microclip_deploy.sources import list_images
+from microclip_deploy.training_log import HISTORY
 
 RECIPES = {
     "demo": "microCLIP",
@@ -62,7 +65,7 @@ def adapt_once(images: Path, out: Path, recipe: str, seed: int) -> None:
     texts = class_texts(images / "classes.txt", images / "descriptions.json")
     paths = list_images(images / "adapt").paths
     clip = load_clip(BackboneSpec(model="demo"))
-    inputs = make_inputs(clip, settings, texts, paths, ())
+    inputs = make_inputs(clip, settings, texts, good=paths)
     with locked(out):
         write_inputs(out, inputs)
         execute(inputs, Operation(out), clip, validator=label_accuracy(len(paths)))
@@ -85,7 +88,7 @@ def measure_once(images: Path, out: Path) -> dict[str, Any]:
         return dict(read_json(stored))
     evaluation = evaluate(out, images / "test", batch_size=128)
     scores = {name: evaluation.row(*row) for name, row in ROWS.items()}
-    history = read_history(out)
+    history = read_history(out / HISTORY)
     with open_session(out) as session:
         overlap = mask_ink_iou(session, images)
     result = {

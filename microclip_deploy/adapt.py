@@ -29,7 +29,6 @@ from microclip_deploy.iteration import (
 )
 from microclip_deploy.model import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.stop_signal import StopSignal
 from microclip_deploy.training_log import TrainingLog
 from microclip_deploy.training_state import TrainingState
@@ -51,6 +50,9 @@ TALLY = (
 
 Validator: TypeAlias = Callable[[MicroCLIP, Tensor], Mapping[str, float]]
 """(model, int64 (images,) pseudo-labels) -> named measurements."""
+
+STATE = "state"
+"""Folder of the saved states in a run directory."""
 
 LOG_EVERY = 10
 """Iterations between two lines of metrics.jsonl; also the device's synchronisation points."""
@@ -98,7 +100,6 @@ class Adapted(NamedTuple):
 def adapt(
     model: MicroCLIP,
     images: AdaptImages,
-    preprocess: Preprocess,
     config: AdaptConfig,
     operation: Operation,
     *,
@@ -109,8 +110,7 @@ def adapt(
 
     Args:
         model: in its initial state, on the device that trains.
-        images: the unlabeled images.
-        preprocess: the backbone's normalisation.
+        images: the unlabeled images, with the backbone's normalisation.
         config: optimisation settings.
         operation: run directory, workers, saving.
         validate: given the model and the pseudo-labels after each epoch; what it returns is logged
@@ -123,14 +123,14 @@ def adapt(
         EnvironmentProblem: the disk is full, or the device is out of memory.
     """
     state = start_state(model, images, config)
-    state.restore(operation.directory / "state")
+    state.restore(operation.directory / STATE)
     total = config.epochs * images.iterations(config.batch_size)
     log = TrainingLog(operation.directory, state.done, state.epoch)
-    loop = _Loop(model, images, preprocess, config, operation, state, log, total, on_step)
     try:
         with StopSignal() as stop:
+            loop = _Loop(model, images, config, operation, state, log, total, on_step, stop)
             while state.epoch < config.epochs:
-                loop.run_epoch(stop)
+                loop.run_epoch()
                 loop.finish_epoch(validate)
         return Adapted(log.history(), state.labels.cpu())
     except torch.cuda.OutOfMemoryError as error:
@@ -180,19 +180,25 @@ class _Loop:
 
     model: MicroCLIP
     images: AdaptImages
-    preprocess: Preprocess
     config: AdaptConfig
     operation: Operation
     state: TrainingState
     log: TrainingLog
     total: int
     on_step: Callable[[StepReport], None]
+    stop: StopSignal
+    trained: int = 0
+    """Images since this process began the epoch."""
+    started: float = 0.0
+    """When it did, in perf_counter's seconds."""
+    logged: tuple[int, float] = (0, 0.0)
+    """`trained` and the time when a metrics line was last written."""
 
-    def run_epoch(self, stop: StopSignal) -> None:
+    def run_epoch(self) -> None:
         """Run the current epoch's remaining iterations."""
         state, config = self.state, self.config
-        self.started = self.logged = time.perf_counter()
-        self.logged_at, self.trained = state.step, 0
+        self.trained, self.started = 0, time.perf_counter()
+        self.logged = (0, self.started)
         batches = self.images.epoch(
             state.epoch,
             batch_size=config.batch_size,
@@ -203,14 +209,10 @@ class _Loop:
             found = self.iterate(batch)
             if state.done % LOG_EVERY == 0 or state.done == self.total:
                 self.log_step(found)
-            if state.done % self.operation.save_every == 0 or stop.received:
-                self.save(found)
-            if stop.received:
-                raise Interrupted(
-                    f"stopped at iteration {state.done} of {self.total}; the state is saved, "
-                    f"continue with: microclip-deploy adapt --resume -o {self.operation.directory}",
-                    stop.received,
-                )
+            if state.done % self.operation.save_every == 0 or self.stop.received:
+                self._finite(found)
+                self.save()
+            self.leave_if_stopped()
 
     def iterate(self, batch: Batch) -> Losses:
         """Label a batch, learn from it, and add to the tally."""
@@ -232,34 +234,49 @@ class _Loop:
         """Write a metrics line and tell the user."""
         state, now = self.state, time.perf_counter()
         values = self._finite(found)
-        batches = state.step - self.logged_at
-        speed = batches * self.config.batch_size / max(now - self.logged, 1e-9)
-        self.logged, self.logged_at = now, state.step
+        before, then = self.logged
+        speed = (self.trained - before) / max(now - then, 1e-9)
+        self.logged = (self.trained, now)
         rate = state.optimizer.param_groups[0]["lr"]
         line = {"iteration": state.done, "epoch": state.epoch + 1, **values, "lr": rate}
         self.log.metrics({**line, "images_per_s": round(speed, 2)})
         self.on_step(StepReport(state.done, self.total, state.epoch + 1, values["loss"], speed))
 
-    def save(self, found: Losses) -> None:
-        """Save a state that is known to be finite."""
-        self._finite(found)
-        self._require_finite_parameters()
-        self.state.save(self.operation.directory / "state")
-
     def finish_epoch(self, validate: Validator | None) -> None:
-        """Log the epoch, start the next one, and save."""
-        state = self.state
-        state.average, state.step, state.epoch = None, 0, state.epoch + 1
-        seconds = time.perf_counter() - self.started
+        """Measure and log the epoch, start the next one, and save."""
+        state, seconds = self.state, time.perf_counter() - self.started
+        if validate is not None:
+            self.save()  # a long validation must not cost the epoch when it fails or is killed
         self.log.epoch(self._epoch_record(seconds, validate))
+        state.average, state.step, state.epoch = None, 0, state.epoch + 1
         state.previous_labels.copy_(state.labels)
         state.tally.zero_()
-        self._require_finite_parameters()
-        state.save(self.operation.directory / "state")
+        self.save()
+        if state.epoch < self.config.epochs:
+            self.leave_if_stopped()
+
+    def save(self) -> None:
+        """Save the state, unless a number in it is none.
+
+        A finite loss may still have left a gradient that was not.
+        """
+        finite = [torch.isfinite(p).all() for p in self.state.parameters.values()]
+        if not torch.stack(finite).all().item():
+            raise self._diverged()
+        self.state.save(self.operation.directory / STATE)
+
+    def leave_if_stopped(self) -> None:
+        """Raise Interrupted if a signal has arrived; the state was saved just before."""
+        if self.stop.received:
+            raise Interrupted(
+                f"stopped at iteration {self.state.done} of {self.total}; the state is saved, "
+                f"continue with: microclip-deploy adapt --resume -o {self.operation.directory}",
+                self.stop.received,
+            )
 
     def _network_input(self, pixels: Tensor) -> Tensor:
         flat = pixels.flatten(0, -4)
-        normal: Tensor = self.preprocess.normalize(flat).unflatten(0, pixels.shape[:-3])
+        normal: Tensor = self.images.preprocess.normalize(flat).unflatten(0, pixels.shape[:-3])
         return normal
 
     def _epoch_record(self, seconds: float, validate: Validator | None) -> dict[str, Any]:
@@ -272,7 +289,7 @@ class _Loop:
         changed = (state.labels != state.previous_labels) & known
         classes = len(self.model.classifier)
         return {
-            "epoch": state.epoch,
+            "epoch": state.epoch + 1,
             "iteration": state.done,
             **shares,
             "churn": changed.sum().item() / known.sum().item() if bool(known.any()) else None,
@@ -288,12 +305,6 @@ class _Loop:
         if not all(math.isfinite(value) for value in values):
             raise self._diverged()
         return dict(zip(("loss", "cross_entropy", "fairness"), values, strict=True))
-
-    def _require_finite_parameters(self) -> None:
-        """A finite loss may still have left a gradient that was not."""
-        finite = [torch.isfinite(p).all() for p in self.state.parameters.values()]
-        if not torch.stack(finite).all().item():
-            raise self._diverged()
 
     def _diverged(self) -> VerificationError:
         return VerificationError(

@@ -39,10 +39,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise write_problem(path, error) from error
 
 
-def write_problem(path: Path, error: OSError) -> EnvironmentProblem:
+def write_problem(path: Path, error: Exception) -> EnvironmentProblem:
     """Explain why a file could not be written."""
-    remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
-    reason = error.strerror or str(error)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some space" if full else "check the path"
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return EnvironmentProblem(
         f"{path}: could not be written: {reason}; nothing already written was lost; {remedy} and "
         "run again"
@@ -89,7 +90,8 @@ def write_manifest(
         name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
         for name in files
     }
-    write_json(directory / MANIFEST, {"schema": schema, **content, "files": listed})
+    manifest = {"schema": schema, **content, "files": listed}
+    write_json(directory / MANIFEST, {**manifest, "sha256": _manifest_sha256(manifest)})
 
 
 def read_manifest(directory: Path, schema: str) -> dict[str, Any]:
@@ -111,12 +113,20 @@ def read_manifest(directory: Path, schema: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: expected schema {schema}, found {found}; write it again with this version"
         )
+    if manifest.pop("sha256", None) != _manifest_sha256(manifest):
+        raise CheckpointError(f"{path}: its content differs from its own sha256; restore it")
     try:
         for name, entry in manifest["files"].items():
             _verify(directory, name, int(entry["bytes"]), str(entry["sha256"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its list of files is damaged; restore it") from error
     return dict(manifest)
+
+
+def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """Hash everything a manifest says but this hash."""
+    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _verify(directory: Path, name: str, size: int, sha256: str) -> None:
@@ -130,7 +140,7 @@ def _verify(directory: Path, name: str, size: int, sha256: str) -> None:
             f"{path}: listed in the manifest and missing; restore it or run again"
         )
     if path.stat().st_size != size or sha256_file(path) != sha256:
-        raise CheckpointError(f"{path}: its bytes differ from the manifest's sha256; it is damaged")
+        raise CheckpointError(f"{path}: its bytes are not the manifest's; restore it or run again")
 
 
 def _sync_directory(directory: Path) -> None:

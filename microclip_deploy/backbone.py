@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from microclip_deploy.errors import CheckpointError
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem
 from microclip_deploy.preprocess import Preprocess
 
 DEMO_MODEL = "demo"
@@ -31,6 +31,10 @@ _WORKING_MODELS = (
     "open_clip vision transformers with a class token do, such as ViT-B-32, ViT-B-16, ViT-L-14, "
     "ViT-L-14-336 and their -quickgelu forms"
 )
+
+
+# How open_clip words a failed download; the exceptions behind it differ by hub and version.
+_DOWNLOAD_FAILED = ("Failed to download", "Failed initial config/weights load from HF Hub")
 
 
 class BackboneSpec(BaseModel):
@@ -148,6 +152,7 @@ def load_clip(spec: BackboneSpec, device: torch.device | str = "cpu") -> Clip:
         device: where the towers go; weights are float32.
 
     Raises:
+        EnvironmentProblem: the weights could not be downloaded.
         CheckpointError: unknown name or tag, missing or damaged weights, an architecture that
             does not match its weights, or a tower microCLIP cannot use.
 
@@ -170,6 +175,11 @@ def load_clip(spec: BackboneSpec, device: torch.device | str = "cpu") -> Clip:
     except UserWarning as warning:
         raise CheckpointError(f"{spec.model}/{spec.pretrained}: {warning}") from warning
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        if any(sign in str(error) for sign in _DOWNLOAD_FAILED):
+            raise EnvironmentProblem(
+                f"model {spec.model}: its weights could not be downloaded: {_first_line(error)}; "
+                "check the network, or download them elsewhere and use --model local-dir:PATH"
+            ) from error
         raise CheckpointError(
             f"model {spec.model}: could not be loaded: {_first_line(error)}"
         ) from error

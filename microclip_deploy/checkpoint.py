@@ -6,10 +6,10 @@ loading refuses other ones. See docs/artifacts.md.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -25,6 +25,8 @@ from microclip_deploy.text import TextHeads
 
 SCHEMA = "microclip.checkpoint/1"
 WEIGHTS = "weights.safetensors"
+HEADS = ("classifier", *(f"text.{name}" for name in TextHeads._fields))
+"""Class matrices in the weights, (C, E)."""
 
 
 class StoredBackbone(BackboneSpec):
@@ -58,18 +60,15 @@ class CheckpointManifest(BaseModel):
     classes: tuple[str, ...] = Field(min_length=2)
     config: StoredConfig
 
-    def ncut_spec(self) -> NCutSpec:
-        """Return the constants of the cut.
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.ncut_spec().fingerprint() != self.ncut.get("fingerprint"):
+            raise ValueError("the constants of the cut do not match their fingerprint; adapt again")
+        return self
 
-        Raises:
-            CheckpointError: they do not match their fingerprint.
-        """
-        spec = validate(NCutSpec, {k: v for k, v in self.ncut.items() if k != "fingerprint"})
-        if spec.fingerprint() != self.ncut.get("fingerprint"):
-            raise CheckpointError(
-                "checkpoint: the constants of the cut do not match their fingerprint; adapt again"
-            )
-        return spec
+    def ncut_spec(self) -> NCutSpec:
+        """Return the constants of the cut."""
+        return NCutSpec(**{k: v for k, v in self.ncut.items() if k != "fingerprint"})
 
 
 class Checkpoint(NamedTuple):
@@ -132,7 +131,15 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         ) from error
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise CheckpointError(f"{directory / WEIGHTS}: NaN or Inf in {', '.join(broken[:3])}")
+        raise CheckpointError(
+            f"{directory / WEIGHTS}: NaN or Inf in {', '.join(broken[:3])}; restore it or run again"
+        )
+    shapes = {name: tuple(tensors[name].shape) for name in HEADS if name in tensors}
+    if len(shapes) < len(HEADS) or any(s[0] != len(manifest.classes) for s in shapes.values()):
+        raise CheckpointError(
+            f"{directory}: expected {', '.join(HEADS)} with {len(manifest.classes)} rows, found "
+            f"{shapes}; restore it or run again"
+        )
     return Checkpoint(manifest, tensors)
 
 
@@ -156,7 +163,7 @@ def load_model(checkpoint: Checkpoint, device: str = "cpu") -> MicroCLIP:
             if parameter.shape != adapted[name].shape:
                 raise CheckpointError(
                     f"checkpoint: {name}: expected shape {tuple(parameter.shape)}, "
-                    f"found {tuple(adapted[name].shape)}"
+                    f"found {tuple(adapted[name].shape)}; adapt again"
                 )
             parameter.copy_(adapted[name])
     return model

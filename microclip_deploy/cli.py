@@ -17,11 +17,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from microclip_deploy.errors import Interrupted, MicroclipError, require
+from microclip_deploy.errors import (
+    EXTRA_OF,
+    Interrupted,
+    MicroclipError,
+    missing_package,
+    require,
+)
+from microclip_deploy.standard_output import ReaderGone, checked_stdout, discard
 
 EPILOG = (
     "Exit codes: 0 ok, 1 internal error, 2 usage, 3 bad data, 4 environment, 5 verification "
-    "failed, 6 limit missed, 130/143 interrupted after the state was saved."
+    "failed, 6 limit missed, 130/143 interrupted (a running adaptation saves its state first), "
+    "141 the reader of stdout went away."
 )
 
 app = typer.Typer(
@@ -33,7 +41,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-notes = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _Notes(Console):
+    """stderr. Where nobody reads it any more, a long run goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        """Stop printing instead of ending the process, as the base class does."""
+        self.quiet = True
+        discard(sys.stderr)
+
+
+notes = _Notes(stderr=True, highlight=False, soft_wrap=True)
 """Everything that is no result."""
 out = Console(highlight=False)
 """Results."""
@@ -44,6 +63,7 @@ class OutputFormat(StrEnum):
 
     table = "table"
     csv = "csv"
+    json = "json"
     jsonl = "jsonl"
 
 
@@ -53,6 +73,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", envvar="
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE of adapt, views or ncut.")
 ]
+MaxBad = Annotated[str, typer.Option(help="How many may be unusable: 25 or 1%.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 BatchSize = Annotated[int, typer.Option(help="Images a batch.", min=1)]
 
@@ -71,8 +92,11 @@ def adapt(
         list[str] | None, typer.Option(help="Sentence with {} for the class name; repeatable.")
     ] = None,
     model: Annotated[
-        str, typer.Option(help="open_clip name, hf-hub:ORG/REPO, local-dir:PATH, or demo.")
-    ] = "ViT-B-32",
+        str | None,
+        typer.Option(
+            help="open_clip name, hf-hub:ORG/REPO, local-dir:PATH, or demo. [default: ViT-B-32]"
+        ),
+    ] = None,
     pretrained: Annotated[
         str | None, typer.Option(help="open_clip tag or .safetensors file. [default: openai]")
     ] = None,
@@ -89,7 +113,7 @@ def adapt(
     ] = None,
     device: Device = "auto",
     workers: Annotated[int | None, typer.Option(help="Image loading processes.", min=0)] = None,
-    max_bad_images: Annotated[str, typer.Option(help="How many may be unusable: 25 or 1%.")] = "1%",
+    max_bad_images: MaxBad = "1%",
     save_every: Annotated[int, typer.Option(help="Iterations between saved states.", min=1)] = 200,
     resume: Annotated[bool, typer.Option(help="Continue the run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the run in --out.")] = False,
@@ -137,6 +161,7 @@ def evaluate(
     zero_shot: Annotated[
         bool, typer.Option(help="Also measure the model before adaptation.")
     ] = True,
+    max_bad_images: MaxBad = "1%",
     per_class: Annotated[bool, typer.Option("--per-class", help="Print every class.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -144,7 +169,15 @@ def evaluate(
     require("torch", "adapt")
     from microclip_deploy import commands
 
-    result = commands.run_evaluate(run, data, device, batch_size, zero_shot, notes)
+    result = commands.run_evaluate(
+        run,
+        data,
+        notes,
+        device=device,
+        batch_size=batch_size,
+        zero_shot=zero_shot,
+        max_bad=max_bad_images,
+    )
     if as_json:
         _print_json(result.to_json())
     else:
@@ -224,10 +257,13 @@ def doctor(
 
 
 @app.command()
-def recipes() -> None:
+def recipes(as_json: AsJson = False) -> None:
     """List the shipped recipes."""
     from microclip_deploy.config import shipped_recipes
 
+    if as_json:
+        _print_json(shipped_recipes())
+        return
     for name in shipped_recipes():
         out.print(name)
 
@@ -247,29 +283,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupt)
     try:
-        app(args=arguments)
+        with checked_stdout():
+            app(args=arguments)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except ReaderGone as gone:
+        return gone.exit_code
     except MicroclipError as error:
-        return _fail(error, error.exit_code)
+        return _fail(error)
     except Exception as error:
-        return _fail(_internal(error), MicroclipError.exit_code)
+        return _fail(_explained(error))
     return 0
 
 
 def _interrupt(signum: int, _frame: FrameType | None) -> None:
     """Leave at once; the adaptation loop replaces this while it has something to save."""
-    raise Interrupted("interrupted", signum)
+    raise Interrupted("interrupted; what was saved before is complete", signum)
 
 
-def _fail(error: MicroclipError, code: int) -> int:
+def _fail(error: MicroclipError) -> int:
     if os.environ.get("MICROCLIP_TRACEBACK") == "1":
         notes.print_exception()
     notes.print(f"error: {error}", markup=False)
-    return code
+    return error.exit_code
 
 
-def _internal(error: Exception) -> MicroclipError:
+def _explained(error: Exception) -> MicroclipError:
+    """Turn any other exception into an error of ours: a missing package, or a mistake we made."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in EXTRA_OF:
+            return missing_package(package, EXTRA_OF[package])
     return MicroclipError(
         f"internal error: {type(error).__name__}: {error}; please report it with the output of the "
         "same command under MICROCLIP_TRACEBACK=1"

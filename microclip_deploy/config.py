@@ -8,14 +8,25 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from microclip_deploy.errors import UsageError
 
 Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class _Recipe(NamedTuple):
+    """A recipe that was found."""
+
+    name: str
+    """Unique: a shipped name, or the resolved path."""
+    source: Traversable
+    folder: Path
+    """Where its relative `extends` starts."""
 
 
 def resolve(model: type[Settings], recipe: str | None, overrides: Iterable[str] = ()) -> Settings:
@@ -46,13 +57,16 @@ def validate(model: type[Settings], values: Mapping[str, Any]) -> Settings:
 
 
 def read_recipe(recipe: str) -> dict[str, Any]:
-    """Read a TOML recipe; `extends = "NAME"` starts from another one."""
-    try:
-        values = tomllib.loads(_recipe_text(recipe))
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"recipe {recipe}: expected valid TOML, found: {error}") from error
-    parent = values.pop("extends", None)
-    return merge(read_recipe(parent), values) if parent else values
+    """Read a TOML recipe; `extends = "NAME"` starts from another one.
+
+    Args:
+        recipe: name of a shipped recipe, or path of a TOML file. In `extends` a relative path
+            starts at the folder of the recipe that names it.
+
+    Raises:
+        UsageError: a recipe is missing, no TOML, or extends itself.
+    """
+    return _read_chain(_find(recipe, Path()), ())
 
 
 def shipped_recipes() -> list[str]:
@@ -85,17 +99,61 @@ def parse_override(text: str) -> dict[str, Any]:
     return dict(parsed)
 
 
-def _recipe_text(recipe: str) -> str:
-    if recipe in shipped_recipes():
-        return (resources.files("microclip_deploy") / "recipes" / f"{recipe}.toml").read_text(
-            "utf-8"
-        )
-    path = Path(recipe)
-    if not path.is_file():
+def _read_chain(recipe: _Recipe, below: tuple[str, ...]) -> dict[str, Any]:
+    """Read a recipe and what it extends; `below` are the recipes that led here."""
+    if recipe.name in below:
+        circle = " -> ".join((*below[below.index(recipe.name) :], recipe.name))
         raise UsageError(
-            f"recipe '{recipe}': expected a TOML file or one of {', '.join(shipped_recipes())}"
+            f"recipe {recipe.name}: expected `extends` to come to an end, found the circle "
+            f"{circle}; remove one of them"
         )
-    return path.read_text("utf-8")
+    values = _toml(recipe)
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise UsageError(
+            f"recipe {recipe.name}: extends: expected the name of a shipped recipe or the path of "
+            f"a TOML file, found {parent!r}; write it in quotes"
+        )
+    found = _find(parent, recipe.folder)
+    return merge(_read_chain(found, (*below, recipe.name)), values)
+
+
+def _find(recipe: str, folder: Path) -> _Recipe:
+    """Locate a recipe; a shipped name wins over a file of that name."""
+    if recipe in shipped_recipes():
+        shipped = resources.files("microclip_deploy") / "recipes" / f"{recipe}.toml"
+        return _Recipe(recipe, shipped, Path())
+    path = folder / recipe
+    try:
+        found = path.is_file()
+    except OSError:  # such as a name that is too long
+        found = False
+    if not found:
+        raise UsageError(
+            f"recipe '{path}': expected a TOML file or one of {', '.join(shipped_recipes())}, "
+            "found neither; check the name"
+        )
+    return _Recipe(str(path.resolve()), path, path.parent)
+
+
+def _toml(recipe: _Recipe) -> dict[str, Any]:
+    try:
+        return tomllib.loads(recipe.source.read_text("utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(
+            f"recipe {recipe.name}: expected valid TOML, found: {error}; correct it"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"recipe {recipe.name}: expected UTF-8, found: {error}; save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise UsageError(
+            f"recipe {recipe.name}: expected a readable file, found: {error.strerror or error}; "
+            "change its permissions or give another"
+        ) from error
 
 
 def _explain(model: type[BaseModel], problem: Any) -> str:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError
-from microclip_deploy.images import MAX_PIXELS, BadImage, read_image
+from microclip_deploy.images import MAX_PIXELS, BadImage, printable, read_image
 from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.views import ViewConfig, Views, make_views, view_generator
 
@@ -101,8 +101,6 @@ class AdaptImages:
         batch_size: int,
         start_iteration: int = 0,
         workers: int = 0,
-        *,
-        pin_memory: bool = False,
     ) -> Iterator[Batch]:
         """Yield the batches of one epoch, from any iteration on.
 
@@ -111,10 +109,9 @@ class AdaptImages:
             batch_size: B; the last batch may be smaller.
             start_iteration: first batch to yield, 0 <= start <= iterations.
             workers: processes that decode; 0 decodes in this one.
-            pin_memory: whether to copy batches into page-locked memory for a GPU.
 
         Raises:
-            BadImage: a file became unreadable after it was checked. It is never replaced, because
+            DataError: a file became unreadable after it was checked. It is never replaced, because
                 the results would then depend on when it happened.
             EnvironmentProblem: a worker process was killed.
             UsageError: a value out of range.
@@ -133,7 +130,6 @@ class AdaptImages:
             ],
             num_workers=workers,
             collate_fn=_collate,
-            pin_memory=pin_memory,
             worker_init_fn=_ignore_interrupts,
             multiprocessing_context=_worker_context() if workers else None,
             # The loader draws a seed for its workers; not from the global generator, whose state
@@ -202,7 +198,7 @@ def _checked(batches: Iterable[Batch | _Unreadable]) -> Iterator[Batch]:
     try:
         for batch in batches:
             if isinstance(batch, _Unreadable):
-                raise BadImage(Path(batch.path), f"it was readable before: {batch.reason}")
+                raise DataError(_lost(batch))
             yield batch
     except (EOFError, OSError, RuntimeError) as error:
         # Depending on the moment, torch notices a killed worker or its connection just breaks.
@@ -213,6 +209,15 @@ def _checked(batches: Iterable[Batch | _Unreadable]) -> Iterator[Batch]:
             f"found: {error or 'a broken connection'}; use fewer workers, "
             f"or give the container more memory and /dev/shm (docker run --shm-size=8g)"
         ) from error
+
+
+def _lost(image: _Unreadable) -> str:
+    """Return the message for an image that was good when the run began."""
+    return (
+        f"{printable(image.path)}: expected the image that was checked when the run began, found "
+        f"a file that cannot be used ({image.reason}); the run depends on it: put it back at this "
+        "path and continue with --resume, or start again with --overwrite"
+    )
 
 
 def _worker_context() -> BaseContext:

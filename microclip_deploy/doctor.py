@@ -15,21 +15,10 @@ from microclip_deploy.environment_probe import (
     probe_machine,
     probe_package,
 )
-from microclip_deploy.errors import EnvironmentProblem, UsageError
+from microclip_deploy.errors import EXTRA_OF, EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-_EXTRA_OF: Mapping[str, str] = {
-    "torch": "adapt",
-    "torchvision": "adapt",
-    "open_clip": "adapt",
-    "timm": "adapt",
-    "onnx": "export",
-    "onnxruntime": "cpu",
-    "tensorrt": "gpu",
-    "cupy": "gpu",
-}
 
 _PURPOSE: Mapping[str, str] = {
     "adapt": "to adapt, evaluate and predict",
@@ -194,7 +183,8 @@ def _install_for(package: Package, major: int) -> str:
 def _absent(machine: Machine, packages: Mapping[str, Package]) -> Iterator[Problem]:
     """Report what is not installed; what only a GPU needs, only where there is one."""
     missing: dict[str, list[str]] = {}
-    for name, extra in _EXTRA_OF.items():
+    for name in PACKAGES:
+        extra = EXTRA_OF[name]
         if not packages[name].version and (extra != "gpu" or machine.gpus):
             missing.setdefault(extra, []).append(name)
     for extra, names in missing.items():
@@ -251,7 +241,7 @@ def _gpu_package_lacks(found: Diagnosis, name: str, title: str) -> str:
 def _lack_of(found: Diagnosis, name: str, title: str) -> str:
     package = found.packages[name]
     if not package.version:
-        return f'{title} is not installed; run: pip install "microclip-deploy[{_EXTRA_OF[name]}]"'
+        return f'{title} is not installed; run: pip install "microclip-deploy[{EXTRA_OF[name]}]"'
     fixes = [p.fix for p in found.problems if p.severity == "error" and name in p.what]
     reason = package.error or "it cannot use the GPU"
     return f"{title} {package.version} does not work: {reason}" + "".join(

@@ -7,14 +7,33 @@
     ├── EnvironmentProblem  4  a package, device or resource is missing
     ├── VerificationError   5  a result does not equal the one it must equal
     ├── ThresholdError      6  a limit the user set was missed
-    └── Interrupted   130/143  stopped by SIGINT or SIGTERM after the state was saved
+    └── Interrupted   130/143  stopped by SIGINT or SIGTERM
 
 Every message says what was expected, what was found, and what to do.
 """
 
 import importlib
 import signal
+from collections.abc import Mapping
 from types import ModuleType
+
+EXTRA_OF: Mapping[str, str] = {
+    "torch": "adapt",
+    "torchvision": "adapt",
+    "open_clip": "adapt",
+    "timm": "adapt",
+    "filelock": "adapt",
+    "jinja2": "adapt",
+    "markupsafe": "adapt",
+    "matplotlib": "adapt",
+    "tensorboard": "adapt",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "cpu",
+    "tensorrt": "gpu",
+    "cupy": "gpu",
+}
+"""The extra that installs a package, by the name it is imported under."""
 
 
 class MicroclipError(Exception):
@@ -58,7 +77,7 @@ class ThresholdError(MicroclipError):
 
 
 class Interrupted(MicroclipError):
-    """Stopped by a signal; everything needed to resume is on disk."""
+    """Stopped by a signal; what was saved before is complete."""
 
     def __init__(self, message: str, signum: int = signal.SIGINT) -> None:
         """Keep the shell's convention: 128 plus the signal number."""
@@ -79,7 +98,12 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise EnvironmentProblem(
-            f"the package '{error.name or module}' is needed here and is not installed; "
-            f'run: pip install "microclip-deploy[{extra}]"'
-        ) from error
+        raise missing_package(error.name or module, extra) from error
+
+
+def missing_package(name: str, extra: str) -> EnvironmentProblem:
+    """Return the error of a package that is not installed, with the line that installs it."""
+    return EnvironmentProblem(
+        f"the package '{name}' is needed here and is not installed; "
+        f'run: pip install "microclip-deploy[{extra}]"'
+    )

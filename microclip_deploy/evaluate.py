@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from microclip_deploy.errors import DataError
 from microclip_deploy.images import BadImage, printable
 from microclip_deploy.labelled_images import LabelledImages
+from microclip_deploy.saliency_warning import saliency_warning
 from microclip_deploy.scores import TOP, Scores, ranks_of, score, scores_of_ranks
 from microclip_deploy.serving import Prediction, Session, open_session
-from microclip_deploy.sources import BadFile, read_batches
+from microclip_deploy.sources import BadFile, bad_image_limit, read_batches
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -136,6 +137,7 @@ def evaluate(
     device: str = "cpu",
     batch_size: int = 64,
     zero_shot: bool = True,
+    max_bad: str = "1%",
     progress: Callable[[int, int], None] = _ignore,
 ) -> Evaluation:
     """Measure a run on labelled images, beside the same model before adaptation.
@@ -146,15 +148,20 @@ def evaluate(
         device: "cpu", "cuda" or "cuda:N".
         batch_size: images a batch.
         zero_shot: also measure the model before adaptation, in the same pass over the images.
+        max_bad: how many images may be unreadable, as for `sources.bad_image_limit`; they are left
+            out, and named in `Evaluation.bad`.
         progress: called with (done, total) after each batch.
 
     Raises:
-        DataError: the data, or the checkpoint (CheckpointError), cannot be used.
+        DataError: the data, or the checkpoint (CheckpointError), cannot be used, or more images
+            than allowed are unreadable.
         EnvironmentProblem: the device is missing.
+        UsageError: `max_bad` is malformed.
     """
     with ExitStack() as stack:
         adapted = stack.enter_context(open_session(run_dir, device))
         images = LabelledImages.read(data, adapted.classes)
+        limit = bad_image_limit(max_bad, len(images.paths))
         probes = [_Probe(adapted)]
         if zero_shot:
             from microclip_deploy.serving.torch_backend import TorchSession
@@ -162,6 +169,13 @@ def evaluate(
             before = stack.enter_context(TorchSession.open_initial(run_dir, device))
             probes.append(_Probe(before, _zero_shot_heads(run_dir)))
         measured = _measure(probes, images, batch_size, progress)
+    bad = measured[0].bad
+    if len(bad) > limit:
+        raise DataError(
+            f"evaluation images: expected at most {limit} unreadable ones (--max-bad-images "
+            f"{max_bad}), found {len(bad)} of {len(images.paths)}: {_first(bad)}; repair or remove "
+            "them, or raise --max-bad-images"
+        )
     return _evaluation(adapted.classes, measured)
 
 
@@ -260,10 +274,18 @@ def _measure(
         if done < len(images.paths):
             progress(done, len(images.paths))
     if not seen:
-        shown = "; ".join(f"{printable(f.path)} ({f.reason})" for f in bad[:_SHOWN])
-        raise DataError(f"evaluation images: expected readable ones, found none: {shown}")
+        raise DataError(
+            f"evaluation images: expected readable ones, found none: {_first(bad)}; repair them "
+            "or give others"
+        )
     progress(len(images.paths), len(images.paths))
     return [probe.result(np.concatenate(seen), tuple(bad)) for probe in probes]
+
+
+def _first(bad: Sequence[BadFile]) -> str:
+    """Name the first bad files."""
+    shown = "; ".join(f"{printable(file.path)} ({file.reason})" for file in bad[:_SHOWN])
+    return f"{shown}; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else shown
 
 
 def _zero_shot_heads(run_dir: Path) -> dict[str, NDArray[np.float32]]:
@@ -297,16 +319,10 @@ def _evaluation(classes: tuple[str, ...], measured: Sequence[SessionAccuracy]) -
 
 
 def _warnings(adapted: SessionAccuracy) -> tuple[str, ...]:
-    from microclip_deploy.run import UNINFORMATIVE_SHARE
-
-    found = []
-    if adapted.complete_graphs > UNINFORMATIVE_SHARE:
-        found.append(
-            f"the saliency carries no information: {adapted.complete_graphs:.0%} of the graphs "
-            "join every pair of tokens; adapt again with --set ncut.affinity=centered_cosine"
-        )
+    saliency = saliency_warning(adapted.complete_graphs)
+    found = [saliency] if saliency else []
     if adapted.bad:
-        found.append(f"{len(adapted.bad)} images could not be read and were left out")
+        found.append(f"images left out because they could not be read: {len(adapted.bad)}")
     return tuple(found)
 
 

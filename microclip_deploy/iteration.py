@@ -5,10 +5,10 @@ docs/numerics.md sections 6 to 8 hold every equation.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from microclip_deploy.fusion import LOGIT_SCALE, fused_embedding
@@ -49,6 +49,12 @@ class AdaptConfig(BaseModel):
     """Arithmetic of the encoder; the graph, the heads and the losses stay in float32."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of data order and views."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.end_lr > self.lr:
+            raise ValueError(f"expected end_lr <= lr, found {self.end_lr} > {self.lr}")
+        return self
 
 
 class Views(NamedTuple):

@@ -1,4 +1,4 @@
-"""Images in, named predictions out: as objects, and as a table, CSV, JSON Lines or overlays.
+"""Images in, named predictions out: as objects, a table, CSV, JSON, JSON Lines or overlays.
 
 Probabilities are the softmax of the fused logits, which are cosines times 100. They rank the
 classes of one image; they are not calibrated: 0.9 does not mean right nine times out of ten.
@@ -9,9 +9,11 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -206,9 +208,56 @@ class JsonLinesWriter:
 
     def write(self, result: Result) -> None:
         """Write one line."""
-        text = json.dumps(to_json(result), ensure_ascii=False, allow_nan=False)
-        # A lone surrogate has no UTF-8 form; its backslash escape is valid JSON.
-        self._stream.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
+        self._stream.write(_json_text(result) + "\n")
+
+
+class JsonWriter:
+    """One JSON array, an object an image, written as the results come; close it to complete it.
+
+    As a context manager it is closed at the end, also where the end is that no image could be read.
+    After any other error the array stays open, and so cannot be taken for all results.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._before = "[\n"
+
+    def write(self, result: Result) -> None:
+        """Write one element."""
+        self._stream.write(self._before + _json_text(result))
+        self._before = ",\n"
+
+    def close(self) -> None:
+        """End the array."""
+        self._stream.write("[]\n" if self._before == "[\n" else "\n]\n")
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the array if all results were told."""
+        if kind is None or issubclass(kind, DataError):
+            self.close()
+
+
+@contextmanager
+def open_writer(
+    output_format: Literal["csv", "json", "jsonl"], stream: IO[str], top_k: int
+) -> Iterator[CsvWriter | JsonLinesWriter | JsonWriter]:
+    """Give the writer of a format; what it writes is complete when the context ends."""
+    if output_format == "csv":
+        yield CsvWriter(stream, top_k)
+    elif output_format == "jsonl":
+        yield JsonLinesWriter(stream)
+    else:
+        with JsonWriter(stream) as writer:
+            yield writer
 
 
 class OverlayWriter:
@@ -248,7 +297,7 @@ def overlay_name(result: Result) -> str:
 
 
 def to_json(result: Result) -> dict[str, object]:
-    """Return plain values: what a line of JSON Lines holds."""
+    """Return plain values: what JSON holds of a result."""
     if isinstance(result, FailedImage):
         return {"path": str(result.path), "error": result.reason}
     return {
@@ -263,6 +312,12 @@ def to_json(result: Result) -> dict[str, object]:
         "mask_share": round(float(result.mask.mean()), 4),
         "complete_graph": result.complete,
     }
+
+
+def _json_text(result: Result) -> str:
+    text = json.dumps(to_json(result), ensure_ascii=False, allow_nan=False)
+    # A lone surrogate has no UTF-8 form; its backslash escape is valid JSON.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def table(results: Iterable[Result], on_result: Callable[[Result], None] | None = None) -> "Table":

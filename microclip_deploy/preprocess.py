@@ -10,7 +10,7 @@ The first step equals torchvision's `Resize(S, BICUBIC)` and `CenterCrop(S)` on 
 byte, which is what CLIP models were trained and evaluated with.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
 
 import array_api_compat
 import numpy as np
@@ -103,20 +103,26 @@ class Preprocess(BaseModel):
         """
         xp = array_api_compat.array_namespace(images)
         channels_last = self._is_channels_last(tuple(images.shape), str(images.dtype))
+        device = array_api_compat.device(images)
+
         # Arrays, not Python numbers: CUDA multiplies by the reciprocal of a Python scalar, and the
-        # last bit of training on a GPU and serving on a CPU would differ.
-        white, mean, std = xp.asarray(
-            [[255.0] * 3, self.mean, self.std],
-            dtype=xp.float32,
-            device=array_api_compat.device(images),
-        )
+        # last bit of training on a GPU and serving on a CPU would differ. Filled on the device: a
+        # copy from the host would wait for all work before it.
+        def constant(value: float) -> Any:
+            return xp.full((), value, dtype=xp.float32, device=device)
+
+        white = constant(255.0)
         channels = [
             xp.astype(images[..., c] if channels_last else images[:, c], xp.float32)
             for c in range(3)
         ]
         # Stacking, unlike a permutation, leaves the result contiguous in both libraries.
         result: NDArray[np.float32] | torch.Tensor = xp.stack(
-            [(x / white[c] - mean[c]) / std[c] for c, x in enumerate(channels)], axis=1
+            [
+                (x / white - constant(mean)) / constant(std)
+                for x, mean, std in zip(channels, self.mean, self.std, strict=True)
+            ],
+            axis=1,
         )
         return result
 

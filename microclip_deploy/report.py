@@ -22,9 +22,10 @@ from microclip_deploy import artifact, svg_chart
 from microclip_deploy.checkpoint import SCHEMA
 from microclip_deploy.errors import CheckpointError, MicroclipError
 from microclip_deploy.evaluate import EVALUATION
+from microclip_deploy.history import read_history
 from microclip_deploy.images import printable
 from microclip_deploy.predict import FailedImage, Guess, ImagePrediction, predict
-from microclip_deploy.run import RunInputs, read_inputs
+from microclip_deploy.run_directory import RunInputs, read_inputs
 from microclip_deploy.saliency_image import attention_map, overlay
 from microclip_deploy.serving.torch_backend import TorchSession
 
@@ -110,7 +111,8 @@ def write_report(run_dir: Path, *, device: str = "cpu", sample_images: int = 12)
     inputs = _inputs(run_dir)
     montage = _montage(run_dir, inputs, device, sample_images)
     path = run_dir / REPORT
-    page = render(manifest, _history(run_dir), inputs, montage, _evaluation(run_dir))
+    history = read_history(run_dir / "history.jsonl")
+    page = render(manifest, history, inputs, montage, _evaluation(run_dir))
     artifact.write_bytes(path, page.encode())
     return path
 
@@ -186,16 +188,6 @@ def _inputs(run_dir: Path) -> RunInputs | None:
     except CheckpointError:
         # A checkpoint may have been copied without them: it works, and the report says less.
         return None
-
-
-def _history(run_dir: Path) -> list[dict[str, Any]]:
-    path = run_dir / "history.jsonl"
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except ValueError as error:
-        raise CheckpointError(f"{path}: expected one JSON object a line, found: {error}") from error
 
 
 def _evaluation(run_dir: Path) -> dict[str, Any] | None:

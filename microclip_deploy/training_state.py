@@ -7,7 +7,7 @@ on (seed, epoch, image) alone, so there is no random state to save.
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ class TrainingState:
     """Current epoch, from 0."""
     step: int = 0
     """Iterations done in the current epoch."""
-    done: int = field(default=0)
+    done: int = 0
     """Iterations done in all."""
 
     def save(self, directory: Path) -> None:
@@ -52,13 +52,13 @@ class TrainingState:
         path = directory / f"step-{self.done:09d}.safetensors"
         artifact.write_bytes(path, save(tensors, metadata={"position": json.dumps(position)}))
         artifact.write_json(path.with_suffix(".json"), {"sha256": artifact.sha256_file(path)})
-        for old in _saved(directory)[:-_KEPT]:
-            for file in (old.with_suffix(".json"), old):
-                with suppress(FileNotFoundError):
-                    file.unlink()
+        kept = {file.stem for file in _saved(directory)[-_KEPT:]}
+        for old in directory.iterdir():  # older states, and what killed writes left behind
+            if old.stem not in kept:
+                old.unlink(missing_ok=True)
 
-    def restore(self, directory: Path) -> bool:
-        """Load the newest intact state of a directory in place; False when there is none.
+    def restore(self, directory: Path) -> None:
+        """Load the newest intact state of a directory in place; without any, change nothing.
 
         Raises:
             CheckpointError: states exist but none is intact, or they belong to another run.
@@ -67,13 +67,12 @@ class TrainingState:
         for path in reversed(saved):
             if _intact(path):
                 self._load(path)
-                return True
+                return
         if saved:
             raise CheckpointError(
                 f"{directory}: expected an intact state, found only damaged ones; start again with "
                 "--overwrite"
             )
-        return False
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.parameters.items()}
@@ -112,8 +111,15 @@ class TrainingState:
 
 
 def _saved(directory: Path) -> list[Path]:
-    """Return the state files, oldest first."""
-    return sorted(directory.glob("step-*.safetensors"))
+    """Return the state files that were finished, oldest first.
+
+    The JSON file comes second: without it a kill cut the save short, and it never happened.
+    """
+    return [
+        path
+        for path in sorted(directory.glob("step-*.safetensors"))
+        if path.with_suffix(".json").is_file()
+    ]
 
 
 def _intact(path: Path) -> bool:

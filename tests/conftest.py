@@ -14,8 +14,8 @@ from microclip_deploy.adapt import Recipe
 from microclip_deploy.backbone import BackboneSpec, load_clip
 from microclip_deploy.checkpoint import build_model, write_checkpoint
 from microclip_deploy.classes import class_texts
-from microclip_deploy.run import _manifest_content as manifest_content
-from microclip_deploy.run import make_inputs, write_inputs
+from microclip_deploy.run import manifest_content
+from microclip_deploy.run_directory import make_inputs, write_inputs
 from microclip_deploy.sources import BadFile, list_images
 from microclip_deploy.text import text_heads
 
@@ -94,7 +94,7 @@ def finished_run(
     clip = load_clip(BackboneSpec(model=f"local-dir:{tiny_model_dir}"))
     texts, recipe = class_texts(classes_file), Recipe()
     bad = (BadFile(photos / "broken.png", "the file is empty"),)
-    inputs = make_inputs(clip, recipe, texts, list_images(photos).paths, bad)
+    inputs = make_inputs(clip, recipe, texts, good=list_images(photos).paths, bad=bad)
     write_inputs(directory, inputs)
     heads = text_heads(clip.text, texts)
     model = build_model(clip, heads, ncut=recipe.ncut, cls_share=0.5, pooling="soap")

@@ -15,11 +15,13 @@ SURFACE = {
         "--set", "--epochs", "--batch-size", "--lr", "--seed", "--val-dir", "--device", "--workers",
         "--max-bad-images", "--save-every", "--resume", "--overwrite", "--json",
     },
-    "evaluate": {"--device", "--batch-size", "--zero-shot", "--per-class", "--json"},
+    "evaluate": {
+        "--device", "--batch-size", "--zero-shot", "--max-bad-images", "--per-class", "--json",
+    },
     "predict": {"--top-k", "--format", "--overlay", "--device", "--batch-size"},
     "demo": {"--out", "--write-images", "--seed", "--device", "--json"},
     "doctor": {"--require", "--json"},
-    "recipes": set(),
+    "recipes": {"--json"},
     "version": {"--json"},
 }  # fmt: skip
 

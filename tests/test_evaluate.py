@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from microclip_deploy.errors import DataError, VerificationError
+from microclip_deploy.errors import DataError, UsageError, VerificationError
 from microclip_deploy.evaluate import (
     Evaluation,
     LabelledImages,
@@ -205,6 +206,36 @@ def test_tables_show_every_row_and_class(evaluation: Evaluation) -> None:
     text = captured.get()
     assert text.count("zero-shot") >= 5
     assert all(name in text for name in CLASSES)
+
+
+@pytest.fixture
+def spoilt(photos: Path, tmp_path: Path) -> Path:
+    """Return the photos with 2 of 24 unreadable."""
+    data = shutil.copytree(photos, tmp_path / "spoilt")
+    for number in ("01", "05"):
+        (data / "red circle" / f"{number}.png").write_bytes(b"")
+    return data
+
+
+def test_too_many_unreadable_images_are_an_error(finished_run: Path, spoilt: Path) -> None:
+    with pytest.raises(DataError, match=r"at most 0 .*--max-bad-images 1%.*found 2 of 24") as found:
+        evaluate(finished_run, spoilt, zero_shot=False)
+    assert "01.png (the file is empty); " in str(found.value)
+
+
+def test_allowed_unreadable_images_are_counted_and_named(finished_run: Path, spoilt: Path) -> None:
+    found = evaluate(finished_run, spoilt, zero_shot=False, max_bad="2")
+    assert [file.path.name for file in found.bad] == ["01.png", "05.png"]
+    assert found.images == 22
+    assert "images left out because they could not be read: 2" in found.warnings
+    console = Console(width=120, file=io.StringIO())
+    console.print(found.tables()[0])
+    assert "22 images, 2 unreadable" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_malformed_limit_is_refused(finished_run: Path, photos: Path) -> None:
+    with pytest.raises(UsageError, match="--max-bad-images"):
+        evaluate(finished_run, photos, max_bad="some")
 
 
 def test_many_complete_graphs_warn_with_the_remedy(

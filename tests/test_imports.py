@@ -20,6 +20,8 @@ HEAVY = {
 LIGHT = [
     "microclip_deploy",
     "microclip_deploy.cli",
+    "microclip_deploy.history",
+    "microclip_deploy.saliency_warning",
     "microclip_deploy.serving",
     "microclip_deploy.sources",
     "microclip_deploy.classes",

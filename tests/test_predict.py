@@ -3,7 +3,9 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from microclip_deploy.predict import (
     Guess,
     ImagePrediction,
     JsonLinesWriter,
+    JsonWriter,
     OverlayWriter,
     Result,
+    open_writer,
     overlay_name,
     predict,
     softmax,
@@ -150,6 +154,57 @@ def test_json_lines_hold_one_line_an_image() -> None:
     )
     _, failed = json_line(FailedImage(0, Path("x"), "empty"))
     assert failed == {"path": "x", "error": "empty"}
+
+
+def write_array(stream: io.StringIO, results: Iterable[Result]) -> None:
+    with JsonWriter(stream) as writer:
+        for result in results:
+            writer.write(result)
+
+
+def json_array(*results: Result) -> str:
+    stream = io.StringIO()
+    write_array(stream, results)
+    return stream.getvalue()
+
+
+def test_json_is_one_array_of_what_json_lines_hold() -> None:
+    results = (made_up(os.fsdecode(b"bad\xff.png")), FailedImage(0, Path("x"), "empty"))
+    assert json.loads(json_array(*results)) == [json_line(result)[1] for result in results]
+    assert json.loads(json_array()) == []
+    json_array(*results).encode("utf-8")
+
+
+def test_json_is_complete_where_no_image_could_be_read(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"")
+    stream = io.StringIO()
+    with pytest.raises(DataError):
+        write_array(stream, predict(session, [tmp_path]))
+    assert json.loads(stream.getvalue())[0]["error"] == "the file is empty"
+
+
+def test_json_stays_open_after_any_other_error() -> None:
+    def interrupted() -> Iterator[Result]:
+        yield made_up()
+        raise KeyboardInterrupt
+
+    stream = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        write_array(stream, interrupted())
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(stream.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("output_format", "start"), [("csv", "path,error,"), ("json", "[\n{"), ("jsonl", '{"path"')]
+)
+def test_formats_have_their_writers(
+    output_format: Literal["csv", "json", "jsonl"], start: str
+) -> None:
+    stream = io.StringIO()
+    with open_writer(output_format, stream, 2) as writer:
+        writer.write(made_up())
+    assert stream.getvalue().startswith(start)
 
 
 def test_overlays_are_written_for_good_images_only(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """Preprocess equals torchvision byte for byte and is one definition for both array libraries."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 
 from microclip_deploy.errors import DataError
@@ -69,6 +72,38 @@ def test_normalize_gives_the_same_bits_for_numpy_and_torch_and_both_layouts() ->
         assert result.dtype == torch.float32
         assert result.is_contiguous()
         np.testing.assert_array_equal(result.numpy(), expected)
+
+
+def test_normalize_fills_its_constants_where_the_images_are() -> None:
+    """A copy from the host would wait for the device; on "meta" it cannot even be read back."""
+    images = torch.from_numpy(batch()).to("meta")
+    made: list[str] = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            made.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Recorded():  # type: ignore[no-untyped-call]  # torch's own initialiser
+        assert CLIP.normalize(images).device.type == "meta"
+    assert "aten.full.default" in made
+    assert not [name for name in made if "lift_fresh" in name or "item" in name]
+    assert not [name for name in made if name == "aten.copy_.default"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_normalize_never_waits_for_the_device() -> None:
+    images = torch.from_numpy(batch()).cuda()
+    CLIP.normalize(images)  # warm-up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = CLIP.normalize(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    np.testing.assert_array_equal(found.cpu().numpy(), CLIP.normalize(batch()))
 
 
 @pytest.mark.parametrize(

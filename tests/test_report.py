@@ -12,7 +12,7 @@ from microclip_deploy.checkpoint import SCHEMA
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.evaluate import EVALUATION, evaluate
 from microclip_deploy.report import Montage, render, visible, write_report
-from microclip_deploy.run import read_inputs
+from microclip_deploy.run_directory import read_inputs
 from microclip_deploy.svg_chart import column_chart, line_chart, nice_axis
 
 HOSTILE = '<script>alert("x")</script>'
@@ -143,6 +143,17 @@ def test_a_checkpoint_alone_gives_a_report(finished_run: Path, tmp_path: Path) -
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="--resume"):
         write_report(tmp_path)
+
+
+def test_a_damaged_history_is_named_with_its_line(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "history.jsonl").write_text((run / "history.jsonl").read_text() + "{\n")
+    manifest = artifact.read_manifest(finished_run, SCHEMA)
+    monkeypatch.setattr(artifact, "read_manifest", lambda *_: manifest)
+    with pytest.raises(CheckpointError, match=r"history\.jsonl, line 4"):
+        write_report(run, sample_images=0)
 
 
 def test_visible_keeps_joiners_and_drops_control() -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from microclip_deploy.errors import require
 from microclip_deploy.serving.session import Prediction, Session
 
 __all__ = ["Prediction", "Session", "open_session"]
@@ -18,6 +19,8 @@ def open_session(path: Path, device: str = "cpu") -> Session:
         CheckpointError: missing, damaged or of an unknown schema.
         EnvironmentProblem: the backend's packages or the device are missing.
     """
+    # Through `require`, so that whichever package is missing comes with its install line.
+    require("microclip_deploy.serving.torch_backend", "adapt")
     from microclip_deploy.serving.torch_backend import TorchSession
 
     return TorchSession.open(path, device)

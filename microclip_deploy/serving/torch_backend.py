@@ -83,10 +83,13 @@ def require_device(device: str) -> None:
     """Refuse a device that is not there.
 
     Raises:
-        EnvironmentProblem: a CUDA device was asked for and torch sees none.
+        EnvironmentProblem: a CUDA device was asked for and torch does not see it.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if not device.startswith("cuda"):
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(device.partition(":")[2] or 0) >= count:
         raise EnvironmentProblem(
-            f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu, "
-            "or run `microclip-deploy doctor` to see why"
+            f"--device {device}: torch {torch.__version__} sees {count} CUDA devices; use --device "
+            "cpu, or run `microclip-deploy doctor` to see why"
         )

@@ -1,0 +1,182 @@
+"""The directory of one adaptation run: its lock, its inputs, and what may be replaced.
+
+`inputs.json` is written before the first iteration and holds everything the result depends on, so
+a killed run is resumed from its directory alone.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict
+
+from microclip_deploy import artifact
+from microclip_deploy.adapt import STATE, Recipe
+from microclip_deploy.backbone import BackboneSpec, Clip
+from microclip_deploy.checkpoint import WEIGHTS
+from microclip_deploy.classes import ClassTexts
+from microclip_deploy.config import validate
+from microclip_deploy.errors import CheckpointError, DataError, UsageError
+from microclip_deploy.images import printable
+from microclip_deploy.sources import BadFile
+from microclip_deploy.training_log import BOARD, HISTORY, METRICS
+
+INPUTS = "inputs.json"
+CONFIG = "config.json"
+BAD_IMAGES = "bad-images.txt"
+LABELS = "pseudo-labels.csv"
+REPORT = "report.html"
+EVALUATION = "evaluation.json"
+
+_LOCK = ".lock"
+
+# The manifest first and the inputs last: a removal that is cut short leaves a run to resume.
+_OURS = (
+    artifact.MANIFEST, REPORT, EVALUATION, LABELS, WEIGHTS, STATE, METRICS, HISTORY, BOARD,
+    BAD_IMAGES, CONFIG, INPUTS,
+)  # fmt: skip
+
+
+class RunInputs(BaseModel):
+    """Everything the result of a run depends on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["microclip.inputs/1"] = "microclip.inputs/1"
+    backbone: BackboneSpec
+    backbone_sha256: str
+    recipe: Recipe
+    classes: tuple[str, ...]
+    descriptions: tuple[tuple[str, ...], ...]
+    templates: tuple[str, ...]
+    provenance: dict[str, str]
+    images: tuple[str, ...]
+    """Absolute paths of the images that were found good."""
+    bad_images: tuple[tuple[str, str], ...]
+    """Path and reason of the images that are skipped."""
+    val_dir: str | None = None
+    """Labelled images that are measured after each epoch; they do not change the result."""
+
+    def texts(self) -> ClassTexts:
+        """Return the class texts as the text encoder takes them."""
+        return ClassTexts(self.classes, self.descriptions, self.templates, self.provenance)
+
+    def require_images(self) -> None:
+        """Make sure that every image is still there.
+
+        Raises:
+            DataError: one is gone; the result depends on each.
+        """
+        gone = [path for path in self.images if not Path(path).is_file()]
+        if gone:
+            raise DataError(
+                f"{len(gone)} images of this run are gone, the first is {printable(gone[0])}; put "
+                "them back, or start again with --overwrite"
+            )
+
+
+def make_inputs(
+    clip: Clip,
+    recipe: Recipe,
+    texts: ClassTexts,
+    *,
+    good: tuple[Path, ...],
+    bad: tuple[BadFile, ...] = (),
+    val_dir: Path | None = None,
+) -> RunInputs:
+    """Gather what a new run depends on."""
+    return RunInputs(
+        backbone=clip.spec,
+        backbone_sha256=clip.sha256,
+        recipe=recipe,
+        classes=texts.names,
+        descriptions=texts.descriptions,
+        templates=texts.templates,
+        provenance=texts.provenance,
+        images=tuple(str(path.absolute()) for path in good),
+        bad_images=tuple((printable(file.path), file.reason) for file in bad),
+        val_dir=str(val_dir.absolute()) if val_dir else None,
+    )
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the run directory; a lock left behind by a killed process does not count.
+
+    Raises:
+        UsageError: another process works in this directory.
+        EnvironmentProblem: the directory cannot be made or locked.
+    """
+    lock = FileLock(directory / _LOCK, timeout=0)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(
+            f"{directory}: another adaptation is running there; wait for it or give another --out"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        raise artifact.write_problem(directory, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def require_replaceable(directory: Path, overwrite: bool) -> None:
+    """Make sure that a new run does not mix with what is in the directory.
+
+    Raises:
+        UsageError: the directory holds a run and `overwrite` is not set, or foreign files only.
+    """
+    present = {path.name for path in directory.iterdir() if not _is_rest(path)} - {_LOCK}
+    if not present:
+        return
+    if not overwrite:
+        raise UsageError(
+            f"{directory}: expected an empty directory, found {len(present)} entries; continue "
+            "with --resume, replace the run with --overwrite, or give another --out"
+        )
+    if not present & set(_OURS):
+        raise UsageError(
+            f"{directory}: --overwrite only replaces a run, and this is none; choose another"
+        )
+
+
+def remove_run(directory: Path) -> None:
+    """Remove the files of an older run and nothing else."""
+    rests = [path for path in directory.iterdir() if _is_rest(path)]
+    for path in [*rests, *(directory / name for name in _OURS)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def read_inputs(directory: Path) -> RunInputs:
+    """Read the inputs of a run that is to be resumed.
+
+    Raises:
+        CheckpointError: they are missing or damaged.
+    """
+    stored = artifact.read_json(directory / INPUTS)
+    try:
+        return validate(RunInputs, stored)
+    except UsageError as error:
+        raise CheckpointError(f"{directory / INPUTS}: not the inputs of a run: {error}") from error
+
+
+def write_inputs(directory: Path, inputs: RunInputs) -> None:
+    """Write the inputs: the run exists from here on."""
+    artifact.write_json(directory / INPUTS, inputs.model_dump(mode="json"))
+    artifact.write_json(directory / CONFIG, inputs.recipe.model_dump(mode="json"))
+    listed = "".join(f"{path}\t{reason}\n" for path, reason in inputs.bad_images)
+    artifact.write_bytes(directory / BAD_IMAGES, listed.encode())
+
+
+def _is_rest(path: Path) -> bool:
+    """Say whether a file is what a killed write left behind."""
+    return path.name.startswith(".") and path.name.endswith(".part")

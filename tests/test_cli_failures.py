@@ -1,0 +1,198 @@
+"""What goes wrong around a command: packages, stdout, signals. One line, the right exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from microclip_deploy import cli
+from microclip_deploy.cli import EPILOG, main
+from microclip_deploy.errors import DataError, EnvironmentProblem
+from microclip_deploy.serving import open_session
+from microclip_deploy.standard_output import ReaderGone, checked_stdout
+
+FULL = Path("/dev/full")
+needs_full_device = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+INSTALL = 'pip install "microclip-deploy[adapt]"'
+
+
+def shell(line: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell line in which $0 is the command."""
+    call = ["bash", "-c", f"set -o pipefail; {line}", f"{sys.executable}", *arguments]
+    everything = {**os.environ, "MICROCLIP_TRACEBACK": "", **environment}
+    return subprocess.run(call, capture_output=True, text=True, check=False, env=everything)
+
+
+COMMAND = '"$0" -m microclip_deploy.cli "$@"'
+
+
+@pytest.mark.parametrize("name", ["open_clip", "timm", "jinja2", "tensorboard.compat", "filelock"])
+def test_a_missing_package_comes_with_its_install_line(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(**_: object) -> None:
+        raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+    monkeypatch.setattr(cli, "app", missing)
+    assert main([]) == 4
+    found = capsys.readouterr().err
+    assert INSTALL in found
+    assert name.partition(".")[0] in found
+
+
+def test_a_missing_module_of_ours_is_an_internal_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(**_: object) -> None:
+        raise ModuleNotFoundError("No module", name="microclip_deploy.nothing")
+
+    monkeypatch.setattr(cli, "app", missing)
+    assert main([]) == 1
+    assert "internal error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["torch", "open_clip"])
+def test_a_session_without_its_packages_names_the_install_line(package: str) -> None:
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from pathlib import Path\n"
+        "from microclip_deploy import open_session\n"
+        "from microclip_deploy.errors import EnvironmentProblem\n"
+        "try:\n    open_session(Path('x'))\n"
+        "except EnvironmentProblem as error:\n    print(error)\n"
+    )
+    found = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert INSTALL in found
+    assert package in found
+
+
+def test_a_session_of_nothing_is_bad_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        open_session(tmp_path)
+
+
+@needs_full_device
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "arguments", [["version"], ["version", "--json"], ["recipes"], ["--help"], ["adapt", "--help"]]
+)
+def test_a_full_stdout_is_an_environment_problem(arguments: list[str], unbuffered: str) -> None:
+    found = shell(f"{COMMAND} > /dev/full", *arguments, PYTHONUNBUFFERED=unbuffered)
+    assert found.returncode == 4
+    assert found.stderr.startswith("error: stdout could not be written: No space left on device")
+    assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["version"], ["version", "--json"], ["--help"]])
+def test_a_reader_that_is_gone_is_no_error(arguments: list[str], unbuffered: str) -> None:
+    # The reader has ended before the first byte is written.
+    line = f"(sleep 0.3; {COMMAND}) | true"
+    found = shell(line, *arguments, PYTHONUNBUFFERED=unbuffered)
+    assert (found.returncode, found.stderr) == (141, "")
+
+
+def test_notes_nobody_reads_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        notes = type(cli.notes)(stderr=True)
+        notes.print("epoch 1")
+        assert notes.quiet
+
+
+def test_a_closed_stdout_is_an_environment_problem() -> None:
+    found = shell(f"{COMMAND} >&-", "version", "--json")
+    assert found.returncode == 4
+    assert "stdout could not be written" in found.stderr
+
+
+@needs_full_device
+@pytest.mark.parametrize("output_format", ["csv", "json", "jsonl", "table"])
+def test_predictions_that_cannot_be_written_end_in_one_error(
+    finished_run: Path,
+    photos: Path,
+    output_format: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["predict", str(finished_run), str(photos), "--device", "cpu"]
+    monkeypatch.setattr(cli, "out", Console())  # it keeps what could not be written
+    with FULL.open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main([*arguments, "--format", output_format]) == 4
+    found = capsys.readouterr().err
+    assert found.count("error:") == 1
+    assert "stdout could not be written" in found
+
+
+def test_predictions_nobody_reads_end_quietly(finished_run: Path, photos: Path) -> None:
+    arguments = ["predict", str(finished_run), str(photos), "--device", "cpu", "--format", "csv"]
+    found = shell(f"{COMMAND} | true", *arguments)
+    assert found.returncode == 141
+    assert "rror" not in found.stderr
+
+
+def test_an_error_of_ours_is_not_hidden_by_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_after_writing() -> None:
+        with checked_stdout():
+            sys.stdout.write("half a line")
+            raise DataError("data")
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(DataError):
+            fail_after_writing()
+
+
+def test_stdout_is_put_back(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.stdout
+    with checked_stdout():
+        print("seen")
+    assert sys.stdout is before
+    assert capsys.readouterr().out == "seen\n"
+
+
+def test_failures_of_stdout_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering=1) as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(ReaderGone), checked_stdout():
+            sys.stdout.write("line\n")
+    (tmp_path / "file").touch()
+    with open(tmp_path / "file") as read_only:
+        monkeypatch.setattr(sys, "stdout", read_only)
+        with pytest.raises(EnvironmentProblem, match="stdout"), checked_stdout():
+            sys.stdout.write("line\n")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_promises_only_what_is_true(
+    signum: signal.Signals,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli, "app", lambda **_: os.kill(os.getpid(), signum))
+    previous = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert main([]) == code
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+    assert capsys.readouterr().err == "error: interrupted; what was saved before is complete\n"
+    assert "interrupted after the state was saved" not in EPILOG
+
+
+def test_recipes_are_listed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "--json"]) == 0
+    assert "default" in json.loads(capsys.readouterr().out)
