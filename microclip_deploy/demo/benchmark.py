@@ -4,7 +4,6 @@ The images are written as ordinary folders first, so everything below is what a 
 through.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,13 @@ from microclip_deploy.commands import (
 )
 from microclip_deploy.demo.folders import Split, write_class_texts, write_images
 from microclip_deploy.evaluate import Evaluation
+from microclip_deploy.history import read_history
+from microclip_deploy.training_log import HISTORY
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-SIZES = {Split.ADAPT: 4000, Split.VAL: 82 * 12, Split.TEST: 82 * 20}
+SIZES = {Split.ADAPT: 2048, Split.VAL: 82 * 12, Split.TEST: 82 * 20}
 """Images of each split; every class equally often in the labelled ones."""
 
 RECIPE = "demo"
@@ -53,6 +54,7 @@ class Benchmark:
 def write_benchmark(directory: Path, notes: Console) -> None:
     """Write the images of all splits, class names and descriptions into `directory`."""
     if (directory / _WRITTEN).is_file():
+        notes.print(f"images: {directory} (already written)", markup=False)
         return
     write_class_texts(directory)
     for split, count in SIZES.items():
@@ -76,18 +78,14 @@ def run(out: Path, *, seed: int, device: str, notes: Console, printed: Console) 
     write_benchmark(images, notes)
     request = adapt_request(images, directory, seed=seed, device=device)
     run_adapt(request, notes)
-    evaluation = run_evaluate(directory, images / "test", device, 128, True, notes)
+    evaluation = run_evaluate(directory, images / "test", notes, device=device, batch_size=128)
     photos = sorted((images / "test").glob("*/*.png"))[:: SIZES[Split.TEST] // 5][:5]
     run_predict(
         PredictRequest(directory, tuple(photos), 3, "table", None, device, 64), printed, notes
     )
-    return Benchmark(evaluation, sum(epoch["seconds"] for epoch in read_history(directory)))
-
-
-def read_history(directory: Path) -> list[dict[str, Any]]:
-    """Return the epochs of a run."""
-    lines = (directory / "history.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return Benchmark(
+        evaluation, sum(epoch["seconds"] for epoch in read_history(directory / HISTORY))
+    )
 
 
 def adapt_request(images: Path, out: Path, *, seed: int, device: str) -> AdaptRequest:

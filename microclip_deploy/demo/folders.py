@@ -19,9 +19,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from microclip_deploy.artifact import write_bytes, write_json
+from microclip_deploy.artifact import write_bytes, write_json, write_problem
 from microclip_deploy.demo.glyphs import (
     CLASS_CHARACTERS,
     class_names,
@@ -31,7 +32,7 @@ from microclip_deploy.demo.glyphs import (
 from microclip_deploy.demo.render import TARGET, RenderedGlyph, image_generator, render_glyph
 from microclip_deploy.errors import UsageError
 
-__all__ = ["Split", "target_image", "write_class_texts", "write_images"]
+__all__ = ["Split", "hidden_labels", "target_image", "write_class_texts", "write_images"]
 
 _WORKERS = 2
 _CHUNK = 100
@@ -47,7 +48,10 @@ class Split(IntEnum):
 
 def write_class_texts(directory: Path) -> None:
     """Write classes.txt and descriptions.json of the 82 classes."""
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_problem(directory, error) from error
     write_bytes(directory / "classes.txt", ("\n".join(class_names()) + "\n").encode())
     write_json(directory / "descriptions.json", descriptions_by_name())
 
@@ -67,16 +71,20 @@ def write_images(directory: Path, split: Split, count: int, *, seed: int = 0) ->
 
     Raises:
         UsageError: `count` is not positive.
+        EnvironmentProblem: the folder cannot be written.
     """
     if count < 1:
         raise UsageError(f"number of images: expected at least 1, found {count}; ask for more")
-    for folder in _folders(directory, split):
-        folder.mkdir(parents=True, exist_ok=True)
     chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
     write = partial(_write_chunk, directory, split, seed)
     # spawn, not fork: the caller may already run torch threads.
-    with multiprocessing.get_context("spawn").Pool(min(_WORKERS, len(chunks))) as workers:
-        workers.map(write, chunks)
+    try:
+        for folder in _folders(directory, split):
+            folder.mkdir(parents=True, exist_ok=True)
+        with multiprocessing.get_context("spawn").Pool(min(_WORKERS, len(chunks))) as workers:
+            workers.map(write, chunks)
+    except OSError as error:
+        raise write_problem(directory, error) from error
     return directory / split.name.lower()
 
 
@@ -87,11 +95,21 @@ def target_image(split: Split, index: int, *, seed: int = 0) -> tuple[str, Rende
         The class character and the image with its ink.
     """
     rng = image_generator(seed, split, index)
+    character = CLASS_CHARACTERS[_label(split, index, rng)]
+    return character, render_glyph(character, TARGET, rng)
+
+
+def hidden_labels(count: int, *, seed: int = 0) -> NDArray[np.int64]:
+    """Return the classes of the first `count` unlabelled images: for measuring only, int64 (n,)."""
+    split = Split.ADAPT
+    return np.array([_label(split, i, image_generator(seed, split, i)) for i in range(count)])
+
+
+def _label(split: Split, index: int, rng: np.random.Generator) -> int:
+    """Return the class index of an image; the generator's first draw in every split."""
     # Drawn, not counted, in the unlabelled split: the order of its files tells nothing.
     drawn = int(rng.integers(len(CLASS_CHARACTERS)))
-    label = drawn if split is Split.ADAPT else index % len(CLASS_CHARACTERS)
-    character = CLASS_CHARACTERS[label]
-    return character, render_glyph(character, TARGET, rng)
+    return drawn if split is Split.ADAPT else index % len(CLASS_CHARACTERS)
 
 
 def _folders(directory: Path, split: Split) -> list[Path]:

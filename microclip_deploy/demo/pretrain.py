@@ -1,12 +1,15 @@
 """Pretrain the tiny CLIP of the benchmark from nothing but rendered letters.
 
-How to reproduce the shipped model (about half an hour on two CPU cores, no network):
+How to reproduce the shipped model (about 25 minutes on two idle CPU cores, no network):
 
     python -m microclip_deploy.demo.pretrain --out model
 
 The defaults are the settings of `microclip_deploy/demo/model/`; the seed fixes images, captions,
 their order and the initial weights, so a run on the same torch build and thread count gives the
-same numbers (other builds sum in another order and end close by). The folder holds:
+same numbers (other builds sum in another order and end close by). `--first-stage 1` goes on after
+a finished stage 0 in the folder; `--first-stage 2` only scores the weights again. On cores shared
+with other programs set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait are slow there.
+The folder holds:
 
     open_clip_config.json          architecture, preprocessing, and the name of the merges file
     open_clip_model.safetensors    float16 weights
@@ -32,7 +35,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, cast
@@ -42,10 +45,11 @@ import torch
 from numpy.typing import NDArray
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from microclip_deploy.artifact import write_bytes, write_json
 from microclip_deploy.demo.bpe import merges_bytes, train_merges
 from microclip_deploy.demo.glyphs import (
     CLASS_CHARACTERS,
@@ -54,6 +58,7 @@ from microclip_deploy.demo.glyphs import (
     caption,
 )
 from microclip_deploy.demo.pool import ImagePool, render_pool
+from microclip_deploy.demo.pretrain_settings import STAGES, PretrainSettings, Stage
 from microclip_deploy.demo.render import (
     HELD_OUT_FACES,
     SOURCE,
@@ -70,7 +75,7 @@ from microclip_deploy.demo.zero_shot import (
     score,
 )
 
-__all__ = ["PretrainSettings", "pretrain"]
+__all__ = ["pretrain"]
 
 _CONFIG = "open_clip_config.json"
 _WEIGHTS = "open_clip_model.safetensors"
@@ -80,51 +85,6 @@ _MAX_LOGIT_SCALE = math.log(100)
 _MAX_TOKEN_COSINE = 0.25  # mean over the pairs of one image; more is penalised
 # Streams of random numbers: pretraining pools never share one with the written image folders.
 _TRAIN_SPLIT, _SEEN_SPLIT, _HELD_OUT_SPLIT, _TARGET_SPLIT = 100, 101, 102, 103
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainSettings:
-    """Everything that decides the pretrained weights."""
-
-    seed: int = 0
-    """Seed of images, captions, order and initial weights."""
-    pool_images: int = 40_000
-    """Source images, rendered once and augmented by small affine maps at every use."""
-    warmup_steps: int = 50
-    """Steps of linear warm-up at the start of each stage."""
-    muon_lr: float = 8e-3
-    """Peak rate of Muon, for the 2-D weights of the blocks."""
-    adamw_lr: float = 3e-3
-    """Peak rate of AdamW, for everything else."""
-    weight_decay: float = 0.05
-    """Decoupled decay of the Muon weights."""
-    dense_weight: float = 0.5
-    """Weight of the contrastive term on pooled value-path tokens."""
-    spread_weight: float = 1.0
-    """Weight of the penalty on a mean pairwise cosine of the tokens of one image above 0.25."""
-    merges: int = 600
-    """Most merges of the tokenizer."""
-    threads: int = 2
-    """Torch threads; part of the settings because it decides the order of sums."""
-    evaluate_every: int = 100
-    """Steps between two accuracy measurements on source images."""
-    checkpoint_every: int = 0
-    """Steps between two written models; 0 writes one at the end of each stage."""
-
-
-class Stage(NamedTuple):
-    """One run of the optimisers, from fresh momenta; one image of each glyph per step."""
-
-    steps: int
-    """Steps taken."""
-    cosine_steps: int
-    """Length of the cosine that the rates follow; longer than `steps` stops it early."""
-    peak: float
-    """Share of the peak rates of the settings."""
-
-
-STAGES = (Stage(1200, 1600, 1.0), Stage(900, 900, 0.6))
-"""A warm restart: the first cosine ended where the marks had only begun to be told apart."""
 
 
 class _Losses(NamedTuple):
@@ -148,7 +108,8 @@ def pretrain(
         out: folder to create or fill.
         settings: see `PretrainSettings`.
         stages: runs of the optimisers, one after the other.
-        first_stage: stage to begin with; above 0 the folder holds the weights of the one before.
+        first_stage: stage to begin with; above 0 the folder holds the weights of the one before,
+            and the number of stages only scores them again.
 
     Returns:
         Final scores by image set: seen source faces, held-out source faces, target.
@@ -156,20 +117,21 @@ def pretrain(
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     out.mkdir(parents=True, exist_ok=True)
-    if first_stage == 0:
-        (out / _LOG).unlink(missing_ok=True)
-    values = {**asdict(settings), "stages": [stage._asdict() for stage in stages]}
-    _append_log(out, {"event": "settings", "first_stage": first_stage, **values})
+    _begin_log(out, fresh=first_stage == 0)
     tokenizer = _write_tokenizer(out, settings)
     config = _model_config(tokenizer.vocab_size)
     _write_config(out, config)
     model = CLIP(**config)
-    train = _pool(PRETRAINING_CHARACTERS, SOURCE, settings.pool_images, settings, _TRAIN_SPLIT)
+    if first_stage < len(stages):
+        plan = {"first_stage": first_stage, "stages": [stage._asdict() for stage in stages]}
+        _append_log(out, {"event": "settings", **asdict(settings), **plan})
+        train = _pool(PRETRAINING_CHARACTERS, SOURCE, settings.pool_images, settings, _TRAIN_SPLIT)
     for number in range(first_stage, len(stages)):
         if number > 0:  # the rounded weights, so that beginning here gives the same numbers
             model.load_state_dict(load_file(out / _WEIGHTS))
         _train(model, tokenizer, train, settings, stages[number], out, settings.seed + number)
         _write_weights(out, model)
+    model.load_state_dict(load_file(out / _WEIGHTS))
     scores = _final_scores(model, tokenizer, settings)
     for name, values in scores.items():
         record = {"event": "final", "images": name, "target_severity": TARGET_SEVERITY}
@@ -208,7 +170,7 @@ def _write_config(out: Path, config: dict[str, Any]) -> None:
         "resize_mode": "shortest",
     }
     content = {"model_cfg": {**config, "text_cfg": text}, "preprocess_cfg": preprocess}
-    (out / _CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    write_json(out / _CONFIG, content)
 
 
 def _write_tokenizer(out: Path, settings: PretrainSettings) -> SimpleTokenizer:
@@ -221,7 +183,7 @@ def _write_tokenizer(out: Path, settings: PretrainSettings) -> SimpleTokenizer:
     ]
     captions = [caption(c, rng, rng.choice(styles)) for c in PRETRAINING_CHARACTERS * 200]
     path = out / _MERGES
-    path.write_bytes(merges_bytes(train_merges(captions, settings.merges)))
+    write_bytes(path, merges_bytes(train_merges(captions, settings.merges)))
     return SimpleTokenizer(bpe_path=str(path), context_length=32)
 
 
@@ -351,7 +313,7 @@ def _set_rates(optimizers: list[torch.optim.Optimizer], share: float) -> None:
 def _step(model: CLIP, loss: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
     for optimizer in optimizers:
         optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -362,14 +324,13 @@ def _step(model: CLIP, loss: Tensor, optimizers: list[torch.optim.Optimizer]) ->
 def _write_weights(out: Path, model: CLIP) -> None:
     """Round the weights to float16 in a copy and write them."""
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, out / _WEIGHTS)
+    write_bytes(out / _WEIGHTS, save(weights))
 
 
 def _final_scores(
     model: CLIP, tokenizer: SimpleTokenizer, settings: PretrainSettings
 ) -> dict[str, dict[str, float]]:
-    """Score the float16-rounded weights on images no step has seen."""
-    model.half().float()
+    """Score the written weights on images no step has seen."""
     weights = class_weights(model.encode_text, tokenizer)
     encoder = Encoder(model.visual)
     sets = {
@@ -381,6 +342,13 @@ def _final_scores(
         name: score(encoder, weights, _pool(CLASS_CHARACTERS, domain, 1640, settings, split))
         for name, (domain, split) in sets.items()
     }
+
+
+def _begin_log(out: Path, *, fresh: bool) -> None:
+    """Empty the log, or keep the training in it and drop scores that are measured again."""
+    path = out / _LOG
+    lines = path.read_text().splitlines(keepends=True) if path.exists() and not fresh else []
+    path.write_text("".join(line for line in lines if json.loads(line)["event"] != "final"))
 
 
 def _append_log(out: Path, record: dict[str, Any]) -> None:
