@@ -22,7 +22,7 @@ from microclip_deploy.backbone import BackboneSpec, load_clip
 from microclip_deploy.bench.card import environment
 from microclip_deploy.classes import class_texts
 from microclip_deploy.config import resolve
-from microclip_deploy.demo.benchmark import write_benchmark
+from microclip_deploy.demo.benchmark import RECIPE, write_benchmark
 from microclip_deploy.demo.folders import hidden_labels
 from microclip_deploy.demo.ink import mask_ink_iou
 from microclip_deploy.evaluate import evaluate
@@ -164,8 +164,8 @@ def main(
     out: Annotated[Path, typer.Option("-o", "--out", help="Working folder.")] = Path(
         "runs/ablations"
     ),
-    seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0,1,2",
-    recipes: Annotated[str, typer.Option(help="Recipes, comma-separated.")] = ",".join(RECIPES),
+    seeds: Annotated[str, typer.Option(help="Seeds of microCLIP, comma-separated.")] = "0,1,2",
+    ablation_seeds: Annotated[str, typer.Option(help="Seeds of the other recipes.")] = "0",
     results_to: Annotated[
         Path | None, typer.Option(help="Write NAME.json, NAME.md and NAME.svg with this prefix.")
     ] = None,
@@ -174,8 +174,8 @@ def main(
     notes = Console(stderr=True)
     write_benchmark(out / "images", notes)
     results: dict[str, list[dict[str, Any]]] = {}
-    for recipe in recipes.split(","):
-        for seed in seeds.split(","):
+    for recipe in RECIPES:
+        for seed in (seeds if recipe == RECIPE else ablation_seeds).split(","):
             directory = out / recipe / f"seed-{seed}"
             adapt_once(out / "images", directory, recipe, int(seed))
             results.setdefault(recipe, []).append(measure_once(out / "images", directory))

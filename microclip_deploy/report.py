@@ -213,7 +213,9 @@ def _headline(
             backbone["pretrained"] or "",
         ),
     ]
-    measured = [epoch["validation"]["top1"] for epoch in history if epoch.get("validation")]
+    # A caller of the library may have measured other things than accuracy.
+    validation = [epoch.get("validation") or {} for epoch in history]
+    measured = [line["top1"] for line in validation if "top1" in line]
     before, after = _top1(evaluation, "zero-shot", "cls"), _top1(evaluation, "adapted", "fused")
     if after is not None:
         change = "" if before is None else f"{100 * (after - before):+.1f} points over zero-shot"

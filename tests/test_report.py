@@ -188,3 +188,13 @@ def test_nothing_to_draw_is_no_chart() -> None:
 
 def test_columns_have_no_negative_height() -> None:
     assert 'height="-' not in column_chart([3, 2, 0], 1.5, "counts")
+
+
+def test_measurements_other_than_accuracy_are_no_headline(
+    finished_run: Path, manifest: dict[str, Any]
+) -> None:
+    history = [
+        {**epoch, "validation": {"pseudo_label_accuracy": 0.5}}
+        for epoch in history_of(finished_run)
+    ]
+    assert "Accuracy on" not in render(manifest, history, None, Montage((), ""), None)

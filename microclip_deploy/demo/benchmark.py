@@ -26,7 +26,7 @@ from microclip_deploy.training_log import HISTORY
 if TYPE_CHECKING:
     from rich.table import Table
 
-SIZES = {Split.ADAPT: 2048, Split.VAL: 82 * 12, Split.TEST: 82 * 20}
+SIZES = {Split.ADAPT: 3072, Split.VAL: 82 * 12, Split.TEST: 82 * 20}
 """Images of each split; every class equally often in the labelled ones."""
 
 RECIPE = "demo"
