@@ -66,11 +66,11 @@ class PlainMicroCLIP(nn.Module):
         return PlainOutput(cls, fg, 50 * cls @ matrix.T + 50 * fg @ matrix.T)
 
     def _value_path(self, block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-        width = x.shape[-1]
-        hidden = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)[
-            ..., 2 * width :
-        ]
-        v = x + block.attn.out_proj(hidden)
+        """Project queries, keys and values out, as the reference code does, and use the values."""
+        weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
+        packed = F.linear(block.ln_1(x), weight, bias).chunk(3, dim=-1)
+        _query, _key, value = (block.attn.out_proj(part) for part in packed)
+        v = x + value
         rows: Tensor = v + block.mlp(block.ln_2(v))
         return rows
 
@@ -86,6 +86,8 @@ class PlainMicroCLIP(nn.Module):
 def cut(tokens: Tensor) -> Tensor:
     """Return the NCut mask bool (N,) of one image's tokens (N, D)."""
     affinity = torch.where(tokens @ tokens.T > TAU, 1.0, EPS).float()
+    if (affinity == 1).all().item():  # complete: no eigenvector to speak of
+        return torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     degree = affinity.sum(1)
     scale = 1 / (degree.sqrt() + EPS)
     laplacian = scale[:, None] * (torch.diag(degree) - affinity) * scale

@@ -8,7 +8,6 @@ memory is that of one process a side. The last line of stdout is one JSON docume
 
 import copy
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -47,8 +46,8 @@ def make_side(name: str, geometry: str, batch: int, crops: int) -> Callable[[], 
     matrix = torch.nn.functional.normalize(torch.randn(CLASSES, embed), dim=-1)
     heads = TextHeads(matrix, matrix, matrix)
     config = AdaptConfig()
-    weak, strong = torch.randn(2, batch, 3, size, size)
-    views = Views(weak, strong, torch.randn(batch, crops, 3, size, size))
+    weak, strong = smooth_images(2 * batch, size).chunk(2)
+    views = Views(weak, strong, smooth_images(batch * crops, size).unflatten(0, (batch, crops)))
     if name == "product":
         model = MicroCLIP(VisionBackbone(visual), heads, ncut=NCutSpec()).eval()
         optimizer = make_optimizer(model.trainable(), config)
@@ -59,6 +58,14 @@ def make_side(name: str, geometry: str, batch: int, crops: int) -> Callable[[], 
     trainable = [p for p in plain.parameters() if p.requires_grad]
     plain_optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
     return lambda: plain_step(plain, plain_optimizer, views, config).item()
+
+
+def smooth_images(count: int, size: int) -> torch.Tensor:
+    """Return float32 (count, 3, S, S) of soft colour fields.
+
+    White noise would give near-complete graphs, whose masks no two solvers need agree on.
+    """
+    return torch.nn.functional.interpolate(torch.randn(count, 3, 5, 5), size, mode="bilinear")
 
 
 def measure(geometry: str, batch: int, crops: int, repeats: int) -> dict[str, list[float]]:
@@ -77,7 +84,7 @@ def measure(geometry: str, batch: int, crops: int, repeats: int) -> dict[str, li
 
 
 def peak_memory_mib(name: str, geometry: str, batch: int, crops: int) -> float:
-    """Return the peak resident size of a fresh process that runs two steps of a side."""
+    """Return the peak resident size of two steps of a side, in a fresh process (Linux)."""
     call = [sys.executable, "-m", __spec__.name, "--only", name, "--geometry", geometry]
     call += ["--batch", str(batch), "--crops", str(crops)]
     done = subprocess.run(call, check=True, capture_output=True, text=True)
@@ -97,8 +104,10 @@ def main(
     """Measure and print a table, then one line of JSON."""
     if only is not None:
         step = make_side(only, geometry, batch, crops)
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
         step(), step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        status = Path("/proc/self/status").read_text()
+        print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
         return
     seconds = measure(geometry, batch, crops, repeats)
     median = {name: statistics.median(values) for name, values in seconds.items()}

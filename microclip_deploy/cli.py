@@ -75,42 +75,42 @@ Sets = Annotated[
 ]
 MaxBad = Annotated[str, typer.Option(help="How many may be unusable: 25 or 1%.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Images = Annotated[Path | None, typer.Argument(help="Folder of images, or a .csv/.tsv/.txt list.")]
+Descriptions = Annotated[Path | None, typer.Option(help="JSON {class: [sentences]} or JSON Lines.")]
+Templates = Annotated[
+    list[str] | None, typer.Option(help="Sentence with {} for the class name; repeatable.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="open_clip name, hf-hub:ORG/REPO, local-dir:PATH, or demo. [default: ViT-B-32]"
+    ),
+]
+Pretrained = Annotated[
+    str | None, typer.Option(help="open_clip tag or .safetensors file. [default: openai]")
+]
+ValDir = Annotated[
+    Path | None, typer.Option(help="Labelled folder, measured each epoch, never trained on.")
+]
 BatchSize = Annotated[int, typer.Option(help="Images a batch.", min=1)]
 
 
 @app.command()
 def adapt(
     out_dir: Out,
-    images: Annotated[
-        Path | None, typer.Argument(help="Folder of images, or a .csv/.tsv/.txt list.")
-    ] = None,
+    images: Images = None,
     classes: Annotated[Path | None, typer.Option(help="Class names, one a line.")] = None,
-    descriptions: Annotated[
-        Path | None, typer.Option(help="JSON {class: [sentences]} or JSON Lines.")
-    ] = None,
-    template: Annotated[
-        list[str] | None, typer.Option(help="Sentence with {} for the class name; repeatable.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="open_clip name, hf-hub:ORG/REPO, local-dir:PATH, or demo. [default: ViT-B-32]"
-        ),
-    ] = None,
-    pretrained: Annotated[
-        str | None, typer.Option(help="open_clip tag or .safetensors file. [default: openai]")
-    ] = None,
+    descriptions: Descriptions = None,
+    template: Templates = None,
+    model: Model = None,
+    pretrained: Pretrained = None,
     recipe: Annotated[str | None, typer.Option(help="Shipped recipe or TOML file.")] = None,
     sets: Sets = None,
-    epochs: Annotated[int | None, typer.Option(help="Same as --set adapt.epochs=N.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Same as --set adapt.batch_size=N.")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Same as --set adapt.lr=X.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same as --set adapt.seed=N.")] = None,
-    val_dir: Annotated[
-        Path | None, typer.Option(help="Labelled folder, measured each epoch, never trained on.")
-    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="As --set adapt.epochs=N.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="As --set adapt.batch_size=N.")] = None,
+    lr: Annotated[float | None, typer.Option(help="As --set adapt.lr=X.")] = None,
+    seed: Annotated[int | None, typer.Option(help="As --set adapt.seed=N.")] = None,
+    val_dir: ValDir = None,
     device: Device = "auto",
     workers: Annotated[int | None, typer.Option(help="Image loading processes.", min=0)] = None,
     max_bad_images: MaxBad = "1%",
