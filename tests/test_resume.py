@@ -138,7 +138,7 @@ def test_resume_with_other_settings_is_refused(
     assert main(run) == 0
     (tmp_path / "run" / "manifest.json").unlink()
     assert main([*run, "--resume", "--set", "adapt.gamma=0.25"]) == 2
-    assert "other settings" in capsys.readouterr().err
+    assert "adapt.gamma is 0.5, given 0.25" in capsys.readouterr().err
 
 
 def test_a_second_run_in_the_directory_is_refused(
