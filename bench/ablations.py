@@ -155,7 +155,9 @@ def plot(results: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
         curves = [run["pseudo_labels"] for run in results.get(recipe, [])]
         if curves:
             mean = [100 * statistics.mean(values) for values in zip(*curves, strict=True)]
-            axes.plot(range(1, len(mean) + 1), mean, marker="o", label=title)
+            epochs = range(1, len(mean) + 1)
+            axes.plot(epochs, mean, marker="o", label=title)
+            axes.set_xticks(epochs)
     axes.legend(frameon=False)
     figure.savefig(path, metadata={"Date": None})
 
