@@ -33,6 +33,11 @@ _WORKING_MODELS = (
 )
 
 
+# What open_clip raises for weights that are missing, damaged or of another architecture.
+_LOAD_ERRORS = (
+    RuntimeError, ValueError, KeyError, TypeError, AssertionError, OSError, SafetensorError
+)  # fmt: skip
+
 # How open_clip words a failed download; the exceptions behind it differ by hub and version.
 _DOWNLOAD_FAILED = ("Failed to download", "Failed initial config/weights load from HF Hub")
 
@@ -174,7 +179,7 @@ def load_clip(spec: BackboneSpec, device: torch.device | str = "cpu") -> Clip:
         tokenizer = open_clip.get_tokenizer(name, **_tokenizer_options(name))
     except UserWarning as warning:
         raise CheckpointError(f"{spec.model}/{spec.pretrained}: {warning}") from warning
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+    except _LOAD_ERRORS as error:
         if any(sign in str(error) for sign in _DOWNLOAD_FAILED):
             raise EnvironmentProblem(
                 f"model {spec.model}: its weights could not be downloaded: {_first_line(error)}; "

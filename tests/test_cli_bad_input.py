@@ -230,6 +230,14 @@ def test_damaged_models_never_become_random_ones(
     assert_one_error(capsys)
 
 
+def test_weights_of_another_architecture_are_refused(
+    arguments: list[str], tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = str(tiny_model_dir / "open_clip_model.safetensors")
+    assert main(with_model(arguments, "ViT-S-32-alt", "--pretrained", weights)) == 3
+    assert_one_error(capsys, "could not be loaded")
+
+
 def test_nan_loss_stops_and_keeps_the_last_good_state(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
