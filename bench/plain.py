@@ -15,9 +15,11 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from microclip_deploy.iteration import AdaptConfig, Views
+from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.text import TextHeads
 
-TAU, EPS = 0.2, 1e-6
+SPEC = NCutSpec()
+"""The constants are the product's; the algorithm below is not."""
 
 
 class PlainOutput(NamedTuple):
@@ -85,11 +87,11 @@ class PlainMicroCLIP(nn.Module):
 
 def cut(tokens: Tensor) -> Tensor:
     """Return the NCut mask bool (N,) of one image's tokens (N, D)."""
-    affinity = torch.where(tokens @ tokens.T > TAU, 1.0, EPS).float()
+    affinity = torch.where(tokens @ tokens.T > SPEC.tau, 1.0, SPEC.eps).float()
     if (affinity == 1).all().item():  # complete: no eigenvector to speak of
         return torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     degree = affinity.sum(1)
-    scale = 1 / (degree.sqrt() + EPS)
+    scale = 1 / (degree.sqrt() + SPEC.eps)
     laplacian = scale[:, None] * (torch.diag(degree) - affinity) * scale
     vector = torch.linalg.eigh(laplacian)[1][:, 1]
     if vector[vector.abs().argmax()].item() < 0:  # the host waits for every image

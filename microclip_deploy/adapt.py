@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from microclip_deploy.data import AdaptImages, Batch
-from microclip_deploy.errors import EnvironmentProblem, Interrupted, VerificationError
+from microclip_deploy.errors import Interrupted, VerificationError
 from microclip_deploy.iteration import (
     AdaptConfig,
     Losses,
@@ -120,7 +120,7 @@ def adapt(
     Raises:
         Interrupted: SIGINT or SIGTERM arrived; the state is on disk.
         VerificationError: the loss is no longer a finite number; the last good state is kept.
-        EnvironmentProblem: the disk is full, or the device is out of memory.
+        EnvironmentProblem: the disk is full.
     """
     state = start_state(model, images, config)
     state.restore(operation.directory / STATE)
@@ -133,11 +133,6 @@ def adapt(
                 loop.run_epoch()
                 loop.finish_epoch(validate)
         return Adapted(log.history(), state.labels.cpu())
-    except torch.cuda.OutOfMemoryError as error:
-        raise EnvironmentProblem(
-            f"GPU out of memory at batch size {config.batch_size} with {images.views.crops} crops; "
-            "lower --set adapt.batch_size or --set views.crops, or use --set adapt.precision=bf16"
-        ) from error
     finally:
         log.close()
 
@@ -209,10 +204,12 @@ class _Loop:
             found = self.iterate(batch)
             if state.done % LOG_EVERY == 0 or state.done == self.total:
                 self.log_step(found)
-            if state.done % self.operation.save_every == 0 or self.stop.received:
+            stopping = bool(self.stop.received)  # once: a signal after the save must wait its turn
+            if state.done % self.operation.save_every == 0 or stopping:
                 self._finite(found)
                 self.save()
-            self.leave_if_stopped()
+            if stopping:
+                self.leave_if_stopped()
 
     def iterate(self, batch: Batch) -> Losses:
         """Label a batch, learn from it, and add to the tally."""

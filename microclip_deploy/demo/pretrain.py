@@ -1,6 +1,6 @@
 """Pretrain the tiny CLIP of the benchmark from nothing but rendered letters.
 
-How to reproduce the shipped model (about 25 minutes on two idle CPU cores, no network):
+How to reproduce the shipped model (an hour or less on two CPU cores, no network):
 
     python -m microclip_deploy.demo.pretrain --out model
 

@@ -6,8 +6,7 @@ pooling, with identity maps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -74,8 +73,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Branches:
         """Encode float32 (B, 3, 64, 64) in [-1, 1]."""
         cls, patches = self.backbone(images)
-        with _one_thread():
-            found = saliency(patches.detach(), self.ncut)
+        found = saliency(patches.detach(), self.ncut)
         fg = self.backbone.project(self.pooling(patches, found.mask).vector)
         return Branches(cls, fg, patches, found)
 
@@ -128,20 +126,6 @@ def score(encoder: Encoder, weights: ClassWeights, pool: ImagePool) -> dict[str,
 def images_to_tensor(images: NDArray[np.uint8]) -> Tensor:
     """Return float32 (B, 3, H, W) in [-1, 1] from uint8 (B, H, W, 3)."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run torch on one thread: two threads on a 64x64 eigenproblem only wait for each other.
-
-    On two busy cores a batch of 64 took 3.1 s with two threads and 0.03 s with one.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _accuracy(logits: Tensor, truth: Tensor) -> float:

@@ -200,8 +200,8 @@ def _laplacian(edges: Array, spec: NCutSpec, dtype: Any) -> tuple[Array, Array]:
 def _one_thread(matrix: Array) -> Iterator[None]:
     """Keep torch's LAPACK on one thread: on small matrices its threads wait for one another.
 
-    Where other processes use the cores too, as loader workers do, a batch took 100 times longer
-    on two threads than on one.
+    Where other processes use the cores too, as loader workers do, a batch took many times
+    longer on two threads than on one.
     """
     if not is_torch_array(matrix):
         yield
