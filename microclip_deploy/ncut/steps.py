@@ -5,7 +5,8 @@ eigenvector itself:
 
 * `saliency_exact`: dense float64 eigendecomposition. The oracle, and the solver on CPUs.
 * `saliency_iterative`: float32 repeated squaring of a spectral filter. Only matrix products
-  and reductions, so it runs on an accelerator without a host synchronisation, and exports.
+  and reductions, so it runs on an accelerator without a host synchronisation, and exports as a
+  plain graph. Where the graph falls apart, the filter is built from its components instead.
 
 The method leaves the sign of the eigenvector to the solver, and with it the mask. Here the
 vector is oriented first (largest entry positive) and thresholded second; where it is undefined
@@ -27,6 +28,15 @@ Array: TypeAlias = Any  # the array API has no static type that covers NumPy, to
 
 MIN_TOKENS = 4
 
+NORMALISE_EVERY = 4
+"""Squarings between normalisations. The largest eigenvalue then is at least 1/sqrt(N), and four
+squarings of it stay above 1e-29 even for N = 4096, within float32."""
+
+WELL_POSED_GAP = 1e-4
+"""Share of the largest eigenvalue that must lie between the second and its neighbours, and ..."""
+WELL_POSED_MARGIN = 1e-5
+"""... how far threshold and orientation must be from a tie, for float32 solvers to agree."""
+
 
 class Fiedler(NamedTuple):
     """The second eigenvector of each graph and whether it is determined."""
@@ -35,6 +45,8 @@ class Fiedler(NamedTuple):
     """float (B, N), unit norm, sign arbitrary."""
     simple: Array
     """bool (B,): the second eigenvalue is separated from the third."""
+    residual: Array
+    """float (B,): what other eigenvectors still contribute; 0 from the exact solver."""
 
 
 class Saliency(NamedTuple):
@@ -48,6 +60,9 @@ class Saliency(NamedTuple):
     """bool (B,): the eigenvector is undefined and the mask is all True."""
     complete: Array
     """bool (B,): every pair of tokens is joined, so the graph says nothing."""
+    residual: Array
+    """float (B,): trace / Frobenius norm - 1 of the iterative solver's filter, 0 where it has
+    converged to one eigenvector; always 0 from the exact solver."""
 
 
 def saliency(tokens: Array, spec: NCutSpec) -> Saliency:
@@ -93,11 +108,23 @@ def saliency_iterative(tokens: Array, spec: NCutSpec) -> Saliency:
 def adjacency(tokens: Array, spec: NCutSpec) -> Array:
     """Join the tokens whose similarity exceeds tau.
 
-    Similarities are computed in float32, or in float64 for float64 tokens. The lower triangle
-    decides, as in the method's `eigh`, so that the graph is symmetric to the bit.
+    The lower triangle decides, as in the method's `eigh`, so that the graph is symmetric to the
+    bit.
 
     Returns:
         bool (B, N, N), symmetric; the diagonal follows the same rule.
+    """
+    xp = array_namespace(tokens)
+    above = similarities(tokens, spec) > spec.tau
+    lower = above & _lower_triangle(xp, above)
+    return lower | xp.matrix_transpose(lower)
+
+
+def similarities(tokens: Array, spec: NCutSpec) -> Array:
+    """Return what is compared with tau: float32 (B, N, N), or float64 for float64 tokens.
+
+    Raises:
+        UsageError: `tokens` is not (B, N, D) floating point with N >= 4.
     """
     xp = array_namespace(tokens)
     if (
@@ -114,9 +141,7 @@ def adjacency(tokens: Array, spec: NCutSpec) -> Array:
         x = x - xp.mean(x, axis=1, keepdims=True)
     if spec.affinity != "dot":
         x = x / xp.clip(xp.sqrt(xp.sum(x * x, axis=2, keepdims=True)), min=1e-12)
-    above = (x @ xp.matrix_transpose(x)) > spec.tau
-    lower = above & _lower_triangle(xp, above)
-    return lower | xp.matrix_transpose(lower)
+    return x @ xp.matrix_transpose(x)
 
 
 def fiedler_exact(edges: Array, spec: NCutSpec) -> Fiedler:
@@ -126,28 +151,85 @@ def fiedler_exact(edges: Array, spec: NCutSpec) -> Fiedler:
     with _one_thread(laplacian):
         values, vectors = xp.linalg.eigh(laplacian)
     simple = (values[:, 2] - values[:, 1]) > spec.gap_tolerance * values[:, 2]
-    return Fiedler(vectors[:, :, 1], simple)
+    return Fiedler(vectors[:, :, 1], simple, xp.zeros_like(values[:, 1]))
+
+
+def well_posed(edges: Array, spec: NCutSpec) -> Array:
+    """Say which graphs have a mask that rounding in float32 cannot change: bool (B,).
+
+    Args:
+        edges: bool (B, N, N), symmetric.
+        spec: constants and rules.
+
+    Source: docs/numerics.md section 9.
+    """
+    xp = array_namespace(edges)
+    laplacian, _ = _laplacian(edges, spec, xp.float64)
+    with _one_thread(laplacian):
+        values, vectors = xp.linalg.eigh(laplacian)
+    first, second, third = (values[:, i] for i in range(3))
+    gap = xp.minimum(second - first, third - second) > WELL_POSED_GAP * values[:, -1]
+    vector = _oriented(xp, vectors[:, :, 1])
+    threshold = xp.min(xp.abs(vector - _level(xp, vector, spec)), axis=1)
+    orientation = xp.abs(xp.max(vector, axis=1) + xp.min(vector, axis=1))
+    return gap & (xp.minimum(threshold, orientation) > WELL_POSED_MARGIN)
 
 
 def fiedler_iterative(edges: Array, spec: NCutSpec) -> Fiedler:
     """Square a filter that keeps the wanted eigenvector until it has rank one.
 
-    The null vector is known and removed; the rest of `shift - L` is shifted just enough to be
-    positive semidefinite, so that rounding is relative to the spread of the spectrum. For a
-    positive semidefinite rank-one matrix the column of the largest diagonal entry is the
+    For a positive semidefinite rank-one matrix the column of the largest diagonal entry is the
     eigenvector, with its largest entry positive.
     """
     xp = array_namespace(edges)
-    laplacian, null = _laplacian(edges, spec, xp.float32)
     identity = xp.astype(_identity(xp, edges), xp.float32)
-    projector = identity - null[:, :, None] * null[:, None, :]
-    kept = projector - laplacian  # eigenvalues 1 - lambda, and 0 for the null vector
-    shift = _frobenius(xp, kept)
-    filter_ = kept + shift * projector
-    for _ in range(spec.squarings):
-        filter_ = filter_ / _frobenius(xp, filter_)
+    apart, apart_filter = _component_filter(xp, edges, identity)
+    filter_ = xp.where(apart, apart_filter, _spectral_filter(xp, edges, identity, spec))
+    for squaring in range(spec.squarings):
+        if squaring % NORMALISE_EVERY == 0:
+            filter_ = filter_ / _frobenius(xp, filter_)
         filter_ = filter_ @ filter_
     return _dominant(xp, filter_ / _frobenius(xp, filter_), identity, spec)
+
+
+def _spectral_filter(xp: Any, edges: Array, identity: Array, spec: NCutSpec) -> Array:
+    """Return a matrix (B, N, N) whose eigenvalues fall as those of L rise.
+
+    The null vector is known and removed; the rest of `1 - L` is shifted just enough to be positive
+    semidefinite, so that rounding is relative to the spread of the spectrum.
+    """
+    laplacian, null = _laplacian(edges, spec, xp.float32)
+    projector = identity - null[:, :, None] * null[:, None, :]
+    kept = projector - laplacian  # eigenvalues 1 - lambda, and 0 for the null vector
+    return kept + _frobenius(xp, kept) * projector
+
+
+def _component_filter(xp: Any, edges: Array, identity: Array) -> tuple[Array, Array]:
+    """Say which graphs fall apart (B, 1, 1), and return the filter (B, N, N) that decides those.
+
+    The eigenvalues of a graph in parts are of the order of eps, too close for float32. To first
+    order in eps the eigenvectors are constants on the parts, scaled by sqrt(degree), and among
+    those L has the generalised inverse P C P / eps: C spreads every token over its part, P removes
+    the null vector. Multiplied out here, so that no large numbers cancel.
+
+    A token without any edge, not even to itself, belongs to no part: nothing draws it anywhere.
+
+    Source: docs/numerics.md section 2.2.
+    """
+    joined = xp.astype(edges, xp.float32)
+    reach = xp.maximum(joined, identity)
+    for _ in range((edges.shape[1] - 2).bit_length()):  # paths twice as long each time
+        reach = xp.clip(reach @ reach, max=1.0)
+    size = xp.sum(reach, axis=2, keepdims=True)
+    degree = xp.sum(joined, axis=2, keepdims=True)
+    mean_degree = (reach @ degree) / size
+    volume = xp.clip(xp.sum(degree, axis=1, keepdims=True), min=1.0)
+    overall = xp.sum(degree * mean_degree, axis=1, keepdims=True) / volume
+    root = xp.sqrt(degree)
+    spread = reach / size - (mean_degree + xp.matrix_transpose(mean_degree) - overall) / volume
+    tokens = xp.sum(xp.astype(degree > 0, xp.float32), axis=1, keepdims=True)
+    apart = xp.max(size, axis=1, keepdims=True) < tokens
+    return apart, spread * root * xp.matrix_transpose(root)
 
 
 def _dominant(xp: Any, filter_: Array, identity: Array, spec: NCutSpec) -> Fiedler:
@@ -158,8 +240,9 @@ def _dominant(xp: Any, filter_: Array, identity: Array, spec: NCutSpec) -> Fiedl
     # Several equal peaks only occur where the vector is undefined or tied; their mean is as good.
     column = xp.sum(filter_ * weight[:, None, :], axis=2)
     norm = xp.sqrt(xp.sum(column * column, axis=1, keepdims=True))
-    simple = xp.sum(diagonal, axis=1) - 1 <= spec.rank_one_residual
-    return Fiedler(column / xp.clip(norm, min=1e-30), simple)
+    residual = xp.sum(diagonal, axis=1) - 1
+    simple = residual <= spec.rank_one_residual
+    return Fiedler(column / xp.clip(norm, min=1e-30), simple, residual)
 
 
 def _bipartition(
@@ -167,20 +250,32 @@ def _bipartition(
 ) -> Saliency:
     """Orient, threshold, and answer "everything" where the vector is undefined."""
     xp = array_namespace(edges)
-    peak = xp.max(fiedler.vector, axis=1)
-    trough = -xp.min(fiedler.vector, axis=1)
-    vector = xp.where((peak >= trough)[:, None], fiedler.vector, -fiedler.vector)
+    vector = _oriented(xp, fiedler.vector)
+    decided = xp.abs(xp.max(vector, axis=1) + xp.min(vector, axis=1)) > tie
+    mask = vector > _level(xp, vector, spec) + tie
+    off_diagonal = edges & ~_identity(xp, edges)
+    joined = xp.sum(xp.astype(off_diagonal, xp.float32), axis=(1, 2))  # exact below 2**24
+    complete = joined == edges.shape[1] * (edges.shape[1] - 1)
+    determined = fiedler.simple & decided & (joined > 0) & ~complete
+    finite = xp.abs(xp.sum(tokens, axis=(1, 2))) < xp.inf  # False for NaN
+    determined = determined & finite & xp.any(mask, axis=1)
+    everything = mask | ~determined[:, None]
+    return Saliency(everything, vector, ~determined, complete, fiedler.residual)
+
+
+def _oriented(xp: Any, vector: Array) -> Array:
+    """Return the vectors with their largest entry positive."""
+    upright = xp.max(vector, axis=1, keepdims=True) >= -xp.min(vector, axis=1, keepdims=True)
+    return xp.where(upright, vector, -vector)
+
+
+def _level(xp: Any, vector: Array, spec: NCutSpec) -> Array:
+    """Return what foreground entries exceed, (B, 1): the unbiased deviation, or the mean."""
     center = xp.mean(vector, axis=1, keepdims=True)
-    level = (
-        xp.std(vector, axis=1, correction=1, keepdims=True) if spec.threshold == "std" else center
-    )
-    mask = vector > level + tie
-    off_diagonal = xp.sum(xp.astype(edges & ~_identity(xp, edges), xp.int32), axis=(1, 2))
-    pairs = edges.shape[1] * (edges.shape[1] - 1)
-    complete = off_diagonal == pairs
-    determined = fiedler.simple & (xp.abs(peak - trough) > tie) & (off_diagonal > 0) & ~complete
-    determined = determined & xp.all(xp.isfinite(tokens), axis=(1, 2)) & xp.any(mask, axis=1)
-    return Saliency(mask | ~determined[:, None], vector, ~determined, complete)
+    if spec.threshold == "mean":
+        return center
+    deviation = vector - center
+    return xp.sqrt(xp.sum(deviation * deviation, axis=1, keepdims=True) / (vector.shape[1] - 1))
 
 
 def _laplacian(edges: Array, spec: NCutSpec, dtype: Any) -> tuple[Array, Array]:

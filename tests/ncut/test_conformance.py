@@ -12,13 +12,18 @@ import torch
 from microclip_deploy.errors import UsageError
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import (
+    Fiedler,
     Saliency,
+    _bipartition,
+    _laplacian,
     adjacency,
     fiedler_exact,
+    fiedler_iterative,
     saliency,
     saliency_exact,
     saliency_iterative,
     saliency_mask,
+    well_posed,
 )
 
 CASES = np.load(Path(__file__).parent.parent / "data" / "ncut_cases.npz")
@@ -141,6 +146,69 @@ def test_tokens_that_are_no_numbers_give_every_token_of_their_image_only(bad: fl
     assert found.mask[1].all()
     assert found.degenerate[1]
     np.testing.assert_array_equal(found.mask[[0, 2]], expected[[0, 2]])
+
+
+def cliques(sizes: tuple[int, ...]) -> Any:
+    """Return the edges bool (N, N) of cliques side by side."""
+    part = np.repeat(np.arange(len(sizes)), sizes)
+    return part[:, None] == part[None, :]
+
+
+def random_parts(rng: np.random.Generator, sizes: tuple[int, ...], density: float) -> Any:
+    """Return cliques of which edges were taken out at random; parts may fall apart further."""
+    kept = np.triu(rng.random((sum(sizes), sum(sizes))) < density)
+    return (cliques(sizes) & (kept | kept.T)) | np.eye(sum(sizes), dtype=bool)
+
+
+def graphs_in_parts(count: int) -> Any:
+    """Return many graphs (K, N, N) of two and more parts, as outlier tokens make them."""
+    rng = np.random.default_rng(count)
+    giant = [(1,) * k + (count - k,) for k in (1, 2, 3, 8)]
+    mixed = [(count // 2, count // 3, count - count // 2 - count // 3), (2, 3, 5, count - 10)]
+    graphs = [cliques(sizes) for sizes in (*giant, *mixed)]
+    graphs += [random_parts(rng, sizes, 0.4) for sizes in (*giant, *mixed) for _ in range(4)]
+    graphs += [random_parts(rng, (count,), density) for density in (0.01, 0.02, 0.05)]
+    order = [rng.permutation(count) for _ in graphs]
+    return np.stack([graph[moved][:, moved] for graph, moved in zip(graphs, order, strict=True)])
+
+
+def cut(solver: Callable[..., Fiedler], edges: Any, tie: float) -> Saliency:
+    """Cut given graphs; there are no tokens."""
+    tokens = np.zeros((*edges.shape[:2], 1), dtype=np.float32)
+    return _bipartition(tokens, edges, solver(edges, SPEC), tie, SPEC)
+
+
+@pytest.mark.parametrize("count", [49, 196])
+def test_iterative_solver_decides_graphs_in_parts_as_float64_does(count: int) -> None:
+    edges = graphs_in_parts(count)
+    exact = cut(fiedler_exact, edges, SPEC.tie_tolerance)
+    iterative = cut(fiedler_iterative, edges, SPEC.tie_tolerance_iterative)
+    eigenvalues = np.linalg.eigvalsh(_laplacian(edges, SPEC, np.float64)[0])
+    decided = ~exact.degenerate & (eigenvalues[:, 2] - eigenvalues[:, 1] > 1e-4 * eigenvalues[:, 2])
+    assert (eigenvalues[:, 2] < 1e-2).any(), "no graph of three parts was tried"
+    assert decided.mean() > 0.9
+    np.testing.assert_array_equal(iterative.mask[decided], exact.mask[decided])
+
+
+@pytest.mark.parametrize("sizes", [(7,) * 7, (15, 15, 15, 4), (1,) * 49])
+def test_three_largest_parts_of_one_size_give_every_token(sizes: tuple[int, ...]) -> None:
+    found = cut(fiedler_iterative, cliques(sizes)[None], SPEC.tie_tolerance_iterative)
+    assert found.degenerate[0]
+    assert found.mask[0].all()
+
+
+def test_residual_tells_a_vector_from_a_mixture() -> None:
+    kind = case(49, "kind")
+    found = np.asarray(result("numpy float32 iterative", 49).residual)
+    assert (found[case(49, "well_posed")] < 1e-3).all()
+    assert (found[np.isin(kind, ("complete", "ring_symmetric"))] > 0.4).all()
+    assert (np.asarray(result("numpy float32 exact", 49).residual) == 0).all()
+
+
+@pytest.mark.parametrize("size", SIZES[:3])
+def test_well_posed_is_what_the_vectors_call_so(size: int) -> None:
+    edges = adjacency(case(size, "tokens"), SPEC)
+    np.testing.assert_array_equal(well_posed(edges, SPEC), case(size, "well_posed"))
 
 
 def test_complete_graphs_are_counted() -> None:
