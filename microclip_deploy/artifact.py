@@ -9,8 +9,10 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +88,22 @@ def write_manifest(
         content: JSON-able fields.
         files: names relative to `directory`.
     """
-    listed = {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
-        for name in files
-    }
-    manifest = {"schema": schema, **content, "files": listed}
-    write_json(directory / MANIFEST, {**manifest, "sha256": _manifest_sha256(manifest)})
+    rewrite_manifest(directory, {"schema": schema, **content, "files": {}}, files)
+
+
+def read_schema(directory: Path) -> str:
+    """Return the schema a manifest names, which says how to read the rest; verify nothing else.
+
+    Raises:
+        CheckpointError: no manifest, or none with a schema.
+    """
+    schema = _stored(directory).get("schema")
+    if not isinstance(schema, str):
+        raise CheckpointError(
+            f"{directory / MANIFEST}: expected a schema, found {schema}; give a directory that "
+            "`adapt` or `export` wrote"
+        )
+    return schema
 
 
 def read_manifest(directory: Path, schema: str) -> dict[str, Any]:
@@ -102,16 +114,12 @@ def read_manifest(directory: Path, schema: str) -> dict[str, Any]:
             that is missing or whose bytes changed.
     """
     path = directory / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(
-            f"{directory}: expected a finished artifact with {MANIFEST}, found none; "
-            "an interrupted `adapt` is finished with --resume"
-        )
-    manifest = read_json(path)
-    found = manifest.get("schema") if isinstance(manifest, dict) else None
+    manifest = _stored(directory)
+    found = manifest.get("schema")
     if found != schema:
         raise CheckpointError(
-            f"{path}: expected schema {schema}, found {found}; write it again with this version"
+            f"{path}: expected schema {schema}, found {found}; give a directory of the right kind, "
+            "or write it again with this version"
         )
     if manifest.pop("sha256", None) != _manifest_sha256(manifest):
         raise CheckpointError(f"{path}: its content differs from its own sha256; restore it")
@@ -121,6 +129,18 @@ def read_manifest(directory: Path, schema: str) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its list of files is damaged; restore it") from error
     return dict(manifest)
+
+
+def _stored(directory: Path) -> dict[str, Any]:
+    """Return a manifest as it stands; an empty one for JSON that is no object."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory}: expected a finished artifact with {MANIFEST}, found none; "
+            "`adapt` and `export` write such; an interrupted `adapt` is finished with --resume"
+        )
+    manifest = read_json(path)
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
@@ -151,3 +171,64 @@ def _sync_directory(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def rewrite_manifest(directory: Path, stored: Mapping[str, Any], added: list[str]) -> None:
+    """Replace a manifest; of all the files it lists only the added ones are read.
+
+    Args:
+        directory: where the listed files already are.
+        stored: what `read_manifest` returned, with other fields or fewer entries in "files".
+        added: further names relative to `directory`.
+    """
+    entries = {
+        name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
+        for name in added
+    }
+    manifest = {**stored, "files": {**stored["files"], **entries}}
+    write_json(directory / MANIFEST, {**manifest, "sha256": _manifest_sha256(manifest)})
+
+
+@contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """Give a hidden folder beside `target` that takes its place when the block ends well.
+
+    After an error or a signal `target` is what it was before. Between the two renames that replace
+    a directory it is absent for an instant; a kill just then leaves it as `.NAME.XXXX.part.old`.
+
+    Raises:
+        EnvironmentProblem: the folder cannot be made or renamed.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(".part", f".{target.name}.", target.parent))
+        staging.chmod(0o777 & ~_umask())  # mkdtemp keeps others out
+    except OSError as error:
+        raise write_problem(target, error) from error
+    try:
+        yield staging
+        if staging.is_dir():  # the block may have put it elsewhere
+            _put_in_place(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    old = staging.with_name(f"{staging.name}.old")
+    try:
+        if target.exists():
+            os.rename(target, old)
+        os.rename(staging, target)
+        _sync_directory(target.parent)
+    except OSError as error:
+        raise write_problem(target, error) from error
+    finally:  # also after a signal
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -62,6 +62,34 @@ class Tokens(NamedTuple):
     """float (B, N, D), value-path patch tokens after ln_post: neither projected nor normalised."""
 
 
+class BlockWeights(NamedTuple):
+    """A plain pre-norm block as matrices, applied as `x W^T + b`; LayerScale is folded in."""
+
+    ln_1: nn.LayerNorm
+    qkv: tuple[Tensor, Tensor]
+    """(3D, D) and (3D,): queries, keys and values, stacked."""
+    out: tuple[Tensor, Tensor]
+    ln_2: nn.LayerNorm
+    up: tuple[Tensor, Tensor]
+    activation: nn.Module
+    down: tuple[Tensor, Tensor]
+    heads: int
+
+
+class TowerWeights(NamedTuple):
+    """A vision tower taken apart."""
+
+    patch: Tensor
+    """(D, 3, P, P): the convolution that cuts patches, stride P, no bias."""
+    position: Tensor
+    """(1+N, D); the class embedding is added to the first row."""
+    ln_pre: nn.Module
+    blocks: tuple[BlockWeights, ...]
+    ln_post: nn.LayerNorm
+    projection: Tensor
+    """(D, E), applied as `x P`."""
+
+
 class VisionBackbone(nn.Module):
     """An open_clip VisionTransformer read through its parameters.
 
@@ -93,6 +121,15 @@ class VisionBackbone(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """Map float (..., D) to the joint space: float (..., E), L2-normalised."""
         return F.normalize(x @ self.visual.proj, dim=-1)
+
+    def weights(self) -> TowerWeights:
+        """Return the tower's weights for other implementations of it; nothing is copied twice."""
+        visual = self.visual
+        position = visual.positional_embedding.detach().clone()
+        position[0] += visual.class_embedding.detach()
+        blocks = tuple(_block_weights(block) for block in visual.transformer.resblocks)
+        patch, projection = visual.conv1.weight.detach(), visual.proj.detach()
+        return TowerWeights(patch, position, visual.ln_pre, blocks, visual.ln_post, projection)
 
     def _trunk(self, images: Tensor) -> Tensor:
         """Return the input of the last block, (B, 1+N, D): the "penultimate layer"."""
@@ -222,6 +259,29 @@ def weights_sha256(module: nn.Module) -> str:
 
 def _in_projection(block: ResidualAttentionBlock, hidden: Tensor) -> Tensor:
     return F.linear(hidden, block.attn.in_proj_weight, block.attn.in_proj_bias)
+
+
+def _block_weights(block: ResidualAttentionBlock) -> BlockWeights:
+    attention, mlp = block.attn, block.mlp
+    return BlockWeights(
+        ln_1=block.ln_1,
+        qkv=(attention.in_proj_weight.detach(), attention.in_proj_bias.detach()),
+        out=_scaled(attention.out_proj, block.ls_1),
+        ln_2=block.ln_2,
+        up=_scaled(mlp.c_fc, nn.Identity()),
+        activation=mlp.gelu,
+        down=_scaled(mlp.c_proj, block.ls_2),
+        heads=int(attention.num_heads),
+    )
+
+
+def _scaled(linear: nn.Linear, layer_scale: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return a linear map with the LayerScale behind it, if there is one, folded in."""
+    gain = getattr(layer_scale, "gamma", None)
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+    return (
+        (weight, bias) if gain is None else (weight * gain.detach()[:, None], bias * gain.detach())
+    )
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:

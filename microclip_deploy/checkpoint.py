@@ -48,6 +48,12 @@ class StoredConfig(BaseModel):
     adapt: StoredFusion
 
 
+class StoredTexts(BaseModel):
+    """Where the class matrices come from."""
+
+    templates: tuple[str, ...]
+
+
 class CheckpointManifest(BaseModel):
     """The fields of manifest.json that loading needs; others are for people."""
 
@@ -58,17 +64,17 @@ class CheckpointManifest(BaseModel):
     ncut: dict[str, Any]
     """The fields of NCutSpec, and the fingerprint they had when they were written."""
     classes: tuple[str, ...] = Field(min_length=2)
+    texts: StoredTexts
     config: StoredConfig
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.ncut_spec().fingerprint() != self.ncut.get("fingerprint"):
-            raise ValueError("the constants of the cut do not match their fingerprint; adapt again")
+        self.ncut_spec()
         return self
 
     def ncut_spec(self) -> NCutSpec:
         """Return the constants of the cut."""
-        return NCutSpec(**{k: v for k, v in self.ncut.items() if k != "fingerprint"})
+        return NCutSpec.from_stored(self.ncut)
 
 
 class Checkpoint(NamedTuple):
@@ -104,7 +110,7 @@ def write_checkpoint(
     described = {
         "backbone": {**clip.spec.model_dump(), "sha256": clip.sha256},
         "preprocess": clip.preprocess.model_dump(),
-        "ncut": {**model.ncut.model_dump(), "fingerprint": model.ncut.fingerprint()},
+        "ncut": model.ncut.stored(),
         **content,
     }
     artifact.write_manifest(directory, SCHEMA, described, files)

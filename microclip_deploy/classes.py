@@ -146,7 +146,7 @@ def _read_file(path: Path) -> _File:
     raise DataError(f"{path.name}: expected a readable UTF-8 file, found {found}; {remedy}")
 
 
-def _clean(text: str, place: str) -> str:
+def clean_name(text: str, place: str) -> str:
     """Return the text stripped and NFC-normalised; refuse what could garble a terminal."""
     text = unicodedata.normalize("NFC", text).strip()
     for character in text:
@@ -165,7 +165,7 @@ def _names_of(path: Path, text: str) -> tuple[str, ...]:
     names: list[str] = []
     line_of: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), start=1):
-        name = _clean(line, f"{path.name}, line {number}")
+        name = clean_name(line, f"{path.name}, line {number}")
         if not name:
             continue
         first = line_of.setdefault(name.casefold(), number)
@@ -184,7 +184,7 @@ def _names_of(path: Path, text: str) -> tuple[str, ...]:
 
 def _checked_templates(templates: Iterable[str]) -> tuple[str, ...]:
     """Return the templates; each must have a place for the name."""
-    templates = tuple(_clean(template, "template") for template in templates)
+    templates = tuple(clean_name(template, "template") for template in templates)
     wrong = [template for template in templates if "{}" not in template]
     if wrong or not templates:
         raise UsageError(
@@ -223,7 +223,7 @@ def _parse_object(path: Path, text: str) -> dict[str, list[str]]:
     """Return the sentences per class key of a JSON file."""
     result: dict[str, list[str]] = {}
     for key, value in _parse_json(text, path.name).items():
-        name = _clean(key, f"{path.name}, a class name")
+        name = clean_name(key, f"{path.name}, a class name")
         if name in result:
             raise DataError(f"{path.name}: expected every class once, found '{name}' twice; merge")
         sentences = value if isinstance(value, list) else [value]
@@ -247,7 +247,7 @@ def _parse_lines(path: Path, text: str) -> tuple[dict[str, list[str]], dict[str,
                 f"{place}: expected the strings 'class' and 'text', "
                 f"found the keys {sorted(record)}; add them"
             )
-        sentences = result.setdefault(_clean(name, place), [])
+        sentences = result.setdefault(clean_name(name, place), [])
         sentences.append(_sentence(record.pop("text"), place))
         for key, value in record.items():
             values.setdefault(key, {})[json.dumps(value, sort_keys=True)] = None
@@ -262,7 +262,7 @@ def _summary(values: list[str]) -> str:
 
 def _sentence(value: object, place: str) -> str:
     """Return a checked sentence."""
-    sentence = _clean(value, place) if isinstance(value, str) else ""
+    sentence = clean_name(value, place) if isinstance(value, str) else ""
     if not sentence:
         raise DataError(
             f"{place}: expected a non-empty sentence, found {json.dumps(value)[:80]}; "

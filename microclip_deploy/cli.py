@@ -3,20 +3,40 @@
 Heavy libraries are imported inside the commands, so that --help and version are instant.
 """
 
-import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from importlib.metadata import version as package_version
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from microclip_deploy.cli_classes import app as classes_app
+from microclip_deploy.cli_options import (
+    Adapted,
+    AsJson,
+    BatchSize,
+    Descriptions,
+    Device,
+    Dtype,
+    ExportDirectory,
+    Images,
+    MaxBad,
+    Model,
+    Out,
+    OutputFormat,
+    Pretrained,
+    ProofDevice,
+    ProofImages,
+    Run,
+    ServingDevice,
+    Sets,
+    Templates,
+    ValDir,
+)
 from microclip_deploy.errors import (
     EXTRA_OF,
     Interrupted,
@@ -24,7 +44,8 @@ from microclip_deploy.errors import (
     missing_package,
     require,
 )
-from microclip_deploy.standard_output import ReaderGone, checked_stdout, discard
+from microclip_deploy.standard_output import ReaderGone, checked_stdout
+from microclip_deploy.terminal import notes, out, print_json
 
 EPILOG = (
     "Exit codes: 0 ok, 1 internal error, 2 usage, 3 bad data, 4 environment, 5 verification "
@@ -41,58 +62,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class _Notes(Console):
-    """stderr. Where nobody reads it any more, a long run goes on in silence."""
-
-    def on_broken_pipe(self) -> None:
-        """Stop printing instead of ending the process, as the base class does."""
-        self.quiet = True
-        discard(sys.stderr)
-
-
-notes = _Notes(stderr=True, highlight=False, soft_wrap=True)
-"""Everything that is no result."""
-out = Console(highlight=False)
-"""Results."""
-
-
-class OutputFormat(StrEnum):
-    """How `predict` prints."""
-
-    table = "table"
-    csv = "csv"
-    json = "json"
-    jsonl = "jsonl"
-
-
-Out = Annotated[Path, typer.Option("-o", "--out", help="Run directory to write.")]
-Run = Annotated[Path, typer.Argument(help="Run directory that `adapt` wrote.", show_default=False)]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", envvar="MICROCLIP_DEVICE")]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE of adapt, views or ncut.")
-]
-MaxBad = Annotated[str, typer.Option(help="How many may be unusable: 25 or 1%.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Images = Annotated[Path | None, typer.Argument(help="Folder of images, or a .csv/.tsv/.txt list.")]
-Descriptions = Annotated[Path | None, typer.Option(help="JSON {class: [sentences]} or JSON Lines.")]
-Templates = Annotated[
-    list[str] | None, typer.Option(help="Sentence with {} for the class name; repeatable.")
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="open_clip name, hf-hub:ORG/REPO, local-dir:PATH, or demo. [default: ViT-B-32]"
-    ),
-]
-Pretrained = Annotated[
-    str | None, typer.Option(help="open_clip tag or .safetensors file. [default: openai]")
-]
-ValDir = Annotated[
-    Path | None, typer.Option(help="Labelled folder, measured each epoch, never trained on.")
-]
-BatchSize = Annotated[int, typer.Option(help="Images a batch.", min=1)]
+app.add_typer(classes_app, name="classes")
 
 
 @app.command()
@@ -124,10 +94,10 @@ def adapt(
     Example: microclip-deploy adapt photos/ --classes classes.txt -o runs/birds
     """
     require("torch", "adapt")
-    from microclip_deploy import commands
+    from microclip_deploy import adapt_command
 
     shorthand = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
-    request = commands.AdaptRequest(
+    request = adapt_command.AdaptRequest(
         out=out_dir,
         images=images,
         classes=classes,
@@ -145,32 +115,35 @@ def adapt(
         resume=resume,
         overwrite=overwrite,
     )
-    summary = commands.run_adapt(request, notes)
+    summary = adapt_command.run_adapt(request, notes)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
 
 
 @app.command()
 def evaluate(
-    run: Run,
+    directory: Adapted,
     data: Annotated[
         Path, typer.Argument(help="Labelled images: CLASS/image files, or a .csv list.")
     ],
-    device: Device = "auto",
+    device: ServingDevice = "auto",
     batch_size: BatchSize = 64,
     zero_shot: Annotated[
-        bool, typer.Option(help="Also measure the model before adaptation.")
+        bool, typer.Option(help="Also measure the model before adaptation; runs only.")
     ] = True,
     max_bad_images: MaxBad = "1%",
     per_class: Annotated[bool, typer.Option("--per-class", help="Print every class.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure accuracy on labelled images: fused, [CLS], [FG], and zero-shot."""
-    require("torch", "adapt")
+    """Measure accuracy on labelled images: fused, [CLS], [FG], and zero-shot.
+
+    An export holds no model before adaptation, and is measured without zero-shot. Only a run
+    needs PyTorch; it keeps the outcome in evaluation.json and in its report.
+    """
     from microclip_deploy import commands
 
     result = commands.run_evaluate(
-        run,
+        directory,
         data,
         notes,
         device=device,
@@ -179,7 +152,7 @@ def evaluate(
         max_bad=max_bad_images,
     )
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
         for table in result.tables(per_class=per_class):
             out.print(table)
@@ -187,7 +160,7 @@ def evaluate(
 
 @app.command()
 def predict(
-    run: Run,
+    directory: Adapted,
     images: Annotated[list[Path], typer.Argument(help="Images, folders or lists.")],
     top_k: Annotated[int, typer.Option(help="Classes to show.", min=1)] = 5,
     output_format: Annotated[
@@ -196,17 +169,82 @@ def predict(
     overlay: Annotated[
         Path | None, typer.Option(help="Write saliency overlays (PNG) into this folder.")
     ] = None,
-    device: Device = "auto",
+    device: ServingDevice = "auto",
     batch_size: BatchSize = 64,
 ) -> None:
-    """Classify images with an adapted model."""
-    require("torch", "adapt")
+    """Classify images with an adapted model; only a run needs PyTorch, an export does not."""
     from microclip_deploy import commands
 
     request = commands.PredictRequest(
-        run, tuple(images), top_k, output_format.value, overlay, device, batch_size
+        directory, tuple(images), top_k, output_format.value, overlay, device, batch_size
     )
     commands.run_predict(request, out, notes)
+
+
+@app.command()
+def export(
+    run: Run,
+    out_dir: Annotated[Path, typer.Option("-o", "--out", help="Directory to write.")],
+    dtype: Annotated[
+        Dtype, typer.Option(help="Precision of the encoder; auto measures and keeps the fastest.")
+    ] = Dtype.fp32,
+    images: ProofImages = None,
+    device: ProofDevice = "cpu",
+    atol: Annotated[
+        float | None, typer.Option(help="Largest difference of logits allowed.", min=0)
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Least share of equal top-1 classes.", min=0, max=1)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the export in --out.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Export an adapted model to ONNX and prove that it equals PyTorch's.
+
+    Example: microclip-deploy export runs/birds -o exports/birds
+    """
+    _require_exporter()
+    from microclip_deploy.export.command import ExportRequest, run_export
+    from microclip_deploy.export.verify import table
+
+    request = ExportRequest(
+        run=run,
+        out=out_dir,
+        dtype=dtype.value,
+        images=images,
+        device=device,
+        atol=atol,
+        min_agreement=min_agreement,
+        overwrite=overwrite,
+    )
+    proof = run_export(request, notes)
+    if as_json:
+        print_json(proof.model_dump(mode="json"))
+    else:
+        out.print(table(proof))
+
+
+@app.command()
+def verify(
+    export_dir: ExportDirectory,
+    run: Annotated[
+        Path | None, typer.Option(help="Ask this run's PyTorch model instead of stored answers.")
+    ] = None,
+    images: ProofImages = None,
+    device: ProofDevice = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Prove an export again on this machine; exit 5 where it departs from PyTorch."""
+    require("onnxruntime", "cpu")
+    from microclip_deploy.export import verify as verification
+
+    request = verification.VerifyRequest(export_dir, run, images, device)
+    proof = verification.run_verify(request, notes)
+    if as_json:
+        print_json(proof.model_dump(mode="json"))
+    else:
+        out.print(verification.table(proof))
+    verification.require_proven(proof, export_dir / verification.VERIFIED)
 
 
 @app.command()
@@ -221,8 +259,8 @@ def demo(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Run the embedded benchmark: zero-shot, adapt, evaluate, predict. About three minutes."""
-    require("torch", "adapt")
+    """Run the embedded benchmark: adapt, evaluate, predict, export, verify. Three minutes."""
+    _require_exporter()
     from microclip_deploy.demo import benchmark
 
     if write_images is not None:
@@ -232,9 +270,10 @@ def demo(
         out_dir, seed=seed, device=device, notes=notes, printed=notes if as_json else out
     )
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
-        out.print(result.table())
+        for table in result.tables():
+            out.print(table)
 
 
 @app.command()
@@ -249,7 +288,7 @@ def doctor(
 
     found = diagnosis.diagnose()
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
         for table in found.tables():
             out.print(table)
@@ -262,7 +301,7 @@ def recipes(as_json: AsJson = False) -> None:
     from microclip_deploy.config import shipped_recipes
 
     if as_json:
-        _print_json(shipped_recipes())
+        print_json(shipped_recipes())
         return
     for name in shipped_recipes():
         out.print(name)
@@ -273,7 +312,7 @@ def version(as_json: AsJson = False) -> None:
     """Print the version."""
     number = package_version("microclip-deploy")
     if as_json:
-        _print_json({"microclip-deploy": number, "python": sys.version.split()[0]})
+        print_json({"microclip-deploy": number, "python": sys.version.split()[0]})
     else:
         out.print(number)
 
@@ -320,14 +359,13 @@ def _explained(error: Exception) -> MicroclipError:
     )
 
 
+def _require_exporter() -> None:
+    for package, extra in (("torch", "adapt"), ("onnxscript", "export"), ("onnxruntime", "cpu")):
+        require(package, extra)
+
+
 def _overrides(shorthand: dict[str, Any]) -> list[str]:
     return [f"adapt.{name}={value}" for name, value in shorthand.items() if value is not None]
-
-
-def _print_json(value: Any) -> None:
-    """Print one line of JSON; the last line of stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
-    sys.stdout.flush()
 
 
 def run_main() -> None:

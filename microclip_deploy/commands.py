@@ -1,258 +1,44 @@
-"""What the commands do between parsing and printing: choose a device, check data, call."""
+"""What `evaluate` and `predict` do between parsing and printing.
 
-import os
-import re
+PyTorch is imported where a run directory needs it; an export needs none.
+"""
+
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
 from microclip_deploy import artifact
-from microclip_deploy.adapt import Operation, Recipe, StepReport, Validator
-from microclip_deploy.backbone import BackboneSpec, Clip, load_clip
-from microclip_deploy.checkpoint import read_checkpoint
-from microclip_deploy.classes import DEFAULT_TEMPLATES, class_texts
-from microclip_deploy.config import merge, parse_override, read_recipe, resolve, validate
-from microclip_deploy.errors import EnvironmentProblem, UsageError
-from microclip_deploy.evaluate import EVALUATION, Evaluation, accuracy, evaluate
+from microclip_deploy.errors import EnvironmentProblem
+from microclip_deploy.evaluate import EVALUATION, Evaluation, evaluate
 from microclip_deploy.images import printable
-from microclip_deploy.labelled_images import LabelledImages
-from microclip_deploy.model import MicroCLIP
 from microclip_deploy.predict import OverlayWriter, open_writer, predict, table
 from microclip_deploy.progress import bar
-from microclip_deploy.report import REPORT, write_report
-from microclip_deploy.run import execute
-from microclip_deploy.run_directory import (
-    INPUTS,
-    RunInputs,
-    locked,
-    make_inputs,
-    read_inputs,
-    remove_run,
-    require_replaceable,
-    write_inputs,
-)
-from microclip_deploy.serving import open_session
-from microclip_deploy.serving.torch_backend import TorchSession, require_device
-from microclip_deploy.sources import BadFile, check_images, list_images
-
-DEFAULT_MODEL = "ViT-B-32"
-DEFAULT_TAG = "openai"
-
-
-@dataclass(frozen=True)
-class AdaptRequest:
-    """The options of `adapt` as they were given."""
-
-    out: Path
-    images: Path | None = None
-    classes: Path | None = None
-    descriptions: Path | None = None
-    templates: tuple[str, ...] = ()
-    model: str | None = None
-    pretrained: str | None = None
-    recipe: str | None = None
-    overrides: tuple[str, ...] = ()
-    val_dir: Path | None = None
-    device: str = "auto"
-    workers: int | None = None
-    max_bad_images: str = "1%"
-    save_every: int = 200
-    resume: bool = False
-    overwrite: bool = False
-
-
-def run_adapt(request: AdaptRequest, notes: Console) -> dict[str, Any]:
-    """Start or resume a run and write its checkpoint and report; return the manifest's content."""
-    if request.resume and request.overwrite:
-        raise UsageError("--resume continues a run and --overwrite replaces it; give one of them")
-    started = request.resume and (request.out / INPUTS).is_file()
-    if not started and (request.images is None or request.classes is None):
-        missing = f"no started run in {request.out}" if request.resume else "no images or classes"
-        raise UsageError(f"adapt: expected IMAGES and --classes FILE, found {missing}")
-    device = choose_device(request.device, notes)
-    with locked(request.out), gpu_memory():
-        inputs, clip = (_resumed if started else _new)(request, device, notes)
-        if started and (request.out / artifact.MANIFEST).is_file():
-            return _finished(request.out, device, notes)
-        workers = request.workers if request.workers is not None else _default_workers(device)
-        operation = Operation(request.out, workers, request.save_every)
-        validator = _validator(inputs, clip, device)
-        with bar(notes, "adapting") as progress:
-            step = _stepper(progress.update)
-            content = execute(inputs, operation, clip, validator=validator, on_step=step)
-        for warning in content["warnings"]:
-            notes.print(f"warning: {warning}", style="yellow", markup=False)
-        _report(request.out, device, notes)
-    notes.print(f"adapted: {request.out}", markup=False)
-    return content
-
-
-def choose_device(device: str, notes: Console) -> str:
-    """Turn "auto" into the device that will be used, and say so.
-
-    Raises:
-        UsageError: not the name of a device we know.
-        EnvironmentProblem: a CUDA device was asked for and is not there.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UsageError(f"--device: expected auto, cpu, cuda or cuda:N, found {device}")
-    require_device(device)
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "this CPU"
-    notes.print(f"device: {device} ({name})", markup=False)
-    return device
+from microclip_deploy.serving import Session, is_export, open_session
+from microclip_deploy.sources import BadFile
 
 
 @contextmanager
 def gpu_memory() -> Iterator[None]:
-    """Turn torch's out-of-memory error into ours."""
+    """Turn torch's out-of-memory error into ours; other backends raise ours themselves."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")  # if it is not loaded, the error is not its
+        if torch is None or not isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
         raise EnvironmentProblem(
             "the GPU is out of memory; lower --batch-size (in adapt also --set views.crops, or use "
             "--set adapt.precision=bf16), or use --device cpu"
         ) from error
 
 
-def _new(request: AdaptRequest, device: str, notes: Console) -> tuple[RunInputs, Clip]:
-    """Check everything a new run needs, cheapest first, then write its inputs."""
-    assert request.images is not None, "checked by run_adapt"
-    assert request.classes is not None, "checked by run_adapt"
-    require_replaceable(request.out, request.overwrite)
-    recipe = resolve(Recipe, request.recipe, request.overrides)
-    texts = class_texts(
-        request.classes, request.descriptions, request.templates or DEFAULT_TEMPLATES
-    )
-    listed = list_images(request.images)
-    if request.val_dir is not None:
-        LabelledImages.read(request.val_dir, texts.names)
-    clip = load_clip(_backbone(request), device)
-    with bar(notes, "checking images") as progress:
-        checked = check_images(
-            listed.paths, max_bad=request.max_bad_images, on_progress=progress.update
-        )
-    _tell_skipped(checked.bad, notes)
-    notes.print(
-        f"{len(checked.good)} images, {len(checked.bad)} skipped, {len(texts.names)} classes"
-    )
-    inputs = make_inputs(
-        clip, recipe, texts, good=checked.good, bad=checked.bad, val_dir=request.val_dir
-    )
-    remove_run(request.out)
-    write_inputs(request.out, inputs)
-    return inputs, clip
-
-
-def _resumed(request: AdaptRequest, device: str, notes: Console) -> tuple[RunInputs, Clip]:
-    """Read the inputs of a started run; what is given again must be the same."""
-    inputs = read_inputs(request.out)
-    differing = _differences(request, inputs)
-    if differing:
-        raise UsageError(
-            f"--resume: {request.out} was started with other inputs: {'; '.join(differing)}; drop "
-            "these options, or start again with --overwrite"
-        )
-    inputs.require_images()
-    if request.val_dir is not None:
-        inputs = inputs.model_copy(update={"val_dir": str(request.val_dir)})
-    notes.print(f"resuming {request.out}", markup=False)
-    # A model that was moved may be named again: its weights are what counts.
-    return inputs, load_clip(_backbone(request) if request.model else inputs.backbone, device)
-
-
-def _differences(request: AdaptRequest, inputs: RunInputs) -> list[str]:
-    """Name what a command line says otherwise than the inputs of the run it resumes."""
-    given = read_recipe(request.recipe) if request.recipe else {}
-    for override in request.overrides:
-        given = merge(given, parse_override(override))
-    stored = inputs.recipe.model_dump()
-    again = validate(Recipe, merge(stored, given)).model_dump()
-    found = [
-        f"{section}.{key} is {stored[section][key]}, given {value}"
-        for section, fields in again.items()
-        for key, value in fields.items()
-        if value != stored[section][key]
-    ]
-    if request.classes is not None:
-        templates = request.templates or inputs.templates
-        texts = class_texts(request.classes, request.descriptions, templates)
-        same = texts.descriptions == inputs.descriptions or request.descriptions is None
-        if texts.names != inputs.classes or texts.templates != inputs.templates or not same:
-            found.append("class names, descriptions or templates")
-    if request.images is not None:
-        present = {str(path.absolute()) for path in list_images(request.images).paths}
-        missing = [path for path in inputs.images if path not in present]
-        if missing:
-            found.append(f"images, {printable(missing[0])} among others is not in {request.images}")
-    return found
-
-
-def _tell_skipped(bad: Sequence[BadFile], notes: Console) -> None:
-    for file in bad:
-        place = printable(file.path)
-        notes.print(f"skipped: {place}: {file.reason}", style="yellow", markup=False)
-
-
-def _finished(directory: Path, device: str, notes: Console) -> dict[str, Any]:
-    """Verify a finished run and return its manifest."""
-    read_checkpoint(directory)
-    notes.print(f"{directory}: already finished", markup=False)
-    if not (directory / REPORT).is_file():
-        _report(directory, device, notes)
-    return dict(artifact.read_json(directory / artifact.MANIFEST))
-
-
-def _backbone(request: AdaptRequest) -> BackboneSpec:
-    model = request.model or DEFAULT_MODEL
-    located = model == "demo" or model.startswith(("hf-hub:", "local-dir:"))
-    if model.startswith("local-dir:"):
-        model = f"local-dir:{Path(model.removeprefix('local-dir:')).absolute()}"
-    if located and request.pretrained:
-        raise UsageError(f"--pretrained: --model {model} already names its weights; drop it")
-    if located:
-        return BackboneSpec(model=model)
-    pretrained = request.pretrained or DEFAULT_TAG
-    if Path(pretrained).is_file():
-        pretrained = str(Path(pretrained).absolute())
-    return BackboneSpec(model=model, pretrained=pretrained)
-
-
-def _default_workers(device: str) -> int:
-    """Leave a small CPU to the model; keep a GPU fed."""
-    return min(8, os.cpu_count() or 1) if device.startswith("cuda") else 0
-
-
-def _stepper(update: Callable[[int, int, str], None]) -> Callable[[StepReport], None]:
-    def show(step: StepReport) -> None:
-        note = f"epoch {step.epoch}  loss {step.loss:.3f}  {step.images_per_s:.0f} images/s"
-        update(step.done, step.total, note)
-
-    return show
-
-
-def _validator(inputs: RunInputs, clip: Clip, device: str) -> Validator | None:
-    """Return the measurement of the run's labelled folder, or None without one."""
-    if inputs.val_dir is None:
-        return None
-    labelled = LabelledImages.read(Path(inputs.val_dir), inputs.classes)
-
-    def measure(model: MicroCLIP, _labels: Tensor) -> Mapping[str, float]:
-        return accuracy(TorchSession(model, inputs.classes, clip.preprocess, device), labelled)
-
-    return measure
-
-
 def run_evaluate(
-    run: Path,
+    directory: Path,
     data: Path,
     notes: Console,
     *,
@@ -261,22 +47,33 @@ def run_evaluate(
     zero_shot: bool = True,
     max_bad: str = "1%",
 ) -> Evaluation:
-    """Evaluate a run on labelled images and put the outcome into its report."""
-    device = choose_device(device, notes)
+    """Evaluate a run or an export on labelled images; a run's report gets the outcome.
+
+    An export is never written to: its files are those its manifest lists.
+    """
+    used: list[str] = []
+
+    def opened(session: Session) -> None:
+        used.append(session.device)
+        _tell_device(session, notes)
+
     with gpu_memory(), bar(notes, "evaluating") as progress:
         found = evaluate(
-            run,
+            directory,
             data,
             device=device,
             batch_size=batch_size,
             zero_shot=zero_shot,
             max_bad=max_bad,
             progress=progress.update,
+            on_open=opened,
         )
-    _tell_skipped(found.bad, notes)
+    tell_skipped(found.bad, notes)
+    if is_export(directory):
+        return found
     try:
-        artifact.write_json(run / EVALUATION, found.to_json())
-        _report(run, device, notes)
+        artifact.write_json(directory / EVALUATION, found.to_json())
+        update_report(directory, used[0], notes)
     except EnvironmentProblem as error:  # a read-only run directory can still be evaluated
         notes.print(f"warning: {error}", style="yellow", markup=False)
     return found
@@ -286,7 +83,8 @@ def run_evaluate(
 class PredictRequest:
     """The options of `predict` as they were given."""
 
-    run: Path
+    directory: Path
+    """A run or an export."""
     images: tuple[Path, ...]
     top_k: int
     output_format: Literal["table", "csv", "json", "jsonl"]
@@ -297,9 +95,9 @@ class PredictRequest:
 
 def run_predict(request: PredictRequest, out: Console, notes: Console) -> None:
     """Classify images and print the results as they come."""
-    device = choose_device(request.device, notes)
     overlays = OverlayWriter(request.overlay) if request.overlay else None
-    with gpu_memory(), open_session(request.run, device) as session:
+    with gpu_memory(), open_session(request.directory, request.device) as session:
+        _tell_device(session, notes)
         results = predict(session, request.images, request.top_k, batch_size=request.batch_size)
         if request.output_format == "table":
             out.print(table(results, overlays.write if overlays else None))
@@ -311,7 +109,20 @@ def run_predict(request: PredictRequest, out: Console, notes: Console) -> None:
                     overlays.write(result)
 
 
-def _report(directory: Path, device: str, notes: Console) -> None:
-    """Write report.html; the checkpoint is complete without it."""
+def tell_skipped(bad: Sequence[BadFile], notes: Console) -> None:
+    """Name the files that could not be read."""
+    for file in bad:
+        place = printable(file.path)
+        notes.print(f"skipped: {place}: {file.reason}", style="yellow", markup=False)
+
+
+def update_report(directory: Path, device: str, notes: Console) -> None:
+    """Write a run's report.html; the checkpoint is complete without it."""
+    from microclip_deploy.report import write_report
+
     write_report(directory, device=device)
     notes.print(f"report: {directory / 'report.html'}", markup=False)
+
+
+def _tell_device(session: Session, notes: Console) -> None:
+    notes.print(f"device: {session.device}", markup=False)

@@ -22,7 +22,6 @@ EXTRA_OF: Mapping[str, str] = {
     "torchvision": "adapt",
     "open_clip": "adapt",
     "timm": "adapt",
-    "filelock": "adapt",
     "jinja2": "adapt",
     "markupsafe": "adapt",
     "matplotlib": "adapt",

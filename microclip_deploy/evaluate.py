@@ -6,6 +6,8 @@ adaptation, with the three class matrices its texts give:
     names          u: the class names alone, as plain zero-shot CLIP uses them
     descriptions   the start of the learnable head
     prior          F: the frozen head that pseudo-labels lean on
+
+An export holds the adapted model alone, so that its evaluation has no such rows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +24,7 @@ from microclip_deploy.images import BadImage, printable
 from microclip_deploy.labelled_images import LabelledImages
 from microclip_deploy.saliency_warning import saliency_warning
 from microclip_deploy.scores import TOP, Scores, ranks_of, score, scores_of_ranks
-from microclip_deploy.serving import Prediction, Session, open_session
+from microclip_deploy.serving import Prediction, Session, is_export, open_session
 from microclip_deploy.sources import BadFile, bad_image_limit, read_batches
 
 if TYPE_CHECKING:
@@ -49,6 +51,10 @@ _SHOWN = 5  # files an error message lists
 
 def _ignore(done: int, total: int) -> None:
     """Show no progress."""
+
+
+def _no_note(session: Session) -> None:
+    """Say nothing about the session."""
 
 
 class Row(NamedTuple):
@@ -131,7 +137,7 @@ class Evaluation:
 
 
 def evaluate(
-    run_dir: Path,
+    directory: Path,
     data: Path,
     *,
     device: str = "cpu",
@@ -139,35 +145,39 @@ def evaluate(
     zero_shot: bool = True,
     max_bad: str = "1%",
     progress: Callable[[int, int], None] = _ignore,
+    on_open: Callable[[Session], None] = _no_note,
 ) -> Evaluation:
-    """Measure a run on labelled images, beside the same model before adaptation.
+    """Measure a run or an export on labelled images; a run beside the model before adaptation.
 
     Args:
-        run_dir: directory that `adapt` wrote.
+        directory: what `adapt` or `export` wrote.
         data: as for `LabelledImages.read`.
-        device: "cpu", "cuda" or "cuda:N".
+        device: as for `open_session`.
         batch_size: images a batch.
-        zero_shot: also measure the model before adaptation, in the same pass over the images.
+        zero_shot: also measure the model before adaptation, in the same pass over the images;
+            without effect on an export, which does not hold it.
         max_bad: how many images may be unreadable, as for `sources.bad_image_limit`; they are left
             out, and named in `Evaluation.bad`.
         progress: called with (done, total) after each batch.
+        on_open: called with the open session before the first image.
 
     Raises:
         DataError: the data, or the checkpoint (CheckpointError), cannot be used, or more images
             than allowed are unreadable.
-        EnvironmentProblem: the device is missing.
-        UsageError: `max_bad` is malformed.
+        EnvironmentProblem: the device, or a package of the backend, is missing.
+        UsageError: `max_bad` or `device` is malformed.
     """
     with ExitStack() as stack:
-        adapted = stack.enter_context(open_session(run_dir, device))
+        adapted = stack.enter_context(open_session(directory, device))
+        on_open(adapted)
         images = LabelledImages.read(data, adapted.classes)
         limit = bad_image_limit(max_bad, len(images.paths))
         probes = [_Probe(adapted)]
-        if zero_shot:
+        if zero_shot and not is_export(directory):
             from microclip_deploy.serving.torch_backend import TorchSession
 
-            before = stack.enter_context(TorchSession.open_initial(run_dir, device))
-            probes.append(_Probe(before, _zero_shot_heads(run_dir)))
+            before = stack.enter_context(TorchSession.open_initial(directory, adapted.device))
+            probes.append(_Probe(before, _zero_shot_heads(directory)))
         measured = _measure(probes, images, batch_size, progress)
     bad = measured[0].bad
     if len(bad) > limit:
@@ -176,7 +186,7 @@ def evaluate(
             f"{max_bad}), found {len(bad)} of {len(images.paths)}: {_first(bad)}; repair or remove "
             "them, or raise --max-bad-images"
         )
-    return _evaluation(adapted.classes, measured)
+    return _evaluation(adapted, measured)
 
 
 def accuracy(session: Session, images: LabelledImages, *, batch_size: int = 64) -> dict[str, float]:
@@ -295,7 +305,7 @@ def _zero_shot_heads(run_dir: Path) -> dict[str, NDArray[np.float32]]:
     return {"names": heads.names.numpy(), "prior": heads.frozen.numpy()}
 
 
-def _evaluation(classes: tuple[str, ...], measured: Sequence[SessionAccuracy]) -> Evaluation:
+def _evaluation(session: Session, measured: Sequence[SessionAccuracy]) -> Evaluation:
     adapted = measured[0]
     rows = [
         Row("adapted", token, "adapted", adapted.rows[token]) for token in ("fused", "cls", "fg")
@@ -307,22 +317,29 @@ def _evaluation(classes: tuple[str, ...], measured: Sequence[SessionAccuracy]) -
             for token in ("cls", "fg", "fused")
         ]
     return Evaluation(
-        classes=classes,
+        classes=session.classes,
         images=adapted.rows["fused"].images,
         bad=adapted.bad,
         rows=tuple(rows),
         complete_graphs=adapted.complete_graphs,
         whole_image_masks=adapted.whole_image_masks,
         mask_share=adapted.mask_share,
-        warnings=_warnings(adapted),
+        warnings=_warnings(session, adapted),
     )
 
 
-def _warnings(adapted: SessionAccuracy) -> tuple[str, ...]:
+def _warnings(session: Session, adapted: SessionAccuracy) -> tuple[str, ...]:
     saliency = saliency_warning(adapted.complete_graphs)
     found = [saliency] if saliency else []
     if adapted.bad:
         found.append(f"images left out because they could not be read: {len(adapted.bad)}")
+    if session.unadapted:
+        # Their images count like all others, in rows that say "adapted".
+        names = ", ".join(printable(name) for name in sorted(session.unadapted)[:_SHOWN])
+        found.append(
+            f"classes added after adaptation, recognised zero-shot: {len(session.unadapted)}, "
+            f"such as {names}"
+        )
     return tuple(found)
 
 

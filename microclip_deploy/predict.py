@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 5  # bad files the error message lists
 
+_DAGGER = "†"
+
 # A cell that starts like this is a formula to spreadsheet programs, also behind blanks.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
@@ -41,6 +43,8 @@ class Guess(NamedTuple):
     probability: float
     """Softmax of the fused logits over all classes; not calibrated."""
     logit: float
+    adapted: bool = True
+    """False for a class that was added after the adaptation: its accuracy is zero-shot."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +149,12 @@ def _predictions(
             index=index,
             path=paths[index],
             top=tuple(
-                Guess(names[c], float(probabilities[row, c]), float(found.logits[row, c]))
+                Guess(
+                    names[c],
+                    float(probabilities[row, c]),
+                    float(found.logits[row, c]),
+                    adapted=names[c] not in session.unadapted,
+                )
                 for c in order[row]
             ),
             cls_top1=names[cls_best[row]],
@@ -175,6 +184,9 @@ def _best_of_tokens(
 class CsvWriter:
     """One row an image: path, error, the top classes, both tokens' classes, and the mask share.
 
+    The last column, `unadapted`, names those of the top classes that were added after the
+    adaptation, most probable first, joined by "; ". It is empty where all are adapted.
+
     Safe for spreadsheet programs: a text that would be a formula gets a leading apostrophe.
     Commas, quotes and line breaks are quoted; bytes of a name that are no UTF-8 become escapes.
     """
@@ -184,20 +196,21 @@ class CsvWriter:
         self._rows = csv.writer(stream, lineterminator="\n")
         self._top_k = top_k
         guesses = [f"{part}_{i + 1}" for i in range(top_k) for part in ("class", "probability")]
-        tokens = ("cls_class", "fg_class", "mask_share", "complete_graph")
-        self._rows.writerow(["path", "error", *guesses, *tokens])
+        others = ("cls_class", "fg_class", "mask_share", "complete_graph", "unadapted")
+        self._rows.writerow(["path", "error", *guesses, *others])
 
     def write(self, result: Result) -> None:
         """Write one row."""
         name = _cell(os.fsencode(result.path).decode("utf-8", "backslashreplace"))
         if isinstance(result, FailedImage):
-            self._rows.writerow([name, _cell(result.reason), *[""] * (2 * self._top_k + 4)])
+            self._rows.writerow([name, _cell(result.reason), *[""] * (2 * self._top_k + 5)])
             return
         guesses = [x for g in result.top for x in (_cell(g.name), f"{g.probability:.6f}")]
         padding = [""] * (2 * self._top_k - len(guesses))
         share = f"{result.mask.mean():.4f}"
         tokens = (_cell(result.cls_top1), _cell(result.fg_top1), share, int(result.complete))
-        self._rows.writerow([name, "", *guesses, *padding, *tokens])
+        unadapted = _cell("; ".join(g.name for g in result.top if not g.adapted))
+        self._rows.writerow([name, "", *guesses, *padding, *tokens, unadapted])
 
 
 class JsonLinesWriter:
@@ -304,7 +317,12 @@ def to_json(result: Result) -> dict[str, object]:
         "path": str(result.path),
         "error": None,
         "top": [
-            {"class": g.name, "probability": round(g.probability, 6), "logit": round(g.logit, 4)}
+            {
+                "class": g.name,
+                "probability": round(g.probability, 6),
+                "logit": round(g.logit, 4),
+                "adapted": g.adapted,
+            }
             for g in result.top
         ],
         "cls_class": result.cls_top1,
@@ -330,7 +348,9 @@ def table(results: Iterable[Result], on_result: Callable[[Result], None] | None 
     from rich.table import Table
     from rich.text import Text
 
-    found = Table(caption="probabilities are not calibrated; * [CLS] and [FG] disagree")
+    caption = "probabilities are not calibrated; * [CLS] and [FG] disagree"
+    unadapted = f"\n{_DAGGER} added after the adaptation: its accuracy is zero-shot"
+    found = Table(caption=caption)
     found.add_column("image", overflow="fold")
     found.add_column("class")
     found.add_column("probability", justify="right")
@@ -344,10 +364,16 @@ def table(results: Iterable[Result], on_result: Callable[[Result], None] | None 
             continue
         first, *others = result.top
         mark = " *" if result.cls_top1 != result.fg_top1 else ""
-        rest = ", ".join(f"{printable(g.name)} {g.probability:.2f}" for g in others)
-        best = Text(printable(first.name) + mark, style="bold")
+        rest = ", ".join(f"{_marked(g)} {g.probability:.2f}" for g in others)
+        best = Text(_marked(first) + mark, style="bold")
         found.add_row(name, best, f"{first.probability:.3f}", Text(rest))
+        if not all(guess.adapted for guess in result.top):
+            found.caption = caption + unadapted
     return found
+
+
+def _marked(guess: Guess) -> str:
+    return printable(guess.name) + ("" if guess.adapted else _DAGGER)
 
 
 def _cell(text: str) -> str:

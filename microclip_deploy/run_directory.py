@@ -5,12 +5,10 @@ a killed run is resumed from its directory alone.
 """
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 
 from microclip_deploy import artifact
@@ -19,6 +17,7 @@ from microclip_deploy.backbone import BackboneSpec, Clip
 from microclip_deploy.checkpoint import WEIGHTS
 from microclip_deploy.classes import ClassTexts
 from microclip_deploy.config import validate
+from microclip_deploy.directory_lock import LOCK, exclusive
 from microclip_deploy.errors import CheckpointError, DataError, UsageError
 from microclip_deploy.images import printable
 from microclip_deploy.sources import BadFile
@@ -30,8 +29,6 @@ BAD_IMAGES = "bad-images.txt"
 LABELS = "pseudo-labels.csv"
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
-
-_LOCK = ".lock"
 
 # The manifest first and the inputs last: a removal that is cut short leaves a run to resume.
 _OURS = (
@@ -102,28 +99,16 @@ def make_inputs(
     )
 
 
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the run directory; a lock left behind by a killed process does not count.
+def locked(directory: Path) -> AbstractContextManager[None]:
+    """Hold the run directory.
 
     Raises:
         UsageError: another process works in this directory.
         EnvironmentProblem: the directory cannot be made or locked.
     """
-    lock = FileLock(directory / _LOCK, timeout=0)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise UsageError(
-            f"{directory}: another adaptation is running there; wait for it or give another --out"
-        ) from error
-    except (OSError, NotImplementedError) as error:
-        raise artifact.write_problem(directory, error) from error
-    try:
-        yield
-    finally:
-        lock.release()
+    return exclusive(
+        directory, "another adaptation is running there; wait for it or give another --out"
+    )
 
 
 def require_replaceable(directory: Path, overwrite: bool) -> None:
@@ -132,7 +117,7 @@ def require_replaceable(directory: Path, overwrite: bool) -> None:
     Raises:
         UsageError: the directory holds a run and `overwrite` is not set, or foreign files only.
     """
-    present = {path.name for path in directory.iterdir() if not _is_rest(path)} - {_LOCK}
+    present = {path.name for path in directory.iterdir() if not _is_rest(path)} - {LOCK}
     if not present:
         return
     if not overwrite:

@@ -8,12 +8,14 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
 
 from microclip_deploy.adapt import Recipe
 from microclip_deploy.backbone import BackboneSpec, load_clip
 from microclip_deploy.checkpoint import build_model, write_checkpoint
 from microclip_deploy.classes import class_texts
+from microclip_deploy.export.command import ExportRequest, run_export
 from microclip_deploy.run import manifest_content
 from microclip_deploy.run_directory import make_inputs, write_inputs
 from microclip_deploy.sources import BadFile, list_images
@@ -105,6 +107,14 @@ def finished_run(
     lines = "".join(json.dumps(epoch) + "\n" for epoch in history)
     (directory / "history.jsonl").write_text(lines)
     write_checkpoint(directory, model, clip, heads, manifest_content(inputs, history))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_export(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the float32 export of the finished run; copy it to change it."""
+    directory = tmp_path_factory.mktemp("exports") / "tiny"
+    run_export(ExportRequest(finished_run, directory), Console(quiet=True))
     return directory
 
 

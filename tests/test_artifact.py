@@ -53,3 +53,99 @@ def test_a_file_name_that_is_no_utf8_survives_json(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")
     artifact.write_json(tmp_path / "x.json", {"name": name})
     assert artifact.read_json(tmp_path / "x.json")["name"] == name
+
+
+def test_a_rewritten_manifest_keeps_what_it_listed(directory: Path) -> None:
+    stored = artifact.read_manifest(directory, "thing/1")
+    (directory / "b.bin").write_bytes(b"678")
+    artifact.rewrite_manifest(directory, {**stored, "x": 2}, ["b.bin"])
+    found = artifact.read_manifest(directory, "thing/1")
+    assert found["x"] == 2
+    assert found["files"]["a.bin"] == stored["files"]["a.bin"]
+    assert found["files"]["b.bin"]["bytes"] == 3
+    (directory / "a.bin").write_bytes(b"12346")
+    with pytest.raises(CheckpointError, match="bytes are not"):
+        artifact.read_manifest(directory, "thing/1")
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """Return a directory that is to be replaced."""
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "old").touch()
+    return tmp_path / "target"
+
+
+def test_a_staged_directory_takes_its_place_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "target"
+    with artifact.staged_directory(target) as folder:
+        (folder / "new").touch()
+        assert folder.parent == target.parent
+        assert folder.name.startswith(".")
+        assert not target.exists()
+    assert names(target) == ["new"]
+    assert names(target.parent) == ["target"]
+
+
+def test_a_staged_directory_replaces_the_old_one_whole(target: Path) -> None:
+    with artifact.staged_directory(target) as folder:
+        (folder / "new").touch()
+        assert names(target) == ["old"]
+    assert names(target) == ["new"]
+    assert names(target.parent) == ["target"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_error_while_staging_leaves_the_old_directory(
+    target: Path, error: type[BaseException]
+) -> None:
+    def fail() -> None:
+        with artifact.staged_directory(target) as folder:
+            (folder / "new").touch()
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert names(target) == ["old"]
+    assert names(target.parent) == ["target"]
+
+
+def test_what_was_staged_may_go_elsewhere(target: Path) -> None:
+    with artifact.staged_directory(target) as folder:
+        (folder / "new").touch()
+        folder.rename(target.with_name("evidence"))
+    assert names(target) == ["old"]
+    assert names(target.parent) == ["evidence", "target"]
+
+
+def test_staging_below_a_file_is_an_environment_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(EnvironmentProblem, match="could not be written"),
+        artifact.staged_directory(tmp_path / "file" / "target"),
+    ):
+        raise AssertionError("nothing may be staged there")
+
+
+def test_a_rename_that_fails_brings_the_old_directory_back(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def failing(source: Path, destination: Path) -> None:
+        if source.name.endswith(".part"):
+            raise OSError(5, "Input/output error")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with (
+        pytest.raises(EnvironmentProblem, match="Input/output error"),
+        artifact.staged_directory(target) as folder,
+    ):
+        (folder / "new").touch()
+    assert names(target) == ["old"]
+    assert names(target.parent) == ["target"]

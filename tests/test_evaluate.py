@@ -31,6 +31,7 @@ class ColourSession:
 
     def __init__(self, classes: Sequence[str] = CLASSES, complete: bool = False) -> None:
         self.classes = tuple(classes)
+        self.unadapted: frozenset[str] = frozenset()
         self.preprocess = Preprocess(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
         self.device = "cpu"
         self.complete = complete

@@ -20,7 +20,11 @@ HEAVY = {
 LIGHT = [
     "microclip_deploy",
     "microclip_deploy.cli",
+    "microclip_deploy.commands",
+    "microclip_deploy.evaluate",
+    "microclip_deploy.exported",
     "microclip_deploy.history",
+    "microclip_deploy.predict",
     "microclip_deploy.saliency_warning",
     "microclip_deploy.serving",
     "microclip_deploy.sources",
@@ -37,6 +41,12 @@ def run(code: str) -> str:
 @pytest.mark.parametrize("module", LIGHT)
 def test_import_is_light(module: str) -> None:
     assert run(f"import sys, {module}; print(*sorted({HEAVY!r} & set(sys.modules)))") == ""
+
+
+@pytest.mark.parametrize("module", ["onnx_graph", "onnx_backend"])
+def test_an_export_is_served_by_onnxruntime_alone(module: str) -> None:
+    name = f"microclip_deploy.serving.{module}"
+    assert run(f"import sys, {name}; print(*sorted({HEAVY!r} & set(sys.modules)))") == "onnxruntime"
 
 
 def test_a_missing_extra_is_named_with_its_install_line() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from rich.table import Table
 
 from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError
 from microclip_deploy.predict import (
@@ -36,11 +37,15 @@ def session(finished_run: Path) -> Session:
     return open_session(finished_run)
 
 
-def made_up(path: str = "a.png", names: tuple[str, ...] = ("cat", "dog")) -> ImagePrediction:
+def made_up(
+    path: str = "a.png",
+    names: tuple[str, ...] = ("cat", "dog"),
+    unadapted: tuple[str, ...] = (),
+) -> ImagePrediction:
     return ImagePrediction(
         index=3,
         path=Path(path),
-        top=tuple(Guess(name, 0.5, 10.0) for name in names),
+        top=tuple(Guess(name, 0.5, 10.0, name not in unadapted) for name in names),
         cls_top1=names[0],
         fg_top1=names[-1],
         mask=np.array([True, False, False, False]),
@@ -104,6 +109,16 @@ def test_no_class_to_show_is_refused(session: Session, photos: Path) -> None:
         predict(session, [photos], top_k=0)
 
 
+def test_guesses_of_unadapted_classes_are_marked(finished_run: Path, photos: Path) -> None:
+    with open_session(finished_run) as session:
+        session.unadapted = frozenset({"green square"})
+        results = list(predict(session, [photos], top_k=3))
+    for result in results:
+        assert isinstance(result, ImagePrediction)
+        marked = [guess.name for guess in result.top if not guess.adapted]
+        assert marked == ["green square"]
+
+
 def test_softmax_survives_large_logits() -> None:
     found = softmax(np.array([[1e4, 0.0], [-1e4, -1e4]], np.float32))
     assert found.tolist() == [[1.0, 0.0], [0.5, 0.5]]
@@ -121,8 +136,20 @@ def test_csv_round_trips_difficult_names() -> None:
     "name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", " =1", "=cmd|' /C calc'!A0"]
 )
 def test_csv_defuses_formulas(name: str) -> None:
-    _, good, bad = csv_rows(made_up(name, (name, "dog")), FailedImage(0, Path("x"), name))
-    assert good[0] == good[2] == good[6] == bad[1] == f"'{name}"
+    _, good, bad = csv_rows(made_up(name, (name, "dog"), (name,)), FailedImage(0, Path("x"), name))
+    assert good[0] == good[2] == good[6] == good[-1] == bad[1] == f"'{name}"
+
+
+def test_csv_names_the_unadapted_classes_in_the_last_column() -> None:
+    header, one, two, none, failed = csv_rows(
+        made_up(unadapted=("dog",)),
+        made_up(unadapted=("dog", "cat")),
+        made_up(),
+        FailedImage(0, Path("x"), "empty"),
+    )
+    assert header[-2:] == ["complete_graph", "unadapted"]
+    assert [row[-1] for row in (one, two, none, failed)] == ["dog", "cat; dog", "", ""]
+    assert {len(row) for row in (one, two, none, failed)} == {len(header)}
 
 
 def test_csv_pads_fewer_classes_than_asked_for() -> None:
@@ -144,14 +171,17 @@ def test_json_lines_hold_one_line_an_image() -> None:
     written, content = json_line(made_up("a\nb.png"))
     assert written.count(b"\n") == 1
     assert content["top"] == [
-        {"class": "cat", "probability": 0.5, "logit": 10.0},
-        {"class": "dog", "probability": 0.5, "logit": 10.0},
+        {"class": "cat", "probability": 0.5, "logit": 10.0, "adapted": True},
+        {"class": "dog", "probability": 0.5, "logit": 10.0, "adapted": True},
     ]
     assert (content["mask_share"], content["cls_class"], content["fg_class"]) == (
         0.25,
         "cat",
         "dog",
     )
+    _, marked = json_line(made_up(unadapted=("dog",)))
+    assert isinstance(marked["top"], list)
+    assert [guess["adapted"] for guess in marked["top"]] == [True, False]
     _, failed = json_line(FailedImage(0, Path("x"), "empty"))
     assert failed == {"path": "x", "error": "empty"}
 
@@ -227,15 +257,31 @@ def test_overlay_names_never_leave_the_folder() -> None:
     assert overlay_name(made_up("/etc/..")) == "000003-image.png"
 
 
-def test_the_table_marks_disagreement_and_shows_markup_as_text() -> None:
+def shown(found: Table) -> str:
     console = Console(width=100, file=io.StringIO())
+    console.print(found)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]  # an io.StringIO
+    return text
+
+
+def test_the_table_marks_disagreement_and_shows_markup_as_text() -> None:
     told: list[int] = []
     results: list[Result] = [
         made_up(names=("[red]cat", "dog")),
         FailedImage(4, Path("b\x1b.png"), "empty"),
     ]
-    console.print(table(results, on_result=lambda result: told.append(result.index)))
-    text = console.file.getvalue()  # type: ignore[attr-defined]  # an io.StringIO
+    text = shown(table(results, on_result=lambda result: told.append(result.index)))
     assert "[red]cat *" in text
     assert "b\\x1b.png" in text
     assert told == [3, 4]
+    assert "†" not in text
+
+
+@pytest.mark.parametrize(
+    ("unadapted", "marks"), [("cat", ["cat† *", "dog 0.50"]), ("dog", ["cat *", "dog† 0.50"])]
+)
+def test_the_table_marks_and_explains_unadapted_classes(unadapted: str, marks: list[str]) -> None:
+    text = shown(table([made_up(unadapted=(unadapted,)), made_up()]))
+    assert "† added after the adaptation" in " ".join(text.split())
+    assert all(mark in text for mark in marks)
+    assert text.count("†") == 2

@@ -24,7 +24,10 @@ def command_lines() -> list[str]:
 @pytest.mark.parametrize("line", command_lines())
 def test_commands_and_options_exist(line: str) -> None:
     _, name, *arguments = shlex.split(line)
-    known = {opt for param in COMMANDS[name].params for opt in (*param.opts, *param.secondary_opts)}
+    command = COMMANDS[name]
+    if hasattr(command, "commands"):
+        command = command.commands[arguments[0]]
+    known = {opt for param in command.params for opt in (*param.opts, *param.secondary_opts)}
     given = {argument for argument in arguments if argument.startswith("-")}
     assert given <= known
 

@@ -1,4 +1,4 @@
-"""The embedded benchmark, end to end: zero-shot, adapt, evaluate, predict.
+"""The embedded benchmark, end to end: zero-shot, adapt, evaluate, predict, export, verify.
 
 The images are written as ordinary folders first, so everything below is what a user's photos go
 through.
@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from microclip_deploy.adapt_command import AdaptRequest, run_adapt
 from microclip_deploy.artifact import write_json
-from microclip_deploy.commands import (
-    AdaptRequest,
-    PredictRequest,
-    run_adapt,
-    run_evaluate,
-    run_predict,
-)
+from microclip_deploy.commands import PredictRequest, run_evaluate, run_predict
 from microclip_deploy.demo.folders import Split, write_class_texts, write_images
+from microclip_deploy.errors import VerificationError
 from microclip_deploy.evaluate import Evaluation
+from microclip_deploy.export.command import ExportRequest, run_export
+from microclip_deploy.export.verify import VerifyRequest, require_proven, run_verify, table
 from microclip_deploy.history import read_history
 from microclip_deploy.training_log import HISTORY
 
@@ -39,16 +37,21 @@ class Benchmark:
     """What the benchmark measured."""
 
     evaluation: Evaluation
+    exported: Evaluation
+    """The same images through the exported graph and ONNX Runtime."""
     adapt_s: float
     """Seconds of the adaptation, labels and saving included, images and report not."""
 
-    def table(self) -> "Table":
-        """Return the comparison for a terminal."""
-        return self.evaluation.tables()[0]
+    def tables(self) -> list["Table"]:
+        """Return both comparisons for a terminal."""
+        run, export = self.evaluation.tables()[0], self.exported.tables()[0]
+        run.title, export.title = "accuracy: PyTorch", "accuracy: full.onnx in ONNX Runtime"
+        return [run, export]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return {"adapt_s": round(self.adapt_s, 1), **self.evaluation.to_json()}
+        adapt_s, exported = round(self.adapt_s, 1), self.exported.to_json()["rows"]
+        return {"adapt_s": adapt_s, "exported": exported, **self.evaluation.to_json()}
 
 
 def write_benchmark(directory: Path, notes: Console) -> None:
@@ -68,11 +71,11 @@ def run(out: Path, *, seed: int, device: str, notes: Console, printed: Console) 
     """Run the whole benchmark in a folder; what is already there is not done again.
 
     Args:
-        out: gets images/ and the run directory seed-N/.
+        out: gets images/, the run directory seed-N/ and its export, export-N/.
         seed: of the adaptation; the images are always the same.
         device: "auto", "cpu", "cuda" or "cuda:N".
         notes: progress and remarks.
-        printed: the predictions.
+        printed: the predictions and the proof.
     """
     images, directory = out / "images", out / f"seed-{seed}"
     write_benchmark(images, notes)
@@ -83,9 +86,36 @@ def run(out: Path, *, seed: int, device: str, notes: Console, printed: Console) 
     run_predict(
         PredictRequest(directory, tuple(photos), 3, "table", None, device, 64), printed, notes
     )
-    return Benchmark(
-        evaluation, sum(epoch["seconds"] for epoch in read_history(directory / HISTORY))
-    )
+    exported = _export(directory, out / f"export-{seed}", images, notes, printed)
+    _require_same(evaluation, exported)
+    seconds = sum(epoch["seconds"] for epoch in read_history(directory / HISTORY))
+    return Benchmark(evaluation, exported, seconds)
+
+
+def _export(run: Path, out: Path, images: Path, notes: Console, printed: Console) -> Evaluation:
+    """Export the run, prove it again from what is stored, and measure the graph."""
+    run_export(ExportRequest(run, out, images=images / "val", overwrite=True), notes)
+    proof = run_verify(VerifyRequest(out), notes)
+    printed.print(table(proof))
+    require_proven(proof, out)
+    return run_evaluate(out, images / "test", notes, device="cpu", batch_size=128)
+
+
+def _require_same(pytorch: Evaluation, exported: Evaluation) -> None:
+    """Hold the exported graph's top-1 against PyTorch's.
+
+    Raises:
+        VerificationError: they differ.
+    """
+    for token in ("fused", "cls", "fg"):
+        expected, found = (e.row("adapted", token, "adapted") for e in (pytorch, exported))
+        assert expected is not None, "PyTorch is always measured"
+        assert found is not None, "the export is always measured"
+        if found.top1 != expected.top1:
+            raise VerificationError(
+                f"{token}: expected PyTorch's top-1 {expected.top1:.4f} of the exported graph, "
+                f"found {found.top1:.4f}; run `microclip-deploy verify` on the export"
+            )
 
 
 def adapt_request(images: Path, out: Path, *, seed: int, device: str) -> AdaptRequest:

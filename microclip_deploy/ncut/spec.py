@@ -6,7 +6,8 @@ it.
 
 import hashlib
 import json
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -50,3 +51,19 @@ class NCutSpec(BaseModel):
         """Return sha256 (hex) of the canonical JSON of all fields."""
         canonical = json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def stored(self) -> dict[str, Any]:
+        """Return what artifacts hold: all fields and their fingerprint."""
+        return {**self.model_dump(), "fingerprint": self.fingerprint()}
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> Self:
+        """Read what `stored` wrote.
+
+        Raises:
+            ValueError: unknown or invalid fields, or values that do not match their fingerprint.
+        """
+        spec = cls(**{name: value for name, value in stored.items() if name != "fingerprint"})
+        if spec.fingerprint() != stored.get("fingerprint"):
+            raise ValueError("the constants of the cut do not match their fingerprint")
+        return spec

@@ -175,6 +175,17 @@ def well_posed(edges: Array, spec: NCutSpec) -> Array:
     return gap & (xp.minimum(threshold, orientation) > WELL_POSED_MARGIN)
 
 
+def determined(edges: Array, spec: NCutSpec) -> Array:
+    """Say which graphs' masks are the same from every solver: bool (B,).
+
+    Besides the well-posed ones, those in which all or no pairs are joined: every token by rule.
+    """
+    xp = array_namespace(edges)
+    pairs = edges.shape[1] * (edges.shape[1] - 1)
+    joined = _pairs_joined(xp, edges)
+    return well_posed(edges, spec) | (joined == 0) | (joined == pairs)
+
+
 def fiedler_iterative(edges: Array, spec: NCutSpec) -> Fiedler:
     """Square a filter that keeps the wanted eigenvector until it has rank one.
 
@@ -253,14 +264,19 @@ def _bipartition(
     vector = _oriented(xp, fiedler.vector)
     decided = xp.abs(xp.max(vector, axis=1) + xp.min(vector, axis=1)) > tie
     mask = vector > _level(xp, vector, spec) + tie
-    off_diagonal = edges & ~_identity(xp, edges)
-    joined = xp.sum(xp.astype(off_diagonal, xp.float32), axis=(1, 2))  # exact below 2**24
+    joined = _pairs_joined(xp, edges)
     complete = joined == edges.shape[1] * (edges.shape[1] - 1)
     determined = fiedler.simple & decided & (joined > 0) & ~complete
     finite = xp.abs(xp.sum(tokens, axis=(1, 2))) < xp.inf  # False for NaN
     determined = determined & finite & xp.any(mask, axis=1)
     everything = mask | ~determined[:, None]
     return Saliency(everything, vector, ~determined, complete, fiedler.residual)
+
+
+def _pairs_joined(xp: Any, edges: Array) -> Array:
+    """Count the joined pairs of different tokens, each twice: float32 (B,), exact below 2**24."""
+    off_diagonal = edges & ~_identity(xp, edges)
+    return xp.sum(xp.astype(off_diagonal, xp.float32), axis=(1, 2))
 
 
 def _oriented(xp: Any, vector: Array) -> Array:

@@ -30,8 +30,12 @@ class Session(Protocol):
     """A loaded model on a device. Use it as a context manager or call `close`."""
 
     classes: tuple[str, ...]
+    """In the order of the logits."""
+    unadapted: frozenset[str]
+    """The classes added after adaptation: what is said of them is zero-shot."""
     preprocess: Preprocess
     device: str
+    """What runs the model: "cpu", "cuda", "cuda:N" or "openvino"; never "auto"."""
 
     def predict(self, images: NDArray[np.uint8]) -> Prediction:
         """Classify uint8 (B, S, S, 3) images that `preprocess.test_view` made."""

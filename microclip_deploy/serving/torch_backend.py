@@ -1,5 +1,6 @@
 """PyTorch session: the reference every exported graph must equal."""
 
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -9,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from microclip_deploy.checkpoint import initial_model, load_model, read_checkpoint
-from microclip_deploy.errors import EnvironmentProblem
+from microclip_deploy.errors import EnvironmentProblem, UsageError
 from microclip_deploy.model import MicroCLIP
 from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.serving.session import Prediction
@@ -23,13 +24,14 @@ class TorchSession:
     ) -> None:
         self.model = model
         self.classes = classes
+        self.unadapted: frozenset[str] = frozenset()  # a run's classes are those it adapted to
         self.preprocess = preprocess
         self.device = device
 
     @classmethod
     def open(cls, path: Path, device: str = "cpu") -> Self:
-        """Load the adapted model of a run directory."""
-        require_device(device)
+        """Load the adapted model of a run directory on the device `resolve_device` finds."""
+        device = resolve_device(device)
         checkpoint = read_checkpoint(path)
         model = load_model(checkpoint, device)
         return cls(model, checkpoint.manifest.classes, checkpoint.manifest.preprocess, device)
@@ -37,7 +39,7 @@ class TorchSession:
     @classmethod
     def open_initial(cls, path: Path, device: str = "cpu") -> Self:
         """Load the model of a run directory as it was before adaptation."""
-        require_device(device)
+        device = resolve_device(device)
         checkpoint = read_checkpoint(path)
         model = initial_model(checkpoint, device)
         return cls(model, checkpoint.manifest.classes, checkpoint.manifest.preprocess, device)
@@ -79,17 +81,22 @@ class TorchSession:
         self.close()
 
 
-def require_device(device: str) -> None:
-    """Refuse a device that is not there.
+def resolve_device(device: str) -> str:
+    """Turn "auto" into the device that will be used; refuse one that is not there.
 
     Raises:
+        UsageError: not the name of a device we know.
         EnvironmentProblem: a CUDA device was asked for and torch does not see it.
     """
-    if not device.startswith("cuda"):
-        return
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        remedy = "export the run first" if device == "openvino" else "give one of them"
+        raise UsageError(f"--device: expected auto, cpu, cuda or cuda:N, found {device}; {remedy}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(device.partition(":")[2] or 0) >= count:
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
         raise EnvironmentProblem(
             f"--device {device}: torch {torch.__version__} sees {count} CUDA devices; use --device "
             "cpu, or run `microclip-deploy doctor` to see why"
         )
+    return device

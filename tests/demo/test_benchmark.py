@@ -26,6 +26,8 @@ def test_demo_measures_before_and_after(tmp_path: Path, capsys: pytest.CaptureFi
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["images"] == 82
     assert {row["model"] for row in found["rows"]} == {"adapted", "zero-shot"}
+    adapted = [row for row in found["rows"] if row["model"] == "adapted"]
+    assert found["exported"] == adapted  # the graph in ONNX Runtime says the same
     assert (out / "seed-0" / "report.html").is_file()
     with open_session(out / "seed-0") as session:
         assert 0 < mask_ink_iou(session, out / "images") < 1

@@ -1,0 +1,287 @@
+"""The modules that are traced into ONNX: MicroCLIP rearranged for inference, in a chosen precision.
+
+What `MicroCLIP` computes, with everything folded that does not depend on the image: pixel scaling
+and normalisation into the patch embedding, the attention scale into the query projection, the
+class token into the positions, LayerScale into the output projections, SOAP's maps into one matrix
+before and one after the pooling. The last block attends from the class row alone and needs no key
+projection. The cut is the model's own source, `ncut.steps`.
+
+Matrices and what runs between them are in the graph's dtype; LayerNorms, the residual stream, the
+cut and the heads are float32, with explicit casts, so that no runtime decides precision on its own.
+
+Letters: B images, S image side, N tokens, D width, E joint space, H heads, C classes.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from microclip_deploy.backbone import BlockWeights, TowerWeights
+from microclip_deploy.fusion import LOGIT_SCALE, SOAP
+from microclip_deploy.model import MicroCLIP
+from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.ncut.steps import saliency_iterative
+from microclip_deploy.preprocess import Preprocess
+
+# Pixels enter as (x - 128) / 64, which fp16 and bf16 hold exactly; folding the normalisation of raw
+# 0..255 values would cancel digits.
+PIXEL_CENTER = 128.0
+PIXEL_SCALE = 64.0
+
+
+class Tokens(NamedTuple):
+    """Outputs of `BackboneGraph`."""
+
+    cls: Tensor
+    """float32 (B, E), unit rows."""
+    patches: Tensor
+    """float32 (B, N, D)."""
+
+
+class Fused(NamedTuple):
+    """Outputs of `HeadGraph`."""
+
+    logits: Tensor
+    """float32 (B, C), scale 100."""
+    embedding: Tensor
+    """float32 (B, E), unit rows: what the class rows are compared with."""
+    fg: Tensor
+    """float32 (B, E), unit rows."""
+    attention: Tensor
+    """float32 (B, N+1); the last column is the zero token's."""
+
+
+class Everything(NamedTuple):
+    """Outputs of `FullGraph`."""
+
+    logits: Tensor
+    embedding: Tensor
+    cls: Tensor
+    fg: Tensor
+    mask: Tensor
+    """bool (B, N)."""
+    attention: Tensor
+    complete: Tensor
+    """bool (B,): the graph joins every pair of tokens."""
+    residual: Tensor
+    """float32 (B,): how far the cut's filter is from one eigenvector."""
+
+
+class BackboneGraph(nn.Module):
+    """uint8 (B, S, S, 3) RGB images -> Tokens."""
+
+    def __init__(self, tower: TowerWeights, preprocess: Preprocess, dtype: torch.dtype) -> None:
+        """Fold the weights in float64 and round them to `dtype` once."""
+        super().__init__()
+        self.dtype = dtype
+        weight, offset = _folded_patch_weight(tower.patch, preprocess)
+        position = tower.position.double()
+        position[1:] += offset
+        self.side = int(tower.patch.shape[-1])
+        self.patch = _frozen(weight, dtype)
+        self.position = _frozen(position, torch.float32)
+        self.ln_pre = _LayerNorm(tower.ln_pre) if isinstance(tower.ln_pre, nn.LayerNorm) else None
+        self.blocks = nn.ModuleList(_Block(block, dtype) for block in tower.blocks[:-1])
+        self.last = _LastBlock(tower.blocks[-1], dtype)
+        self.ln_post = _LayerNorm(tower.ln_post)
+        self.projection = _frozen(tower.projection, torch.float32)
+
+    def forward(self, image: Tensor) -> Tokens:
+        """Encode images to class embeddings and patch tokens."""
+        pixels = (image.float() - PIXEL_CENTER) * (1 / PIXEL_SCALE)
+        patches = self._cut(pixels.to(self.dtype)) @ self.patch
+        # A zero row takes the place of the class token, whose embedding is among the positions.
+        x = F.pad(patches.float(), (0, 0, 1, 0)) + self.position
+        x = x if self.ln_pre is None else self.ln_pre(x)
+        for block in self.blocks:
+            x = block(x)
+        rows = self.ln_post(self.last(x))
+        return Tokens(unit(rows[:, 0] @ self.projection), rows[:, 1:])
+
+    def _cut(self, pixels: Tensor) -> Tensor:
+        """Return (B, S, S, 3) as (B, N, P P 3): a convolution of stride P is one matrix product."""
+        side, grid = self.side, pixels.shape[1] // self.side
+        tiles = pixels.reshape(-1, grid, side, grid, side, 3).transpose(2, 3)
+        return tiles.reshape(-1, grid * grid, side * side * 3)
+
+
+class HeadGraph(nn.Module):
+    """cls, patches, mask and class matrix -> Fused: SOAP, TokenFusion and the classifier."""
+
+    def __init__(self, model: MicroCLIP) -> None:
+        super().__init__()
+        self.cls_share = model.cls_share
+        pooling, projection = model.pooling, model.backbone.weights().projection.double()
+        self.match: nn.Parameter | None = None
+        self.project = _frozen(projection.T, torch.float32)
+        if isinstance(pooling, SOAP):
+            query, key, value = (
+                linear.weight.double()
+                for linear in (pooling.query_proj, pooling.key_proj, pooling.value_proj)
+            )
+            self.match = _frozen(key.T @ query / math.sqrt(len(query)), torch.float32)
+            self.project = _frozen(projection.T @ value, torch.float32)
+
+    def forward(self, cls: Tensor, patches: Tensor, mask: Tensor, classifier: Tensor) -> Fused:
+        """Pool the patches by their likeness to the salient ones, fuse, and classify."""
+        attention = self._attention(patches, mask)
+        pooled = (attention[:, None, :-1] @ patches)[:, 0]
+        fg = unit(F.linear(pooled, self.project))
+        fused = self.cls_share * cls + (1 - self.cls_share) * fg
+        return Fused(F.linear(LOGIT_SCALE * fused, classifier), unit(fused), fg, attention)
+
+    def _attention(self, patches: Tensor, mask: Tensor) -> Tensor:
+        weight = mask.to(patches.dtype)
+        if self.match is None:  # token mean: every token alike, without asking for the batch size
+            return F.pad(0 * weight + 1 / patches.shape[1], (0, 1))
+        query = (weight[:, None] @ patches)[:, 0] / weight.sum(dim=1, keepdim=True).clamp(min=1)
+        scores = (patches @ F.linear(query, self.match)[:, :, None])[:, :, 0]
+        return F.pad(scores, (0, 1)).softmax(dim=-1)
+
+
+class FullGraph(nn.Module):
+    """uint8 images and class matrix -> Everything, the normalised cut inside."""
+
+    def __init__(self, backbone: BackboneGraph, head: HeadGraph, ncut: NCutSpec) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.ncut = ncut
+
+    def forward(self, image: Tensor, classifier: Tensor) -> Everything:
+        """Run the whole of microCLIP."""
+        return self.conclude(self.backbone(image), classifier)
+
+    def conclude(self, tokens: Tokens, classifier: Tensor) -> Everything:
+        """Cut, pool, fuse and classify what the backbone saw."""
+        cls, patches = tokens
+        found = saliency_iterative(patches, self.ncut)
+        logits, embedding, fg, attention = self.head(cls, patches, found.mask, classifier)
+        return Everything(
+            logits, embedding, cls, fg, found.mask, attention, found.complete, found.residual
+        )
+
+
+class _LayerNorm(nn.Module):
+    """LayerNorm in float32; one ONNX operator."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight = _frozen(norm.weight, torch.float32)
+        self.bias = _frozen(norm.bias, torch.float32)
+        self.eps = norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class _Linear(nn.Module):
+    """`x W^T + b` in the graph's dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = _frozen(weight, dtype)
+        self.bias = _frozen(bias, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class _BlockParts(nn.Module):
+    """What an ordinary block and the last one share: the norms, the way out, and the MLP."""
+
+    def __init__(self, weights: BlockWeights, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.heads = weights.heads
+        self.ln_1 = _LayerNorm(weights.ln_1)
+        self.out = _Linear(*weights.out, dtype)
+        self.ln_2 = _LayerNorm(weights.ln_2)
+        self.up = _Linear(*weights.up, dtype)
+        self.activation = weights.activation
+        self.down = _Linear(*weights.down, dtype)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Add the attention's and the MLP's part to the residual stream, float32."""
+        x = x + self.out(attended).float()
+        hidden = self.activation(self.up(self.ln_2(x).to(self.dtype)))
+        finished: Tensor = x + self.down(hidden).float()
+        return finished
+
+    def split(self, x: Tensor) -> Tensor:
+        """Return (B, M, D) as (B, H, M, D/H)."""
+        return x.reshape(-1, x.shape[1], self.heads, x.shape[2] // self.heads).transpose(1, 2)
+
+    def join(self, x: Tensor) -> Tensor:
+        """Return (B, H, M, D/H) as (B, M, D)."""
+        return x.transpose(1, 2).reshape(-1, x.shape[2], x.shape[1] * x.shape[3])
+
+
+class _Block(_BlockParts):
+    """A pre-norm attention block."""
+
+    def __init__(self, weights: BlockWeights, dtype: torch.dtype) -> None:
+        super().__init__(weights, dtype)
+        self.qkv = _Linear(*_scaled_queries(weights), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.qkv(self.ln_1(x).to(self.dtype))
+        query, key, value = (self.split(part) for part in packed.chunk(3, dim=-1))
+        attention = (query @ key.transpose(-1, -2)).softmax(dim=-1)
+        return self.finish(x, self.join(attention @ value))
+
+
+class _LastBlock(_BlockParts):
+    """The last block: the class row attends, the patch rows take the value path.
+
+    Scores are q . (Wk h): Wk is applied to the one query of each head instead of to every token,
+    and the key bias, the same for all tokens, drops out of the softmax.
+    """
+
+    def __init__(self, weights: BlockWeights, dtype: torch.dtype) -> None:
+        super().__init__(weights, dtype)
+        weight, bias = _scaled_queries(weights)
+        query, key, value = weight.chunk(3)
+        query_bias, _, value_bias = bias.chunk(3)
+        self.query = _Linear(query, query_bias, dtype)
+        self.key = _frozen(key.unflatten(0, (self.heads, -1)), dtype)  # (H, D/H, D)
+        self.value = _Linear(value, value_bias, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.ln_1(x).to(self.dtype)
+        query = self.split(self.query(hidden[:, :1])) @ self.key
+        attention = (query[:, :, 0] @ hidden.transpose(1, 2)).softmax(dim=-1)
+        value = self.value(hidden)
+        attended = self.join(attention[:, :, None] @ self.split(value))
+        return self.finish(x, torch.cat([attended, value[:, 1:]], dim=1))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return rows of length 1; as `F.normalize`, in operators that need no shape at run time."""
+    return x / (x * x).sum(dim=-1, keepdim=True).clamp(min=1e-24).sqrt()
+
+
+def _folded_patch_weight(patch: Tensor, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
+    """Return the patch matrix (P P 3, D) for centred pixels, and what it adds (D,), float64."""
+    mean = torch.tensor(preprocess.mean, dtype=torch.float64)
+    std = torch.tensor(preprocess.std, dtype=torch.float64)
+    gain, shift = PIXEL_SCALE / (255 * std), (PIXEL_CENTER / 255 - mean) / std
+    weight = patch.double().permute(2, 3, 1, 0)  # (P, P, 3, D)
+    offset = torch.einsum("ijcd,c->d", weight, shift)
+    return (weight * gain[:, None]).flatten(0, 2), offset
+
+
+def _scaled_queries(weights: BlockWeights) -> tuple[Tensor, Tensor]:
+    """Return the packed projection with the attention scale on the queries, float64."""
+    weight, bias = (part.double() for part in weights.qkv)
+    width = weight.shape[1]
+    scale = torch.ones(len(weight), 1, dtype=torch.float64)
+    scale[:width] = (width // weights.heads) ** -0.5
+    return weight * scale, bias * scale[:, 0]
+
+
+def _frozen(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().to(dtype).contiguous(), requires_grad=False)

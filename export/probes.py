@@ -1,0 +1,167 @@
+"""The images an export is proven on, and what PyTorch answers to them.
+
+Without photos of the user's, made-up ones serve: colour fields, shapes and noise, the same on every
+machine. They are stored in the export with PyTorch's answers, so that `verify` needs neither
+PyTorch nor the checkpoint. Photos of the user's are never stored.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from microclip_deploy import artifact
+from microclip_deploy.errors import CheckpointError
+from microclip_deploy.images import printable, read_image
+from microclip_deploy.ncut.steps import adjacency, determined
+from microclip_deploy.preprocess import Preprocess
+from microclip_deploy.sources import BadFile, check_images, list_images
+
+if TYPE_CHECKING:
+    from microclip_deploy.model import MicroCLIP
+
+COUNT = 24
+"""Made-up photos: more than the batch sizes that are tried one by one."""
+
+MOST = 64
+"""Of the user's images so many are looked at."""
+
+_BATCH = 8
+
+
+class Reference(NamedTuple):
+    """Images and PyTorch's float32 answers to them; P images."""
+
+    images: NDArray[np.uint8]
+    """(P, S, S, 3)."""
+    cls: NDArray[np.float32]
+    patches: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    attention: NDArray[np.float32]
+    fg: NDArray[np.float32]
+    embedding: NDArray[np.float32]
+    logits: NDArray[np.float32]
+    complete: NDArray[np.bool_]
+    """(P,): the graph joins every pair of tokens."""
+    determined: NDArray[np.bool_]
+    """(P,): rounding in float32 cannot change the mask."""
+
+    @classmethod
+    def of(
+        cls,
+        model: "MicroCLIP",
+        preprocess: Preprocess,
+        images: NDArray[np.uint8],
+        progress: Callable[[int, int], None],
+    ) -> Self:
+        """Ask the model, on its own device, a few images at a time."""
+        import torch
+
+        from microclip_deploy.fusion import fused_embedding
+
+        device = next(model.parameters()).device
+        parts: list[tuple[NDArray[np.generic], ...]] = []
+        for start in range(0, len(images), _BATCH):
+            pixels = torch.from_numpy(images[start : start + _BATCH]).to(device)
+            with torch.inference_mode():
+                network_input = preprocess.normalize(pixels)
+                out = model(network_input)
+                patches = model.backbone(network_input).patches
+                embedding = fused_embedding(out.cls, out.fg, model.cls_share)
+            cut = out.saliency
+            told = (out.cls, patches, cut.mask, out.attention, out.fg, embedding, out.logits)
+            decided = determined(adjacency(patches, model.ncut), model.ncut)
+            parts.append(tuple(t.cpu().numpy() for t in (*told, cut.complete, decided)))
+            progress(min(start + _BATCH, len(images)), len(images))
+        return cls(images, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def write(self, path: Path) -> None:
+        """Store the made-up images, which come first, with their answers, as safetensors."""
+        stored = {name: np.ascontiguousarray(part[:COUNT]) for name, part in self._asdict().items()}
+        artifact.write_bytes(path, save(stored))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read what `write` stored.
+
+        Raises:
+            CheckpointError: no such file, or not all of it.
+        """
+        try:
+            stored = load_file(path)
+            found = cls(**{name: stored[name] for name in cls._fields})
+        except (SafetensorError, OSError, KeyError) as error:
+            raise CheckpointError(
+                f"{path}: expected stored probe images, found: {error}; export again"
+            ) from error
+        counts = {len(part) for part in found}
+        if counts != {COUNT}:
+            raise CheckpointError(
+                f"{path}: expected {COUNT} probe images, found {counts}; export again"
+            )
+        return found
+
+
+class Photos(NamedTuple):
+    """Where the images of a proof come from."""
+
+    source: str
+    names: tuple[str, ...]
+    read: Callable[[], Iterator[Image.Image]]
+    """Decode them one by one, mode RGB; each call does so again."""
+    bad: tuple[BadFile, ...] = ()
+    """Files that were chosen and cannot be read."""
+
+    def views(self, preprocess: Preprocess) -> NDArray[np.uint8]:
+        """Return their test views, uint8 (P, S, S, 3)."""
+        return np.stack([preprocess.test_view(photo) for photo in self.read()])
+
+
+def made_up_photos(side: int, count: int = COUNT) -> Photos:
+    """Return photos of things that do not exist, somewhat larger than `side`, of many shapes."""
+
+    def read() -> Iterator[Image.Image]:
+        rng = np.random.default_rng(0)
+        return (_made_up_photo(rng, side) for _ in range(count))
+
+    return Photos("made-up images", tuple(f"made-up {i}" for i in range(count)), read)
+
+
+def with_users(made_up: Photos, source: Path) -> Photos:
+    """Put up to `MOST` of the user's images, spread over all of them, behind the made-up ones.
+
+    Raises:
+        DataError: there is none, or none that was chosen can be read.
+    """
+    listed = list_images(source).paths
+    chosen = [listed[i] for i in range(0, len(listed), -(-len(listed) // MOST))]
+    checked = check_images(chosen, max_bad=len(chosen))
+    paths = checked.good
+    return Photos(
+        f"{made_up.source} and {len(paths)} of {printable(source)}",
+        (*made_up.names, *(printable(path) for path in paths)),
+        lambda: chain(made_up.read(), (read_image(path) for path in paths)),
+        checked.bad,
+    )
+
+
+def _made_up_photo(rng: np.random.Generator, side: int) -> Image.Image:
+    width, height = (int(side * factor) for factor in rng.uniform(1.05, 1.8, 2))
+    cells = int(rng.integers(2, 7))
+    field = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+    photo = field.resize((width, height), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(photo)
+    for _ in range(int(rng.integers(1, 5))):
+        left, top = rng.uniform(0, 0.8, 2) * (width, height)
+        right, bottom = (left, top) + rng.uniform(0.1, 0.5, 2) * (width, height)
+        colour = tuple(rng.integers(0, 256, 3).tolist())
+        shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
+        shape((left, top, right, bottom), fill=colour)
+    noise = rng.normal(0, 6, (height, width, 3))
+    return Image.fromarray(np.clip(np.asarray(photo) + noise, 0, 255).astype(np.uint8))

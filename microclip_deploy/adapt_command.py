@@ -1,0 +1,225 @@
+"""What `adapt` does between parsing and printing: choose a device, check data, run, report."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from microclip_deploy import artifact
+from microclip_deploy.adapt import Operation, Recipe, StepReport, Validator
+from microclip_deploy.backbone import BackboneSpec, Clip, load_clip
+from microclip_deploy.checkpoint import read_checkpoint
+from microclip_deploy.classes import DEFAULT_TEMPLATES, class_texts
+from microclip_deploy.commands import gpu_memory, tell_skipped, update_report
+from microclip_deploy.config import merge, parse_override, read_recipe, resolve, validate
+from microclip_deploy.errors import UsageError
+from microclip_deploy.evaluate import accuracy
+from microclip_deploy.images import printable
+from microclip_deploy.labelled_images import LabelledImages
+from microclip_deploy.model import MicroCLIP
+from microclip_deploy.progress import bar
+from microclip_deploy.report import REPORT
+from microclip_deploy.run import execute
+from microclip_deploy.run_directory import (
+    INPUTS,
+    RunInputs,
+    locked,
+    make_inputs,
+    read_inputs,
+    remove_run,
+    require_replaceable,
+    write_inputs,
+)
+from microclip_deploy.serving.torch_backend import TorchSession, resolve_device
+from microclip_deploy.sources import check_images, list_images
+
+DEFAULT_MODEL = "ViT-B-32"
+DEFAULT_TAG = "openai"
+
+
+@dataclass(frozen=True)
+class AdaptRequest:
+    """The options of `adapt` as they were given."""
+
+    out: Path
+    images: Path | None = None
+    classes: Path | None = None
+    descriptions: Path | None = None
+    templates: tuple[str, ...] = ()
+    model: str | None = None
+    pretrained: str | None = None
+    recipe: str | None = None
+    overrides: tuple[str, ...] = ()
+    val_dir: Path | None = None
+    device: str = "auto"
+    workers: int | None = None
+    max_bad_images: str = "1%"
+    save_every: int = 200
+    resume: bool = False
+    overwrite: bool = False
+
+
+def run_adapt(request: AdaptRequest, notes: Console) -> dict[str, Any]:
+    """Start or resume a run and write its checkpoint and report; return the manifest's content."""
+    if request.resume and request.overwrite:
+        raise UsageError("--resume continues a run and --overwrite replaces it; give one of them")
+    started = request.resume and (request.out / INPUTS).is_file()
+    if not started and (request.images is None or request.classes is None):
+        missing = f"no started run in {request.out}" if request.resume else "no images or classes"
+        raise UsageError(f"adapt: expected IMAGES and --classes FILE, found {missing}")
+    device = choose_device(request.device, notes)
+    with locked(request.out), gpu_memory():
+        inputs, clip = (_resumed if started else _new)(request, device, notes)
+        if started and (request.out / artifact.MANIFEST).is_file():
+            return _finished(request.out, device, notes)
+        workers = request.workers if request.workers is not None else _default_workers(device)
+        operation = Operation(request.out, workers, request.save_every)
+        validator = _validator(inputs, clip, device)
+        with bar(notes, "adapting") as progress:
+            step = _stepper(progress.update)
+            content = execute(inputs, operation, clip, validator=validator, on_step=step)
+        for warning in content["warnings"]:
+            notes.print(f"warning: {warning}", style="yellow", markup=False)
+        update_report(request.out, device, notes)
+    notes.print(f"adapted: {request.out}", markup=False)
+    return content
+
+
+def choose_device(device: str, notes: Console) -> str:
+    """Turn "auto" into the device that will be used, and say so.
+
+    Raises:
+        UsageError: not the name of a device we know.
+        EnvironmentProblem: a CUDA device was asked for and is not there.
+    """
+    device = resolve_device(device)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "this CPU"
+    notes.print(f"device: {device} ({name})", markup=False)
+    return device
+
+
+def _new(request: AdaptRequest, device: str, notes: Console) -> tuple[RunInputs, Clip]:
+    """Check everything a new run needs, cheapest first, then write its inputs."""
+    assert request.images is not None, "checked by run_adapt"
+    assert request.classes is not None, "checked by run_adapt"
+    require_replaceable(request.out, request.overwrite)
+    recipe = resolve(Recipe, request.recipe, request.overrides)
+    texts = class_texts(
+        request.classes, request.descriptions, request.templates or DEFAULT_TEMPLATES
+    )
+    listed = list_images(request.images)
+    if request.val_dir is not None:
+        LabelledImages.read(request.val_dir, texts.names)
+    clip = load_clip(_backbone(request), device)
+    with bar(notes, "checking images") as progress:
+        checked = check_images(
+            listed.paths, max_bad=request.max_bad_images, on_progress=progress.update
+        )
+    tell_skipped(checked.bad, notes)
+    notes.print(
+        f"{len(checked.good)} images, {len(checked.bad)} skipped, {len(texts.names)} classes"
+    )
+    inputs = make_inputs(
+        clip, recipe, texts, good=checked.good, bad=checked.bad, val_dir=request.val_dir
+    )
+    remove_run(request.out)
+    write_inputs(request.out, inputs)
+    return inputs, clip
+
+
+def _resumed(request: AdaptRequest, device: str, notes: Console) -> tuple[RunInputs, Clip]:
+    """Read the inputs of a started run; what is given again must be the same."""
+    inputs = read_inputs(request.out)
+    differing = _differences(request, inputs)
+    if differing:
+        raise UsageError(
+            f"--resume: {request.out} was started with other inputs: {'; '.join(differing)}; drop "
+            "these options, or start again with --overwrite"
+        )
+    inputs.require_images()
+    if request.val_dir is not None:
+        inputs = inputs.model_copy(update={"val_dir": str(request.val_dir)})
+    notes.print(f"resuming {request.out}", markup=False)
+    # A model that was moved may be named again: its weights are what counts.
+    return inputs, load_clip(_backbone(request) if request.model else inputs.backbone, device)
+
+
+def _differences(request: AdaptRequest, inputs: RunInputs) -> list[str]:
+    """Name what a command line says otherwise than the inputs of the run it resumes."""
+    given = read_recipe(request.recipe) if request.recipe else {}
+    for override in request.overrides:
+        given = merge(given, parse_override(override))
+    stored = inputs.recipe.model_dump()
+    again = validate(Recipe, merge(stored, given)).model_dump()
+    found = [
+        f"{section}.{key} is {stored[section][key]}, given {value}"
+        for section, fields in again.items()
+        for key, value in fields.items()
+        if value != stored[section][key]
+    ]
+    if request.classes is not None:
+        templates = request.templates or inputs.templates
+        texts = class_texts(request.classes, request.descriptions, templates)
+        same = texts.descriptions == inputs.descriptions or request.descriptions is None
+        if texts.names != inputs.classes or texts.templates != inputs.templates or not same:
+            found.append("class names, descriptions or templates")
+    if request.images is not None:
+        present = {str(path.absolute()) for path in list_images(request.images).paths}
+        missing = [path for path in inputs.images if path not in present]
+        if missing:
+            found.append(f"images, {printable(missing[0])} among others is not in {request.images}")
+    return found
+
+
+def _finished(directory: Path, device: str, notes: Console) -> dict[str, Any]:
+    """Verify a finished run and return its manifest."""
+    read_checkpoint(directory)
+    notes.print(f"{directory}: already finished", markup=False)
+    if not (directory / REPORT).is_file():
+        update_report(directory, device, notes)
+    return dict(artifact.read_json(directory / artifact.MANIFEST))
+
+
+def _backbone(request: AdaptRequest) -> BackboneSpec:
+    model = request.model or DEFAULT_MODEL
+    located = model == "demo" or model.startswith(("hf-hub:", "local-dir:"))
+    if model.startswith("local-dir:"):
+        model = f"local-dir:{Path(model.removeprefix('local-dir:')).absolute()}"
+    if located and request.pretrained:
+        raise UsageError(f"--pretrained: --model {model} already names its weights; drop it")
+    if located:
+        return BackboneSpec(model=model)
+    pretrained = request.pretrained or DEFAULT_TAG
+    if Path(pretrained).is_file():
+        pretrained = str(Path(pretrained).absolute())
+    return BackboneSpec(model=model, pretrained=pretrained)
+
+
+def _default_workers(device: str) -> int:
+    """Leave a small CPU to the model; keep a GPU fed."""
+    return min(8, os.cpu_count() or 1) if device.startswith("cuda") else 0
+
+
+def _stepper(update: Callable[[int, int, str], None]) -> Callable[[StepReport], None]:
+    def show(step: StepReport) -> None:
+        note = f"epoch {step.epoch}  loss {step.loss:.3f}  {step.images_per_s:.0f} images/s"
+        update(step.done, step.total, note)
+
+    return show
+
+
+def _validator(inputs: RunInputs, clip: Clip, device: str) -> Validator | None:
+    """Return the measurement of the run's labelled folder, or None without one."""
+    if inputs.val_dir is None:
+        return None
+    labelled = LabelledImages.read(Path(inputs.val_dir), inputs.classes)
+
+    def measure(model: MicroCLIP, _labels: Tensor) -> Mapping[str, float]:
+        return accuracy(TorchSession(model, inputs.classes, clip.preprocess, device), labelled)
+
+    return measure

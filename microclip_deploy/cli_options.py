@@ -1,0 +1,77 @@
+"""The arguments and options of the command line, each defined once."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Dtype(StrEnum):
+    """Precision of an export."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    int8 = "int8"
+    auto = "auto"
+
+
+class OutputFormat(StrEnum):
+    """How `predict` prints."""
+
+    table = "table"
+    csv = "csv"
+    json = "json"
+    jsonl = "jsonl"
+
+
+Out = Annotated[Path, typer.Option("-o", "--out", help="Run directory to write.")]
+Run = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="Run directory that `adapt` wrote.", show_default=False),
+]
+Adapted = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN_OR_EXPORT",
+        help="Directory that `adapt` or `export` wrote.",
+        show_default=False,
+    ),
+]
+ServingDevice = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu, cuda or cuda:N; for an export also openvino.", envvar="MICROCLIP_DEVICE"
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", envvar="MICROCLIP_DEVICE")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE of adapt, views or ncut.")
+]
+MaxBad = Annotated[str, typer.Option(help="How many may be unusable: 25 or 1%.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Images = Annotated[Path | None, typer.Argument(help="Folder of images, or a .csv/.tsv/.txt list.")]
+Descriptions = Annotated[Path | None, typer.Option(help="JSON {class: [sentences]} or JSON Lines.")]
+Templates = Annotated[
+    list[str] | None, typer.Option(help="Sentence with {} for the class name; repeatable.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="open_clip name, hf-hub:ORG/REPO, local-dir:PATH, or demo. [default: ViT-B-32]"
+    ),
+]
+Pretrained = Annotated[
+    str | None, typer.Option(help="open_clip tag or .safetensors file. [default: openai]")
+]
+ValDir = Annotated[
+    Path | None, typer.Option(help="Labelled folder, measured each epoch, never trained on.")
+]
+ProofImages = Annotated[
+    Path | None, typer.Option(help="Prove on images of yours too: folder or list.")
+]
+ProofDevice = Annotated[str, typer.Option(help="Where graphs are run: cpu, cuda or cuda:N.")]
+BatchSize = Annotated[int, typer.Option(help="Images a batch.", min=1)]
+ExportDirectory = Annotated[Path, typer.Argument(metavar="EXPORT", help="What `export` wrote.")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Class names.")]

@@ -1,0 +1,270 @@
+"""The operators of the written files: what TensorRT can read, and no more work than needed."""
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+from microclip_deploy.export.limits import LIMITS
+from microclip_deploy.export.parity import Serving, compare_pixels, prove
+from microclip_deploy.export.probes import Reference, made_up_photos
+from microclip_deploy.export.to_onnx import write_graphs
+from microclip_deploy.exported import BACKBONE, FULL, HEAD, Precision
+
+if TYPE_CHECKING:
+    from tests.export.conftest import Graph, Read, Subject
+
+FILES = (FULL, BACKBONE, HEAD)
+FLOATS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+PRECISIONS: tuple[Precision, ...] = (*FLOATS, "int8")
+
+F32, F16, BF16 = int(TensorProto.FLOAT), int(TensorProto.FLOAT16), int(TensorProto.BFLOAT16)
+I32, I64 = int(TensorProto.INT32), int(TensorProto.INT64)
+U8, BOOL = int(TensorProto.UINT8), int(TensorProto.BOOL)
+REALS = {F32, F16, BF16}
+NUMBERS = {*REALS, I32, I64}
+ANYTHING = {*NUMBERS, BOOL}
+
+# onnx-tensorrt docs/operators.md, TensorRT 10.15.
+TENSORRT: dict[str, set[int]] = {
+    "Abs": NUMBERS,
+    "Add": NUMBERS,
+    "And": {BOOL},
+    "Cast": {*ANYTHING, U8},
+    "Clip": REALS,
+    "Concat": ANYTHING,
+    "Conv": REALS,
+    "Div": NUMBERS,
+    "Equal": NUMBERS,
+    "Gather": ANYTHING,
+    "Gelu": NUMBERS,
+    "Gemm": REALS,
+    "Greater": NUMBERS,
+    "GreaterOrEqual": NUMBERS,
+    "LayerNormalization": REALS,
+    "Less": NUMBERS,
+    "LessOrEqual": NUMBERS,
+    "MatMul": REALS,
+    "Max": NUMBERS,
+    "Mul": NUMBERS,
+    "Neg": NUMBERS,
+    "Not": {BOOL},
+    "Or": {BOOL},
+    "Pad": NUMBERS,
+    "Pow": NUMBERS,
+    "ReduceMax": NUMBERS,
+    "ReduceMean": NUMBERS,
+    "ReduceMin": NUMBERS,
+    "ReduceSum": NUMBERS,
+    "Reshape": ANYTHING,
+    "Sigmoid": REALS,
+    "Slice": ANYTHING,
+    "Softmax": REALS,
+    "Split": ANYTHING,
+    "Sqrt": REALS,
+    "Squeeze": ANYTHING,
+    "Sub": NUMBERS,
+    "Transpose": ANYTHING,
+    "Unsqueeze": ANYTHING,
+    "Where": ANYTHING,
+}
+"""Operators that TensorRT's parser knows, with the element types of what they work on."""
+
+CONSTANT_FROM = {
+    "Clip": 1,
+    "Pad": 1,
+    "ReduceMax": 1,
+    "ReduceMean": 1,
+    "ReduceMin": 1,
+    "ReduceSum": 1,
+    "Reshape": 1,
+    "Slice": 1,
+    "Split": 1,
+    "Squeeze": 1,
+    "Unsqueeze": 1,
+    "Conv": 1,
+    "LayerNormalization": 1,
+}
+"""Operators whose further inputs must be known when the engine is built."""
+
+UNKNOWN_AT_BUILD_TIME = {
+    "ConstantOfShape", "Expand", "If", "Loop", "NonZero", "Range", "Scan", "Shape", "Size", "Tile",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_node_depends_on_shapes_or_branches(
+    read: "Read", precision: Precision, name: str
+) -> None:
+    found = read(precision, name)
+    assert not found.kinds().keys() & UNKNOWN_AT_BUILD_TIME
+    attributes = chain(*(node.attribute for node in found.nodes))
+    assert onnx.AttributeProto.GRAPH not in {attribute.type for attribute in attributes}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("precision", FLOATS)
+def test_tensorrt_knows_every_operator(read: "Read", precision: Precision, name: str) -> None:
+    found = read(precision, name)
+    for node in found.nodes:
+        # Positions, axes and conditions have types of their own.
+        subject = node.input[1] if node.op_type == "Where" else node.input[0]
+        assert found.types[subject] in TENSORRT[node.op_type], node
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("precision", FLOATS)
+def test_tensorrt_knows_sizes_and_axes_beforehand(
+    read: "Read", precision: Precision, name: str
+) -> None:
+    found = read(precision, name)
+    for node in found.of(*CONSTANT_FROM):
+        parameters = [each for each in node.input[CONSTANT_FROM[node.op_type] :] if each]
+        assert set(parameters) <= found.weights.keys(), node
+    assert all(len(node.output) == 1 for node in found.of("LayerNormalization"))
+
+
+@pytest.mark.parametrize("name", [FULL, BACKBONE])
+@pytest.mark.parametrize("precision", FLOATS)
+def test_bytes_are_turned_into_numbers_at_once(
+    read: "Read", precision: Precision, name: str
+) -> None:
+    found = read(precision, name)
+    assert [each for each, kind in found.types.items() if kind == U8] == ["image"]
+    assert [node.op_type for node in found.users("image")] == ["Cast"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nothing_is_float64(read: "Read", precision: Precision, name: str) -> None:
+    found = read(precision, name)
+    casts = {attribute.i for node in found.of("Cast") for attribute in node.attribute}
+    assert TensorProto.DOUBLE not in {*found.types.values(), *casts}
+
+
+@pytest.mark.parametrize("precision", FLOATS)
+def test_attention_is_two_products_and_a_softmax(read: "Read", precision: Precision) -> None:
+    found = read(precision, BACKBONE)
+    softmaxes = found.of("Softmax")
+    assert len(softmaxes) == 2
+    narrow = {"fp32": F32, "fp16": F16, "bf16": BF16}[precision]
+    for node in softmaxes:
+        assert found.types[node.input[0]] == narrow
+        assert found.makers[node.input[0]].op_type == "MatMul"
+        (user,) = found.users(node.output[0])
+        if user.op_type == "Unsqueeze":
+            (user,) = found.users(user.output[0])
+        assert user.op_type == "MatMul"
+        # Back to the projections nothing is multiplied or converted.
+        assert set(_before(found, node.input[0])) <= {
+            "MatMul", "Transpose", "Reshape", "Split", "Gather", "Slice",
+        }  # fmt: skip
+
+
+def _before(found: "Graph", name: str) -> Iterator[str]:
+    """Go back from a value to the biases and norms."""
+    node = found.makers.get(name)
+    if node is None or node.op_type in ("Add", "LayerNormalization"):
+        return
+    if node.op_type == "Cast" and found.makers[node.input[0]].op_type == "LayerNormalization":
+        return
+    yield node.op_type
+    for each in node.input:
+        yield from _before(found, each)
+
+
+def test_queries_are_scaled_in_their_weights(read: "Read", tiny: "Subject") -> None:
+    found = read("fp32", BACKBONE)
+    block, last = tiny.model.backbone.weights().blocks
+    (packed,) = (name for name in found.weights if found.weights[name].dims == [64, 192])
+    weight = block.qkv[0].T.numpy()
+    scaled = np.concatenate([weight[:, :64] * 32**-0.5, weight[:, 64:]], axis=1)
+    np.testing.assert_allclose(found.array(packed), scaled, rtol=1e-6)
+    query = last.qkv[0][:64].T.numpy() * np.float32(32**-0.5)
+    squares = [found.array(name) for name in found.weights if found.weights[name].dims == [64, 64]]
+    assert any(np.allclose(square, query, rtol=1e-6) for square in squares)
+
+
+@pytest.mark.parametrize(("name", "norms"), [(FULL, 6), (BACKBONE, 6), (HEAD, 0)])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_norm_is_one_operator_in_float32(
+    read: "Read", precision: Precision, name: str, norms: int
+) -> None:
+    found = read(precision, name)
+    nodes = found.of("LayerNormalization")
+    assert len(nodes) == norms  # in front, two a block, at the end
+    assert {found.types[each] for node in nodes for each in (*node.input, *node.output)} <= {F32}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_residual_stream_is_float32(read: "Read", precision: Precision) -> None:
+    found = read(precision, BACKBONE)
+    before = [found.makers[node.input[0]] for node in found.of("LayerNormalization")]
+    sums = [node for node in before if node.op_type == "Add"]
+    assert len(sums) == 5
+    assert {found.types[each] for node in sums for each in node.input} == {F32}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_only_the_encoder_is_in_reduced_precision(read: "Read", precision: Precision) -> None:
+    narrow = F16 if precision == "fp16" else BF16
+    full, backbone, head = (read(precision, name) for name in FILES)
+    assert narrow not in head.types.values()
+    after = [node for node in full.nodes if not set(node.output) & backbone.makers.keys()]
+    assert sum(node.op_type == "MatMul" for node in after) > 25  # cut and head
+    values = {each for node in after for each in (*node.input, *node.output) if each}
+    assert narrow not in {full.types[each] for each in values}
+    products = [full.types[node.input[0]] for node in backbone.of("MatMul")]
+    assert Counter(products) == {narrow: 15, F32: 1}  # the projection to the joint space
+
+
+def test_the_last_block_makes_no_keys(read: "Read") -> None:
+    found = read("fp32", BACKBONE)
+    weights = [
+        tuple(found.weights[node.input[1]].dims)
+        for node in found.of("MatMul")
+        if node.input[1] in found.weights
+    ]
+    assert Counter(weights) == {
+        (192, 64): 1,  # patches
+        (64, 192): 1,  # block 1: queries, keys and values
+        (64, 64): 4,  # its way out; query, value and way out of the last
+        (64, 256): 2,
+        (256, 64): 2,
+        (2, 32, 64): 1,  # the last block's key map, applied to its one query a head
+        (64, 32): 1,
+    }
+    (key,) = (node for node in found.of("MatMul") if node.input[1] == "backbone.last.key")
+    assert found.shapes[key.input[0]] == ("batch", 2, 1, 32)
+
+
+def test_unusual_models_need_no_other_operators(odd_mean: "Subject", tmp_path: Path) -> None:
+    write_graphs(*odd_mean, "fp32", tmp_path, {})
+    for name in FILES:
+        model = onnx.load(tmp_path / name)
+        kinds = {node.op_type for node in model.graph.node}
+        assert kinds <= TENSORRT.keys()
+        assert ("Sigmoid" in kinds) == (name != HEAD)
+        assert "Gelu" not in kinds
+    photos = made_up_photos(odd_mean.preprocess.size)
+    views = photos.views(odd_mean.preprocess)
+    proof = prove(
+        tmp_path,
+        Reference.of(*odd_mean, views, lambda *_: None),
+        odd_mean.model.ncut,
+        "fp32",
+        limits=LIMITS["fp32"],
+        serving=Serving(odd_mean.model.class_matrix().detach().numpy(), odd_mean.model.cls_share),
+        pixels=compare_pixels(photos.read(), views, odd_mean.preprocess),
+        names=photos.names,
+        source=photos.source,
+    )
+    assert proof.departure is None
+    assert 0 < len(proof.undetermined) < 12

@@ -1,0 +1,77 @@
+"""The stage before the graphs: test views as Pillow and torchvision make them."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from microclip_deploy.export.parity import compare_pixels
+from microclip_deploy.export.probes import made_up_photos
+from microclip_deploy.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from tests.export.conftest import Subject
+
+PHOTOS = made_up_photos(32)
+
+
+def test_the_right_pixels_are_equal(tiny: "Subject") -> None:
+    views = PHOTOS.views(tiny.preprocess)
+    stage = compare_pixels(PHOTOS.read(), views, tiny.preprocess)
+    assert (stage.difference, stage.departs) == (0, False)
+
+
+def squeezed(photo: Image.Image) -> Image.Image:
+    return photo.resize((32, 32), Image.Resampling.BICUBIC)
+
+
+def bilinear(photo: Image.Image) -> Image.Image:
+    width, height = photo.size
+    short = min(width, height)
+    return photo.resize((32 * width // short, 32 * height // short), Image.Resampling.BILINEAR)
+
+
+def enlarged(photo: Image.Image) -> Image.Image:
+    width, height = photo.size
+    short = min(width, height)
+    return photo.resize((36 * width // short, 36 * height // short), Image.Resampling.BICUBIC)
+
+
+def shifted(photo: Image.Image) -> Image.Image:
+    resized = Preprocess(size=32, mean=(0, 0, 0), std=(1, 1, 1)).resize_short_side(photo)
+    return resized.transform(resized.size, Image.Transform.AFFINE, (1, 0, 1, 0, 1, 1))
+
+
+@pytest.mark.parametrize("wrong", [squeezed, bilinear, enlarged, shifted])
+@pytest.mark.parametrize("installed", [True, False])
+def test_wrong_preprocessing_departs(
+    tiny: "Subject",
+    wrong: Callable[[Image.Image], Image.Image],
+    installed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not installed:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+        monkeypatch.setitem(sys.modules, "torchvision", None)
+
+    def view(photo: Image.Image) -> NDArray[np.uint8]:
+        made = wrong(photo)
+        left, top = ((side - 32) // 2 for side in made.size)
+        return np.array(made.crop((left, top, left + 32, top + 32)))
+
+    views = np.stack([view(photo) for photo in PHOTOS.read()])
+    assert compare_pixels(PHOTOS.read(), views, tiny.preprocess).departs
+
+
+def test_a_mistake_in_our_own_preprocessing_departs_from_torchvision(tiny: "Subject") -> None:
+    class Mistaken(Preprocess):
+        def resize_short_side(self, image: Image.Image) -> Image.Image:
+            return bilinear(image)
+
+    mistaken = Mistaken(**tiny.preprocess.model_dump())
+    assert compare_pixels(PHOTOS.read(), PHOTOS.views(mistaken), mistaken).departs

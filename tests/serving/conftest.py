@@ -1,0 +1,149 @@
+"""A small export made by hand: three colours are the embedding, so that NumPy can say it all."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save_file
+
+from microclip_deploy import artifact
+from microclip_deploy.exported import CLASSIFIER, FULL, SCHEMA
+from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.preprocess import Preprocess
+
+SIDE = 32
+CLASSES = ("red circle", "green square", "blue stripe")
+
+MakeExport = Callable[..., Path]
+
+
+def colour_graph(opset: int = 20, side: int = SIDE) -> onnx.ModelProto:
+    """Return a graph of the contract: cls is the mean colour, fg its square, N = 4 quarters."""
+    constants: dict[str, NDArray[Any]] = {
+        "rows": np.array([1, 2], np.int64),
+        "channels": np.array([1], np.int64),
+        "quarters": np.array([0, 4], np.int64),
+        "pad": np.array([0, 0, 0, 1], np.int64),
+        "scale": np.array(50, np.float32),
+    }
+    node = helper.make_node
+    nodes = [
+        node("Cast", ["image"], ["x"], to=TensorProto.FLOAT),
+        node("ReduceMean", ["x", "rows"], ["colour"], keepdims=0),
+        node("LpNormalization", ["colour"], ["cls"], axis=1, p=2),
+        node("Mul", ["cls", "cls"], ["squared"]),
+        node("LpNormalization", ["squared"], ["fg"], axis=1, p=2),
+        node("Add", ["cls", "fg"], ["embedding"]),
+        node("Transpose", ["classifier"], ["columns"]),
+        node("MatMul", ["embedding", "columns"], ["cosines"]),
+        node("Mul", ["cosines", "scale"], ["logits"]),
+        node("Transpose", ["x"], ["planes"], perm=[0, 3, 1, 2]),
+        node(
+            "AveragePool",
+            ["planes"],
+            ["pooled"],
+            kernel_shape=[side // 2] * 2,
+            strides=[side // 2] * 2,
+        ),
+        node("ReduceMean", ["pooled", "channels"], ["grey"], keepdims=0),
+        node("Reshape", ["grey", "quarters"], ["tokens"]),
+        node("ReduceMean", ["tokens", "channels"], ["mean"]),
+        node("Greater", ["tokens", "mean"], ["mask"]),
+        node("Pad", ["tokens", "pad"], ["padded"]),
+        node("Softmax", ["padded"], ["attention"], axis=1),
+        node("ReduceMean", ["mean", "channels"], ["brightness"], keepdims=0),
+        node("Equal", ["brightness", "scale"], ["complete"]),
+    ]
+    outputs: dict[str, tuple[int, list[str | int | None]]] = {
+        "logits": (TensorProto.FLOAT, ["batch", "classes"]),
+        "embedding": (TensorProto.FLOAT, ["batch", 3]),
+        "cls": (TensorProto.FLOAT, ["batch", 3]),
+        "fg": (TensorProto.FLOAT, ["batch", 3]),
+        "mask": (TensorProto.BOOL, ["batch", 4]),
+        "attention": (TensorProto.FLOAT, ["batch", 5]),
+        "complete": (TensorProto.BOOL, ["batch"]),
+    }
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "colours",
+        [
+            value("image", TensorProto.UINT8, ["batch", side, side, 3]),
+            value("classifier", TensorProto.FLOAT, ["classes", 3]),
+        ],
+        [value(name, dtype, shape) for name, (dtype, shape) in outputs.items()],
+        [
+            numpy_helper.from_array(array, name)
+            for name, array in {**constants, "classifier": np.eye(3, dtype=np.float32)}.items()
+        ],
+    )
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=min(opset, 10)
+    )
+
+
+def write_export(
+    directory: Path,
+    graph: bytes,
+    classifier: NDArray[np.float32],
+    classes: tuple[str, ...],
+    unadapted: tuple[str, ...] = (),
+) -> Path:
+    """Write an export directory of a graph, whatever its bytes are."""
+    directory.mkdir()
+    (directory / FULL).write_bytes(graph)
+    save_file({"classifier": classifier}, directory / CLASSIFIER)
+    preprocess = Preprocess(size=SIDE, mean=(0.5,) * 3, std=(0.5,) * 3)
+    content = {
+        "parent": {
+            "checkpoint_sha256": "0" * 64,
+            "model": "demo",
+            "pretrained": None,
+            "backbone_sha256": "0" * 64,
+        },
+        "precision": "fp32",
+        "opset": 20,
+        "preprocess": preprocess.model_dump(),
+        "ncut": NCutSpec().stored(),
+        "cls_share": 0.5,
+        "classes": classes,
+        "unadapted": unadapted,
+        "templates": ("a photo of a {}.",),
+        "graphs": {FULL: {"inputs": [], "outputs": []}},
+    }
+    artifact.write_manifest(directory, SCHEMA, content, [FULL, CLASSIFIER])
+    return directory
+
+
+@pytest.fixture
+def colours() -> Callable[..., onnx.ModelProto]:
+    """Return what makes the graph."""
+    return colour_graph
+
+
+@pytest.fixture
+def make_export(tmp_path: Path) -> MakeExport:
+    """Return a function that writes an export of a graph's bytes, by default an intact one."""
+
+    def make(
+        graph: bytes | None = None,
+        classifier: NDArray[np.float32] | None = None,
+        classes: tuple[str, ...] = CLASSES,
+        unadapted: tuple[str, ...] = (),
+    ) -> Path:
+        matrix = np.eye(3, dtype=np.float32) if classifier is None else classifier
+        content = colour_graph().SerializeToString() if graph is None else graph
+        return write_export(tmp_path / "export", content, matrix, classes, unadapted)
+
+    return make
+
+
+@pytest.fixture
+def export(make_export: MakeExport) -> Path:
+    """Return an intact export of three classes, which it tells apart by colour."""
+    return make_export()
