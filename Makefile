@@ -15,7 +15,7 @@ $(VENV)/.done: pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[adapt,export,cpu,dev]"
 	touch $@
 
-demo: setup     ## Zero-shot, adapt, evaluate and predict on the embedded benchmark
+demo: setup     ## Adapt, evaluate, predict, export and verify on the embedded benchmark
 	$(BIN)/microclip-deploy demo
 
 test: setup     ## Run the default test suite
@@ -31,8 +31,10 @@ format: setup   ## Reformat the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup    ## Time one training step against the plain algorithm on this CPU
+bench: setup    ## Time a training step and exported graphs against the plain algorithm on this CPU
 	$(BIN)/python -m microclip_deploy.bench.training_step
+	$(BIN)/python -m microclip_deploy.bench.graph_speed
+	$(BIN)/python -m microclip_deploy.bench.export_parity --geometries tiny,ViT-B-32,ViT-B-16
 
 ablations: setup ## Rerun the ablation table on the embedded benchmark (about an hour on two cores)
 	$(BIN)/python -m microclip_deploy.bench.ablations

@@ -225,6 +225,14 @@ def test_only_the_encoder_is_in_reduced_precision(read: "Read", precision: Preci
     assert Counter(products) == {narrow: 15, F32: 1}  # the projection to the joint space
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_what_decides_is_not_rounded(read: "Read", precision: Precision) -> None:
+    found, exact = (read(each, FULL) for each in (precision, "fp32"))
+    names = ("backbone.position", "backbone.projection", "head.match", "head.project", "classifier")
+    for name in (*names, "backbone.ln_pre.weight"):
+        np.testing.assert_array_equal(found.array(name), exact.array(name))
+
+
 def test_the_last_block_makes_no_keys(read: "Read") -> None:
     found = read("fp32", BACKBONE)
     weights = [
