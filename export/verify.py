@@ -112,10 +112,14 @@ def require_proven(proof: Proof, evidence: Path) -> None:
         return
     stage = next(stage for stage in proof.stages if stage.departs)
     wanted = "a number" if stage.limit is None else f"at most {stage.limit:.3g} from PyTorch"
+    remedy = (
+        "use the Pillow and torchvision of the export"
+        if stage is proof.stages[0]
+        else "choose a more exact --dtype, or export again"
+    )
     raise VerificationError(
-        f"{proof.departure}: expected {wanted}, found "
-        f"{stage.difference:.3g} on {proof.images} images ({proof.precision}, {proof.device}); "
-        f"evidence: {printable(evidence)}; choose a more exact --dtype, or export again"
+        f"{proof.departure}: expected {wanted}, found {stage.difference:.3g} on {proof.images} "
+        f"images ({proof.precision}, {proof.device}); evidence: {printable(evidence)}; {remedy}"
     )
 
 
