@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check format bench ablations clean
+.PHONY: help setup demo test check format bench ablations verify-kernel gpu-check clean
 help:           ## Show the targets
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 setup: $(VENV)/.done ## Make the virtual environment and install everything a CPU user needs
 
@@ -38,6 +38,12 @@ bench: setup    ## Time a training step and exported graphs against the plain al
 
 ablations: setup ## Rerun the ablation table on the embedded benchmark (about an hour on two cores)
 	$(BIN)/python -m microclip_deploy.bench.ablations
+
+verify-kernel: setup ## Compare 20,000 graphs with float64, and print a table (some minutes)
+	NCUT_GRAPHS=20000 $(BIN)/python -m pytest -q -s tests/ncut/test_kernel_families.py
+
+gpu-check: setup ## Everything only a GPU can show (needs one, and cupy-cuda13x): tests, sanitizers, stress, speed
+	PYTHON=$(BIN)/python bench/gpu_check.sh $(OUT)
 
 clean:          ## Remove the virtual environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -206,9 +206,15 @@ def _uses(machine: Machine, packages: Mapping[str, Package]) -> tuple[Use, ...]:
     return (
         Use("adapt", model),
         Use("evaluate, predict", model),
-        Use("NCut", "iterative solver in float32 on the GPU" if on_gpu else exact),
+        Use("NCut", _cut(packages) if on_gpu else exact),
         Use("exported graphs", _exported(machine, packages)),
     )
+
+
+def _cut(packages: Mapping[str, Package]) -> str:
+    if packages["cupy"].works:
+        return f"CUDA kernel in float32, CuPy {packages['cupy'].version}"
+    return "iterative solver in float32 on the GPU; CuPy would bring the kernel"
 
 
 def _exported(machine: Machine, packages: Mapping[str, Package]) -> str:

@@ -47,6 +47,12 @@ class NCutSpec(BaseModel):
     """The iterative solver calls the vector undefined when trace / Frobenius norm - 1 of its
     filter exceeds this (0 for a simple eigenvalue, 0.41 for a double one)."""
 
+    lanczos_residual: float = Field(default=1e-6, gt=0, lt=1e-3)
+    """The kernel has converged when the residual is below this share of the spectrum's spread."""
+
+    lanczos_restarts: int = Field(default=6, ge=1, le=64)
+    """Krylov spaces that the kernel builds at most: its work is bounded."""
+
     def fingerprint(self) -> str:
         """Return sha256 (hex) of the canonical JSON of all fields."""
         canonical = json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))

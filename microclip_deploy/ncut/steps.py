@@ -1,7 +1,7 @@
 """The normalised cut of patch tokens, written once against the array API.
 
 NumPy, torch and CuPy arrays run the same lines. Two solvers share everything but the
-eigenvector itself:
+eigenvector itself (a third implementation, for NVIDIA GPUs, is `ncut.cuda`):
 
 * `saliency_exact`: dense float64 eigendecomposition. The oracle, and the solver on CPUs.
 * `saliency_iterative`: float32 repeated squaring of a spectral filter. Only matrix products
@@ -15,16 +15,21 @@ vector is oriented first (largest entry positive) and thresholded second; where 
 Letters: B images, N tokens, D width.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeAlias
 
-from array_api_compat import array_namespace, device, is_torch_array
+from array_api_compat import array_namespace, device, is_cupy_array, is_torch_array
 
 from microclip_deploy.errors import UsageError
 from microclip_deploy.ncut.spec import NCutSpec
 
 Array: TypeAlias = Any  # the array API has no static type that covers NumPy, torch and CuPy
+
+_log = logging.getLogger(__name__)
 
 MIN_TOKENS = 4
 
@@ -61,15 +66,17 @@ class Saliency(NamedTuple):
     complete: Array
     """bool (B,): every pair of tokens is joined, so the graph says nothing."""
     residual: Array
-    """float (B,): trace / Frobenius norm - 1 of the iterative solver's filter, 0 where it has
-    converged to one eigenvector; always 0 from the exact solver."""
+    """float (B,): how far the vector is from an eigenvector, 0 from the exact solver. Iterative
+    solver: trace / Frobenius norm - 1 of its filter. Kernel: residual / spread of the spectrum."""
 
 
 def saliency(tokens: Array, spec: NCutSpec) -> Saliency:
     """Mark the tokens on the foreground side of the normalised cut.
 
-    torch tensors on an accelerator take the iterative solver, because a dense eigendecomposition
-    would synchronise with the host; everything else takes the exact one.
+    CuPy arrays and torch CUDA tensors take the kernel, other accelerators the iterative solver,
+    because a dense eigendecomposition would synchronise with the host; everything else takes the
+    exact one. Where CuPy is missing, or for tokens that the kernel is not made for (N > 1024, D no
+    multiple of 16, float64), CUDA takes the iterative solver as well.
 
     Args:
         tokens: float (B, N, D), N >= 4, raw (not normalised), class token removed.
@@ -83,8 +90,24 @@ def saliency(tokens: Array, spec: NCutSpec) -> Saliency:
 
     Source: docs/numerics.md section 2.
     """
-    on_cpu = not is_torch_array(tokens) or device(tokens).type == "cpu"
-    return saliency_exact(tokens, spec) if on_cpu else saliency_iterative(tokens, spec)
+    place = device(tokens).type if is_torch_array(tokens) else "cpu"
+    if is_cupy_array(tokens) or (place == "cuda" and _has_cupy()):
+        from microclip_deploy.ncut.cuda import saliency_cuda, takes
+
+        return saliency_cuda(tokens, spec) if takes(tokens) else saliency_iterative(tokens, spec)
+    return saliency_exact(tokens, spec) if place == "cpu" else saliency_iterative(tokens, spec)
+
+
+@lru_cache(maxsize=1)
+def _has_cupy() -> bool:
+    """Say whether CuPy is installed; where it is not, tell once what it would do."""
+    if find_spec("cupy") is not None:
+        return True
+    _log.warning(
+        "warning: CuPy is not installed, the normalised cut takes matrix products in place of its "
+        'kernel; run: pip install "microclip-deploy[gpu]"'
+    )
+    return False
 
 
 def saliency_mask(tokens: Array, spec: NCutSpec) -> Array:
