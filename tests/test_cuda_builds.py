@@ -1,0 +1,93 @@
+"""Every kernel compiles for every architecture, and is what it was: registers, spills, memory.
+
+After a deliberate change run `python -m tests.kernel_builds` and look at the difference.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import microclip_deploy
+from tests.kernel_builds import (
+    SHARED_BYTES,
+    Build,
+    Compiled,
+    compile_all,
+    nvrtc_version,
+    read_table,
+)
+
+pytest.importorskip("cupy", reason="needs CuPy, though no device: pip install cupy-cuda13x")
+
+OTHER_NVRTC = 8
+"""Registers by which another NVRTC may differ: its allocator works in steps of 8."""
+SPILL_FREE = 256
+"""Tokens up to which the cut must keep everything in registers."""
+ROOT = Path(__file__).parent.parent
+CUDA_FILES = sorted(
+    path
+    for folder in (Path(microclip_deploy.__file__).parent, ROOT / "tests")
+    for kind in ("*.cu", "*.cuh", "*.h", "*.cpp")
+    for path in folder.rglob(kind)
+)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    return compile_all()
+
+
+def test_builds_are_those_of_the_table(compiled: Compiled) -> None:
+    version, expected = read_table()
+    remedy = "run `python -m tests.kernel_builds` if this is meant"
+    assert compiled.builds.keys() == expected.keys(), remedy
+    allowed = 0 if version == nvrtc_version() else OTHER_NVRTC
+    other = {
+        name: (expected[name], build)
+        for name, build in compiled.builds.items()
+        if not is_as(expected[name], build, allowed)
+    }
+    assert other == {}, remedy
+
+
+def is_as(expected: Build, found: Build, allowed: int) -> bool:
+    """Say whether a build is the expected one; another NVRTC may use a few registers more."""
+    registers = abs(found.registers - expected.registers) <= allowed
+    spills = found.spill_bytes == expected.spill_bytes or (
+        allowed > 0 and found.spill_bytes > 0 < expected.spill_bytes
+    )
+    return registers and spills and found.shared_bytes == expected.shared_bytes
+
+
+def test_nothing_spills_up_to_256_tokens(compiled: Compiled) -> None:
+    spilled = {name: build for name, build in compiled.builds.items() if build.spill_bytes}
+    assert [name for name in spilled if count_of(name) <= SPILL_FREE] == []
+
+
+def count_of(name: str) -> int:
+    """Return N of "cut N=49 ncut_cut sm_90"; other kernels must never spill."""
+    return int(name.split()[1].removeprefix("N=")) if name.startswith("cut ") else 0
+
+
+def test_shared_memory_is_what_every_architecture_has(compiled: Compiled) -> None:
+    assert {int(name.rsplit("_", 1)[1]) for name in compiled.builds} == set(SHARED_BYTES)
+    for name, build in compiled.builds.items():
+        assert build.shared_bytes <= SHARED_BYTES[int(name.rsplit("_", 1)[1])], name
+
+
+def test_nvrtc_has_no_warnings(compiled: Compiled) -> None:
+    assert compiled.warnings == []
+
+
+@pytest.mark.parametrize("path", CUDA_FILES, ids=lambda path: path.name)
+def test_cuda_and_c_sources_are_formatted(path: Path) -> None:
+    beside_python = Path(sys.executable).parent / "clang-format"
+    tool = str(beside_python) if beside_python.exists() else shutil.which("clang-format")
+    if tool is None:
+        pytest.skip("needs clang-format: pip install clang-format")
+    command = [tool, "--dry-run", "--Werror", str(path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, f"run clang-format -i {path}\n{found.stderr[:500]}"
