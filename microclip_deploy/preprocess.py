@@ -10,7 +10,7 @@ The first step equals torchvision's `Resize(S, BICUBIC)` and `CenterCrop(S)` on 
 byte, which is what CLIP models were trained and evaluated with.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, overload
 
 import array_api_compat
 import numpy as np
@@ -27,6 +27,15 @@ _Mean = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Std = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
+class ViewGeometry(NamedTuple):
+    """Where the test view lies: the size after resizing, and the crop's corner in it, pixels."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+
 class Preprocess(BaseModel):
     """How an image becomes network input; a frozen value, dumped as JSON into artifacts."""
 
@@ -41,6 +50,19 @@ class Preprocess(BaseModel):
     interpolation: Literal["bicubic"] = "bicubic"
     """Resampling filter: Pillow's antialiased bicubic, the only one CLIP models use."""
 
+    def geometry(self, width: int, height: int) -> ViewGeometry:
+        """Return the resized size and the centre crop of an image of `width` x `height` pixels.
+
+        Source: torchvision `Resize(int)`, including its truncation of the long side, and
+        `CenterCrop`, including its rounding of half pixels to even.
+        """
+        if width <= height:
+            wide, high = self.size, int(self.size * height / width)
+        else:
+            wide, high = int(self.size * width / height), self.size
+        left, top = (round((side - self.size) / 2.0) for side in (wide, high))
+        return ViewGeometry(wide, high, left, top)
+
     def resize_short_side(self, image: Image.Image) -> Image.Image:
         """Return the image scaled so that its short side is `size`, aspect ratio kept.
 
@@ -49,19 +71,13 @@ class Preprocess(BaseModel):
 
         Raises:
             DataError: the image is not RGB.
-
-        Source: torchvision `Resize(int)`, including its truncation of the long side.
         """
         if image.mode != "RGB":
             raise DataError(
                 f"image: expected mode RGB, found {image.mode}; open it with read_image"
             )
-        width, height = image.size
-        if width <= height:
-            target = (self.size, int(self.size * height / width))
-        else:
-            target = (int(self.size * width / height), self.size)
-        return image.resize(target, Image.Resampling.BICUBIC)
+        target = self.geometry(*image.size)
+        return image.resize((target.width, target.height), Image.Resampling.BICUBIC)
 
     def test_view(self, image: Image.Image) -> NDArray[np.uint8]:
         """Return the centre of the resized image, the deterministic view used for inference.
@@ -75,12 +91,10 @@ class Preprocess(BaseModel):
         Raises:
             DataError: the image is not RGB.
 
-        Source: torchvision `CenterCrop`, including its rounding of half pixels to even. The
-        reference code evaluates on a random crop; a centre crop makes results repeatable.
+        The reference code evaluates on a random crop; a centre crop makes results repeatable.
         """
         resized = self.resize_short_side(image)
-        left = round((resized.width - self.size) / 2.0)
-        top = round((resized.height - self.size) / 2.0)
+        _, _, left, top = self.geometry(*image.size)
         return np.array(resized.crop((left, top, left + self.size, top + self.size)))
 
     @overload
