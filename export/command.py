@@ -29,6 +29,7 @@ from microclip_deploy.checkpoint import Checkpoint, load_model, read_checkpoint
 from microclip_deploy.commands import tell_skipped
 from microclip_deploy.directory_lock import LOCK
 from microclip_deploy.errors import CheckpointError, UsageError
+from microclip_deploy.export.graphs import HeadGraph
 from microclip_deploy.export.limits import LIMITS, Limits
 from microclip_deploy.export.parity import Proof, Serving, Stage, compare_pixels, prove
 from microclip_deploy.export.probes import Photos, Reference, made_up_photos, with_users
@@ -37,6 +38,7 @@ from microclip_deploy.export.verify import VERIFIED, require_one_device, require
 from microclip_deploy.exported import (
     CLASSIFIER,
     FULL,
+    HEAD_WEIGHTS,
     PARITY,
     PROBES,
     SCHEMA,
@@ -317,10 +319,12 @@ def _clip_model(backbone: BackboneSpec) -> str:
 
 
 def _complete(folder: Path, request: ExportRequest, subject: _Subject, chosen: _Candidate) -> None:
-    """Write class matrix, stored images and, last, the manifest."""
+    """Write class matrix, the head's matrices, stored images and, last, the manifest."""
     manifest, precision = subject.checkpoint.manifest, chosen.proof.precision
     matrix = subject.model.class_matrix().detach().numpy()
     artifact.write_bytes(folder / CLASSIFIER, save({"classifier": matrix}))
+    head = {name: value.numpy() for name, value in HeadGraph(subject.model).named_parameters()}
+    artifact.write_bytes(folder / HEAD_WEIGHTS, save(head))
     subject.reference.write(folder / PROBES)
     backbone = manifest.backbone
     content = {
@@ -346,5 +350,5 @@ def _complete(folder: Path, request: ExportRequest, subject: _Subject, chosen: _
         "agreement": chosen.proof.agreement,
     }
     shared = [WEIGHTS] if (folder / WEIGHTS).is_file() else []
-    files = [*chosen.graphs, *shared, CLASSIFIER, PROBES, PARITY]
+    files = [*chosen.graphs, *shared, CLASSIFIER, HEAD_WEIGHTS, PROBES, PARITY]
     artifact.write_manifest(folder, SCHEMA, content, files)

@@ -12,7 +12,6 @@ cut and the heads are float32, with explicit casts, so that no runtime decides p
 Letters: B images, S image side, N tokens, D width, E joint space, H heads, C classes.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from microclip_deploy.backbone import BlockWeights, TowerWeights
-from microclip_deploy.fusion import LOGIT_SCALE, SOAP
+from microclip_deploy.fusion import LOGIT_SCALE
 from microclip_deploy.model import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import saliency_iterative
@@ -114,16 +113,9 @@ class HeadGraph(nn.Module):
     def __init__(self, model: MicroCLIP) -> None:
         super().__init__()
         self.cls_share = model.cls_share
-        pooling, projection = model.pooling, model.backbone.weights().projection.double()
-        self.match: nn.Parameter | None = None
-        self.project = _frozen(projection.T, torch.float32)
-        if isinstance(pooling, SOAP):
-            query, key, value = (
-                linear.weight.double()
-                for linear in (pooling.query_proj, pooling.key_proj, pooling.value_proj)
-            )
-            self.match = _frozen(key.T @ query / math.sqrt(len(query)), torch.float32)
-            self.project = _frozen(projection.T @ value, torch.float32)
+        match, project = model.folded_head()
+        self.project = _frozen(project, torch.float32)
+        self.match = None if match is None else _frozen(match, torch.float32)
 
     def forward(self, cls: Tensor, patches: Tensor, mask: Tensor, classifier: Tensor) -> Fused:
         """Pool the patches by their likeness to the salient ones, fuse, and classify."""

@@ -5,6 +5,7 @@
     backbone.onnx            uint8 images -> cls, patches
     head.onnx                cls, patches, mask, classifier -> fg, embedding, logits, attention
     classifier.safetensors   class matrix; replaced when classes change, the graphs are not
+    head.safetensors         the matrices inside head.onnx, for the CUDA kernels
     weights.data             only of models too large for one file each
     probes.safetensors       images and what PyTorch answers to them, for `verify`
     parity.json              the proof: how far each graph is from PyTorch, stage by stage
@@ -34,6 +35,7 @@ FULL = "full.onnx"
 BACKBONE = "backbone.onnx"
 HEAD = "head.onnx"
 CLASSIFIER = "classifier.safetensors"
+HEAD_WEIGHTS = "head.safetensors"
 PROBES = "probes.safetensors"
 PARITY = "parity.json"
 
@@ -121,6 +123,15 @@ class Export(NamedTuple):
     """(C, E), unit rows."""
 
 
+class HeadWeights(NamedTuple):
+    """The matrices between the patch tokens and the [FG] embedding."""
+
+    match: NDArray[np.float32] | None
+    """(D, D): applied to the mean of the salient tokens; None where all tokens weigh alike."""
+    project: NDArray[np.float32]
+    """(E, D): from the pooled token to the joint space."""
+
+
 def read_export(directory: Path) -> Export:
     """Read and verify an export directory; the graphs themselves are not parsed.
 
@@ -161,3 +172,34 @@ def _read_classifier(path: Path, classes: int) -> NDArray[np.float32]:
             "export again"
         )
     return matrix.astype(np.float32)
+
+
+def read_head_weights(export: Export) -> HeadWeights:
+    """Read what head.onnx holds inside.
+
+    Raises:
+        CheckpointError: an older export without the file, or matrices that do not fit.
+    """
+    path = export.directory / HEAD_WEIGHTS
+    if HEAD_WEIGHTS not in export.stored["files"]:
+        raise CheckpointError(
+            f"{path}: expected the matrices that the CUDA kernels need, found an older export "
+            "without them; export again, or use --device cpu"
+        )
+    try:
+        tensors = load_file(path)
+        match, project = tensors.get("match"), tensors["project"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: expected a tensor 'project', found: {error}; export again"
+        ) from error
+    joint, width = export.classifier.shape[1], project.shape[-1]
+    wanted = {"match": (width, width), "project": (joint, width)}
+    for name, matrix in tensors.items():
+        fits = matrix.shape == wanted.get(name) and matrix.dtype == np.float32
+        if not fits or not np.isfinite(matrix).all():
+            raise CheckpointError(
+                f"{path}: expected finite float32 {wanted}, found {name} {matrix.dtype} "
+                f"{matrix.shape}; export again"
+            )
+    return HeadWeights(match, project)

@@ -1,5 +1,6 @@
 """MicroCLIP: images -> class embedding, fine-grained embedding, saliency and logits."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,6 +29,16 @@ class Output(NamedTuple):
     """float32 (B, N+1): SOAP's weights; the last column is the zero token's."""
     saliency: Saliency
     """NCut mask (B, N) with its vector and its degenerate and complete flags (B,)."""
+
+
+class FoldedHead(NamedTuple):
+    """The pooling's maps and the projection as what inference applies to one vector an image."""
+
+    match: Tensor | None
+    """float64 (D, D), Wk^T Wq / sqrt(D): applied to the mean of the salient tokens. None where the
+    tokens are pooled alike."""
+    project: Tensor
+    """float64 (E, D), (Wv^T P)^T: from the pooled token to the joint space."""
 
 
 class MicroCLIP(nn.Module):
@@ -80,6 +91,21 @@ class MicroCLIP(nn.Module):
     def class_matrix(self) -> Tensor:
         """Return the learnable classifier with unit rows, (C, E)."""
         return F.normalize(self.classifier, dim=-1)
+
+    def folded_head(self) -> FoldedHead:
+        """Return the matrices between the patch tokens and the [FG] embedding."""
+        projection = self.backbone.weights().projection.double()
+        if not isinstance(self.pooling, SOAP):
+            return FoldedHead(None, projection.T)
+        query, key, value = (
+            linear.weight.detach().double()
+            for linear in (
+                self.pooling.query_proj,
+                self.pooling.key_proj,
+                self.pooling.value_proj,
+            )
+        )
+        return FoldedHead(key.T @ query / math.sqrt(len(query)), projection.T @ value)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the trained tensors by name, in a fixed order."""

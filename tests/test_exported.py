@@ -8,11 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from microclip_deploy import artifact
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.exported import CLASSIFIER, FULL, SCHEMA, Export, read_export
+from microclip_deploy.exported import (
+    CLASSIFIER,
+    FULL,
+    HEAD_WEIGHTS,
+    SCHEMA,
+    Export,
+    read_export,
+    read_head_weights,
+)
 from microclip_deploy.ncut.spec import NCutSpec
 
 CLASSES = ("robin", "wren", "owl")
@@ -182,3 +191,50 @@ def test_reading_needs_neither_torch_nor_onnx(tmp_path: Path) -> None:
     told = subprocess.run(call, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout)["classes"] == list(CLASSES)
+
+
+def with_head(directory: Path, **tensors: NDArray[Any]) -> Export:
+    """Return an export with matrices of the head, C = 3, E = 8."""
+    export_with(directory)
+    save_file(tensors, directory / HEAD_WEIGHTS)
+    artifact.write_manifest(directory, SCHEMA, CONTENT, [FULL, CLASSIFIER, HEAD_WEIGHTS])
+    return read_export(directory)
+
+
+def test_the_heads_matrices_are_read(tmp_path: Path) -> None:
+    match, project = np.eye(5, dtype=np.float32), np.ones((8, 5), np.float32)
+    found = read_head_weights(with_head(tmp_path, match=match, project=project))
+    assert found.match is not None
+    np.testing.assert_array_equal(found.match, match)
+    np.testing.assert_array_equal(found.project, project)
+
+
+def test_a_head_that_pools_all_tokens_alike_has_one_matrix(tmp_path: Path) -> None:
+    assert read_head_weights(with_head(tmp_path, project=np.ones((8, 5), np.float32))).match is None
+
+
+def test_an_export_from_before_the_matrices_opens_and_says_export_again(tmp_path: Path) -> None:
+    export = read_with(tmp_path)
+    with pytest.raises(CheckpointError, match=r"older export.*export again, or use --device cpu"):
+        read_head_weights(export)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        {"match": np.eye(5, dtype=np.float32)},
+        {"project": np.ones((7, 5), np.float32)},
+        {"project": np.ones((8, 5), np.float64)},
+        {"project": np.ones((8, 5), np.float32), "match": np.eye(8, dtype=np.float32)},
+        {"project": np.ones((8, 5), np.float32), "more": np.eye(5, dtype=np.float32)},
+        {"project": np.ones(8, np.float32)},
+        {"project": np.full((8, 5), np.nan, np.float32)},
+    ],
+)
+def test_matrices_that_do_not_fit_are_refused(
+    tmp_path: Path, tensors: dict[str, NDArray[Any]]
+) -> None:
+    export = with_head(tmp_path, **tensors)
+    with pytest.raises(CheckpointError, match=r"head\.safetensors: expected .*; export again"):
+        read_head_weights(export)

@@ -27,6 +27,7 @@ LIGHT = [
     "microclip_deploy.predict",
     "microclip_deploy.saliency_warning",
     "microclip_deploy.serving",
+    "microclip_deploy.serving.cuda_backend",
     "microclip_deploy.sources",
     "microclip_deploy.classes",
     "microclip_deploy.ncut.steps",

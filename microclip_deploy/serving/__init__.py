@@ -1,15 +1,21 @@
 """Inference sessions: one protocol, one backend a file."""
 
+import importlib.util
+import logging
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from microclip_deploy import artifact
-from microclip_deploy.errors import CheckpointError, require
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, require
 from microclip_deploy.serving.session import Prediction, Session
 
 __all__ = ["Prediction", "Session", "is_export", "open_session"]
 
 _CHECKPOINT = "microclip.checkpoint/"
 _EXPORT = "microclip.export/"
+
+_log = logging.getLogger(__name__)
 
 
 def open_session(path: Path, device: str = "cpu") -> Session:
@@ -19,7 +25,7 @@ def open_session(path: Path, device: str = "cpu") -> Session:
         path: directory that `adapt` or `export` wrote.
         device: "auto", "cpu", "cuda" or "cuda:N"; for an export also "openvino". "auto" is a GPU
             where the backend has one that works, otherwise the CPU; the session's `device` says
-            which.
+            which. A GPU is served by the CUDA kernels where cupy is installed.
 
     Raises:
         CheckpointError: missing, damaged or of an unknown schema.
@@ -27,21 +33,17 @@ def open_session(path: Path, device: str = "cpu") -> Session:
         UsageError: not a device that this backend knows.
     """
     schema = artifact.read_schema(path)
-    # Through `require`, so that whichever package is missing comes with its install line.
     if schema.startswith(_CHECKPOINT):
-        require("microclip_deploy.serving.torch_backend", "adapt")
-        from microclip_deploy.serving.torch_backend import TorchSession
-
-        return TorchSession.open(path, device)
-    if schema.startswith(_EXPORT):
-        require("microclip_deploy.serving.onnx_backend", "cpu")
-        from microclip_deploy.serving.onnx_backend import OnnxSession
-
-        return OnnxSession.open(path, device)
-    raise CheckpointError(
-        f"{path / artifact.MANIFEST}: expected schema {_CHECKPOINT}N or {_EXPORT}N, found "
-        f"{schema}; give a directory that `adapt` or `export` wrote"
-    )
+        session = _open_run(path, device)
+    elif schema.startswith(_EXPORT):
+        session = _open_export(path, device)
+    else:
+        raise CheckpointError(
+            f"{path / artifact.MANIFEST}: expected schema {_CHECKPOINT}N or {_EXPORT}N, found "
+            f"{schema}; give a directory that `adapt` or `export` wrote"
+        )
+    _log.info("%s: opened with %s on %s", path, type(session).__name__, session.device)
+    return session
 
 
 def is_export(path: Path) -> bool:
@@ -51,3 +53,77 @@ def is_export(path: Path) -> bool:
         CheckpointError: it has no manifest with a schema.
     """
     return artifact.read_schema(path).startswith(_EXPORT)
+
+
+# Through `require`, so that whichever package is missing comes with its install line.
+
+
+def _open_run(path: Path, device: str) -> Session:
+    """Open a run: with the kernels on a GPU, otherwise with PyTorch alone."""
+    require("microclip_deploy.serving.torch_backend", "adapt")
+    from microclip_deploy.serving.torch_backend import TorchSession, resolve_device
+
+    found = resolve_device(device)
+    if _is_cuda(found) and _has_cupy():
+        require("microclip_deploy.serving.torch_encoder", "gpu")
+        from microclip_deploy.serving.torch_encoder import open_run
+
+        session = _with_kernels(open_run, path, found, auto=device == "auto")
+        if session is not None:
+            return session
+    return _without_cupy(TorchSession.open(path, found))
+
+
+def _open_export(path: Path, device: str) -> Session:
+    """Open an export: with the kernels on a GPU, otherwise with ONNX Runtime alone."""
+    require("microclip_deploy.serving.onnx_backend", "cpu")
+    from microclip_deploy.serving.onnx_backend import OnnxSession
+    from microclip_deploy.serving.onnx_graph import has_cuda
+
+    found = "cuda" if device == "auto" and has_cuda() else device
+    if _is_cuda(found) and _has_cupy():
+        require("microclip_deploy.serving.onnx_encoder", "gpu")
+        from microclip_deploy.serving.onnx_encoder import open_export
+
+        session = _with_kernels(open_export, path, found, auto=device == "auto")
+        if session is not None:
+            return session
+    return _without_cupy(OnnxSession.open(path, device))
+
+
+def _with_kernels(
+    opener: Callable[[Path, str], Session], path: Path, device: str, *, auto: bool
+) -> Session | None:
+    """Open with the kernels; None, with a warning, where they do not know the model.
+
+    With `auto` None also where they cannot be used.
+    """
+    try:
+        return opener(path, device)
+    except UsageError as problem:
+        told = str(problem)
+    except (CheckpointError, EnvironmentProblem) as problem:
+        if not auto:
+            raise
+        told = str(problem)
+    _log.warning("warning: opening without the CUDA kernels: %s", told)
+    return None
+
+
+def _without_cupy(session: Session) -> Session:
+    """Return a session, with a warning where a package is all that the kernels lack."""
+    if _is_cuda(session.device) and not _has_cupy():
+        _log.warning(
+            "warning: the package 'cupy' is not installed: serving on %s without the CUDA "
+            'kernels, which is slower; run: pip install "microclip-deploy[gpu]"',
+            session.device,
+        )
+    return session
+
+
+def _is_cuda(device: str) -> bool:
+    return re.fullmatch(r"cuda(:\d+)?", device) is not None
+
+
+def _has_cupy() -> bool:
+    return importlib.util.find_spec("cupy") is not None

@@ -7,10 +7,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.errors import CheckpointError, DataError, UsageError
+from microclip_deploy.errors import CheckpointError
 from microclip_deploy.exported import FULL, Export, ExportManifest, read_export
 from microclip_deploy.serving.onnx_graph import Input, OnnxGraph
-from microclip_deploy.serving.session import Prediction
+from microclip_deploy.serving.session import Prediction, checked_images, closed_session
 
 _OUTPUTS = Prediction._fields
 """The graph's outputs have the names of a prediction's fields; others are not computed."""
@@ -71,15 +71,8 @@ class OnnxSession:
         """
         graph = self._graph
         if graph is None:
-            raise UsageError("session: expected an open one, found it closed; open it again")
-        pixels = np.asarray(images)
-        side = self.preprocess.size
-        if pixels.dtype != np.uint8 or pixels.shape[1:] != (side, side, 3) or not pixels.size:
-            raise DataError(
-                f"images: expected uint8 (B, {side}, {side}, 3) with B of at least 1, found "
-                f"{pixels.dtype} {pixels.shape}; build them with Preprocess.test_view"
-            )
-        image: NDArray[np.uint8] = np.ascontiguousarray(pixels)
+            raise closed_session()
+        image = checked_images(images, self.preprocess.size)
         feeds: dict[str, NDArray[Any]] = {"image": image, "classifier": self._classifier}
         if self.device != "openvino":
             return Prediction(*graph.run(_OUTPUTS, feeds))

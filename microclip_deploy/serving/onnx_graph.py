@@ -14,11 +14,12 @@ import io
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state
@@ -64,19 +65,36 @@ class Input(NamedTuple):
     """Names and None stand for sizes that may vary."""
 
 
+class Buffer(NamedTuple):
+    """Memory of the graph's device that a bound graph reads or writes at every run."""
+
+    address: int
+    dtype: type[np.generic]
+    shape: tuple[int, ...]
+
+
 class OnnxGraph:
     """A loaded ONNX file. `run` may be called from several threads at once."""
 
     device: str
     """What runs it: "cpu", "cuda:N" or "openvino"."""
 
-    def __init__(self, path: Path, device: str = "cpu", *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: str = "cpu",
+        *,
+        threads: int | None = None,
+        stream: int | None = None,
+    ) -> None:
         """Load a graph.
 
         Args:
             path: an .onnx file; data outside its folder is refused.
             device: "auto", "cpu", "cuda", "cuda:N" or "openvino".
             threads: of one operator on the CPU; None for one a core.
+            stream: address of the CUDA stream that everything runs on; only with "cuda" and
+                "cuda:N". None for one of ONNX Runtime's own.
 
         Raises:
             CheckpointError: no graph that this ONNX Runtime can run.
@@ -87,7 +105,9 @@ class OnnxGraph:
             raise UsageError(f"threads: expected at least 1, found {threads}; give more")
         self._path = path
         self._session = (
-            _start_auto(path, threads) if device == "auto" else _start(path, device, threads)
+            _start_auto(path, threads)
+            if device == "auto"
+            else _start(path, device, threads, stream)
         )
         self.device = _device_of(self._session)
 
@@ -114,10 +134,50 @@ class OnnxGraph:
             raise _problem(self._path, self.device, error) from error
         return cast(list[NDArray[Any]], found)
 
+    def bind(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> Callable[[], None]:
+        """Return what computes outputs from inputs in place, without copies.
+
+        On CUDA a run returns before the device is done: whatever follows on the graph's stream
+        comes after it. The caller keeps the memory alive.
+
+        Raises:
+            CheckpointError: the graph has no such input or output; so does each run that fails.
+            EnvironmentProblem: by a run: the device failed, or is out of memory.
+        """
+        kind, _, number = self.device.partition(":")
+        session, options = self._session, onnxruntime.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+        def place(buffer: Buffer) -> tuple[Any, ...]:
+            return kind, int(number or 0), buffer.dtype, list(buffer.shape), buffer.address
+
+        def run() -> None:
+            try:
+                session.run_with_iobinding(binding, options)
+            except _ERRORS as error:
+                raise _problem(self._path, self.device, error) from error
+
+        try:
+            binding = session.io_binding()
+            for name, buffer in inputs.items():
+                binding.bind_input(name, *place(buffer))
+            for name, buffer in outputs.items():
+                binding.bind_output(name, *place(buffer))
+        except _ERRORS as error:
+            raise _problem(self._path, self.device, error) from error
+        return run
+
+
+def has_cuda() -> bool:
+    """Say whether this ONNX Runtime knows CUDA; a session shows whether it works."""
+    return _CUDA in onnxruntime.get_available_providers()
+
 
 def _start_auto(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
     """Start on the GPU if that works, otherwise on the CPU; say so where it should have worked."""
-    if _CUDA in onnxruntime.get_available_providers():
+    if has_cuda():
         try:
             return _start(path, "cuda", threads)
         except EnvironmentProblem as problem:
@@ -125,9 +185,13 @@ def _start_auto(path: Path, threads: int | None) -> onnxruntime.InferenceSession
     return _start(path, "cpu", threads)
 
 
-def _start(path: Path, device: str, threads: int | None) -> onnxruntime.InferenceSession:
+def _start(
+    path: Path, device: str, threads: int | None, stream: int | None = None
+) -> onnxruntime.InferenceSession:
     """Start on exactly this device."""
     provider, options = _provider(device, threads)
+    if stream is not None:
+        options["user_compute_stream"] = str(stream)
     available = onnxruntime.get_available_providers()
     if provider not in available:
         raise EnvironmentProblem(

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from microclip_deploy.errors import DataError, UsageError
 from microclip_deploy.preprocess import Preprocess
 
 
@@ -56,3 +57,23 @@ class Session(Protocol):
         trace: TracebackType | None,
     ) -> None:
         """Close the session."""
+
+
+def checked_images(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Return images in C order, uint8 (B, side, side, 3), B of at least 1.
+
+    Raises:
+        DataError: another dtype, size or layout, or no image.
+    """
+    pixels = np.asarray(images)
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (side, side, 3) or not pixels.size:
+        raise DataError(
+            f"images: expected uint8 (B, {side}, {side}, 3) with B of at least 1, found "
+            f"{pixels.dtype} {pixels.shape}; build them with Preprocess.test_view"
+        )
+    return np.ascontiguousarray(pixels)
+
+
+def closed_session() -> UsageError:
+    """Return the error of a session that is used after `close`."""
+    return UsageError("session: expected an open one, found it closed; open it again")

@@ -24,6 +24,7 @@ from microclip_deploy.exported import (
     CLASSIFIER,
     FULL,
     HEAD,
+    HEAD_WEIGHTS,
     PARITY,
     PROBES,
     read_export,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from tests.export.conftest import Remember
 
 GRAPHS = (FULL, BACKBONE, HEAD)
-FILES = {*GRAPHS, CLASSIFIER, PROBES, PARITY, artifact.MANIFEST}
+FILES = {*GRAPHS, CLASSIFIER, HEAD_WEIGHTS, PROBES, PARITY, artifact.MANIFEST}
 IMPOSSIBLE = {name: limits.model_copy(update={"cls": 0.0}) for name, limits in LIMITS.items()}
 
 

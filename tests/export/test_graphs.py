@@ -220,6 +220,14 @@ def test_making_graphs_leaves_the_model_as_it_was(tiny: "Subject") -> None:
     assert all(torch.equal(before[name], part) for name, part in model.state_dict().items())
 
 
+def test_the_heads_parameters_are_its_folded_matrices(odd: "Subject") -> None:
+    match, project = odd.model.folded_head()
+    wanted = {"project": project} if match is None else {"project": project, "match": match}
+    found = dict(HeadGraph(odd.model).named_parameters())
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name].float()) for name in wanted)
+
+
 def test_patches_come_before_the_projection(tiny: "Subject") -> None:
     tokens = graphs(*tiny).backbone(torch.zeros(1, 32, 32, 3).byte())
     assert isinstance(tokens, Tokens)

@@ -27,10 +27,12 @@ from microclip_deploy.exported import (
     CLASSIFIER,
     FULL,
     HEAD,
+    HEAD_WEIGHTS,
     PARITY,
     PROBES,
     Precision,
     read_export,
+    read_head_weights,
 )
 from microclip_deploy.serving import open_session
 
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from tests.export.conftest import Remember, Subject
 
 GRAPHS = (FULL, BACKBONE, HEAD)
-FILES = {*GRAPHS, CLASSIFIER, PROBES, PARITY, artifact.MANIFEST}
+FILES = {*GRAPHS, CLASSIFIER, HEAD_WEIGHTS, PROBES, PARITY, artifact.MANIFEST}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,8 +75,17 @@ def elsewhere(
 def test_another_process_writes_the_same_bytes(
     elsewhere: tuple[Path, Any], tiny_export: Path
 ) -> None:
-    for name in (*GRAPHS, CLASSIFIER):
+    for name in (*GRAPHS, CLASSIFIER, HEAD_WEIGHTS):
         assert (elsewhere[0] / name).read_bytes() == (tiny_export / name).read_bytes()
+
+
+def test_the_heads_matrices_are_those_inside_its_graph(tiny_export: Path) -> None:
+    graph = onnx.load(tiny_export / HEAD).graph
+    inside = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    found = read_head_weights(read_export(tiny_export))
+    assert found.match is not None
+    np.testing.assert_array_equal(found.match, inside["head.match"])
+    np.testing.assert_array_equal(found.project, inside["head.project"])
 
 
 def test_an_export_prints_its_proof(

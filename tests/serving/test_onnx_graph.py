@@ -10,10 +10,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, MicroclipError, UsageError
-from microclip_deploy.serving.onnx_graph import OnnxGraph
+from microclip_deploy.serving.onnx_graph import Buffer, OnnxGraph
 
 CPU, CUDA, OPENVINO = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "OpenVINO"))
 
@@ -236,3 +237,52 @@ def test_what_a_graph_cannot_take_is_an_error_of_ours(
 def test_too_large_a_batch_is_an_environment_problem(graph_file: Path) -> None:
     with pytest.raises(EnvironmentProblem, match="lower --batch-size"):
         OnnxGraph(graph_file).run(["cls"], {})
+
+
+@pytest.fixture
+def pixels() -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+
+
+def buffer(array: NDArray[Any]) -> Buffer:
+    return Buffer(array.ctypes.data, array.dtype.type, array.shape)
+
+
+def test_a_bound_graph_reads_and_writes_in_place(
+    graph_file: Path, pixels: NDArray[np.uint8]
+) -> None:
+    graph = OnnxGraph(graph_file)
+    cls, mask = np.zeros((3, 3), np.float32), np.zeros((3, 4), np.bool_)
+    run = graph.bind({"image": buffer(pixels)}, {"cls": buffer(cls), "mask": buffer(mask)})
+    for _ in range(2):
+        run()
+        wanted = graph.run(["cls", "mask"], {"image": pixels})
+        np.testing.assert_array_equal(cls, wanted[0])
+        np.testing.assert_array_equal(mask, wanted[1])
+        pixels[:] = pixels[::-1].copy()
+
+
+def test_a_graph_without_the_bound_names_is_an_error_of_ours(
+    graph_file: Path, pixels: NDArray[np.uint8]
+) -> None:
+    graph, cls = OnnxGraph(graph_file), np.zeros((3, 3), np.float32)
+    with pytest.raises(CheckpointError, match=r"full\.onnx"):
+        graph.bind({"other": buffer(pixels)}, {"cls": buffer(cls)})()
+    with pytest.raises(CheckpointError, match=r"full\.onnx"):
+        graph.bind({"image": buffer(pixels)}, {"patches": buffer(cls)})()
+
+
+def test_buffers_of_another_size_are_an_error_of_ours(
+    graph_file: Path, pixels: NDArray[np.uint8]
+) -> None:
+    cls = np.zeros((2, 3), np.float32)
+    with pytest.raises(CheckpointError, match=r"full\.onnx"):
+        OnnxGraph(graph_file).bind({"image": buffer(pixels)}, {"cls": buffer(cls)})()
+
+
+def test_the_gpu_works_on_the_stream_it_is_given(
+    graph_file: Path, runtime: type[FakeSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "got", (CUDA, CPU))
+    OnnxGraph(graph_file, "cuda", stream=4096)
+    assert runtime.asked[0][1]["user_compute_stream"] == "4096"

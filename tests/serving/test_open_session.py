@@ -1,16 +1,19 @@
 """The schema of the manifest chooses the backend, and a missing package is named."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from microclip_deploy import checkpoint, exported
-from microclip_deploy.errors import CheckpointError, UsageError
-from microclip_deploy.serving import is_export, open_session
+from microclip_deploy import checkpoint, exported, serving
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem, MicroclipError, UsageError
+from microclip_deploy.serving import is_export, onnx_graph, open_session, torch_backend
 from microclip_deploy.serving.onnx_backend import OnnxSession
 from microclip_deploy.serving.torch_backend import TorchSession
 
@@ -93,3 +96,97 @@ def test_a_missing_package_comes_with_its_install_line(
     found = subprocess.check_output(call, text=True)
     assert f'pip install "microclip-deploy[{extra}]"' in found
     assert package in found
+
+
+class Machine:
+    """A machine with a GPU, of which the tests say what else it has; names what was opened."""
+
+    cupy = True
+    problem: MicroclipError | None = None
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(serving, "_has_cupy", lambda: self.cupy)
+        patch.setattr(onnx_graph, "has_cuda", lambda: True)
+        patch.setattr(
+            torch_backend, "resolve_device", lambda device: device.replace("auto", "cuda")
+        )
+        for encoder, opener in (("torch_encoder", "open_run"), ("onnx_encoder", "open_export")):
+            module = SimpleNamespace(**{opener: self._kernels})
+            patch.setitem(sys.modules, f"microclip_deploy.serving.{encoder}", module)
+        for kind in (TorchSession, OnnxSession):
+            patch.setattr(kind, "open", self._plain(kind.__name__))
+
+    def _kernels(self, _path: Path, device: str) -> Any:
+        if self.problem is not None:
+            raise self.problem
+        return SimpleNamespace(device=f"kernels on {device}")
+
+    @staticmethod
+    def _plain(name: str) -> Any:
+        return lambda _path, device: SimpleNamespace(
+            name=name, device=device.replace("auto", "cuda:0")
+        )
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+@pytest.fixture(params=[checkpoint.SCHEMA, exported.SCHEMA])
+def artifact_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Return a run and an export, as far as the choice of a backend looks at them."""
+    return manifest(tmp_path, json.dumps({"schema": request.param}))
+
+
+@pytest.mark.parametrize(("device", "used"), [("auto", "cuda"), ("cuda", "cuda"), ("cuda:1",) * 2])
+@pytest.mark.usefixtures("machine")
+def test_a_gpu_is_served_by_the_kernels(
+    artifact_dir: Path, device: str, used: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert open_session(artifact_dir, device).device == f"kernels on {used}"
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert f"on kernels on {used}" in record.message
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_cpu_is_served_without_the_kernels(
+    artifact_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert open_session(artifact_dir, "cpu").device == "cpu"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
+def test_a_gpu_without_cupy_is_served_with_a_warning(
+    artifact_dir: Path, machine: Machine, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.cupy = False
+    assert open_session(artifact_dir, device).device.startswith("cuda")
+    (record,) = caplog.records
+    assert 'pip install "microclip-deploy[gpu]"' in record.message
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_models_the_kernels_do_not_know_are_served_without_them(
+    artifact_dir: Path, machine: Machine, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.problem = UsageError("patch tokens: expected 4 to 1024")
+    assert open_session(artifact_dir, device).device.startswith("cuda")
+    assert "without the CUDA kernels: patch tokens: expected 4 to 1024" in caplog.text
+
+
+@pytest.mark.parametrize("problem", [CheckpointError("export again"), EnvironmentProblem("full")])
+def test_what_the_kernels_cannot_open_is_an_error_unless_auto_may_choose(
+    artifact_dir: Path,
+    machine: Machine,
+    problem: MicroclipError,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    machine.problem = problem
+    with pytest.raises(type(problem), match=str(problem)):
+        open_session(artifact_dir, "cuda")
+    assert open_session(artifact_dir, "auto").device.startswith("cuda")
+    assert f"without the CUDA kernels: {problem}" in caplog.text

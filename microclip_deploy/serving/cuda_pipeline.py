@@ -1,0 +1,259 @@
+"""The device's part of a CUDA session: an encoder, then the kernels of cut and fusion.
+
+    pinned pixels -> upload -> encoder -> cut -> pooling and fusion -> download -> pinned answers
+
+Everything runs on one stream. Each bucket has its own buffers, and its work is captured in a CUDA
+graph by the encoder, as far as the encoder itself can be captured: kernels find the same addresses
+at every replay, so a batch costs one upload, one launch and one download.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import cupy
+import numpy as np
+from numpy.typing import NDArray
+
+from microclip_deploy.errors import EnvironmentProblem
+from microclip_deploy.fusion_cuda import CudaFusion
+from microclip_deploy.ncut.cuda import NCutKernels
+from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.preprocess import Preprocess
+from microclip_deploy.preprocess_cuda import CudaTestView
+from microclip_deploy.serving.answer_block import Sizes, block_bytes, block_views
+from microclip_deploy.serving.session import Prediction
+
+_CAPTURE = threading.Lock()
+"""While a stream is captured no other thread may wait for the whole device, as freeing memory does
+and as PyTorch does before each capture: sessions build and release buckets one after the other."""
+
+_OUT_OF_MEMORY = 2
+"""cudaErrorMemoryAllocation."""
+
+
+class Encoder(Protocol):
+    """The vision tower on a stream."""
+
+    tokens: int
+    """N: patch tokens of an image."""
+
+    def capture(
+        self,
+        pixels: cupy.ndarray,
+        cls: cupy.ndarray,
+        patches: cupy.ndarray,
+        rest: Callable[[], None],
+    ) -> Callable[[], None]:
+        """Prepare the work on static buffers.
+
+        Args:
+            pixels: uint8 (B, S, S, 3), read.
+            cls: float32 (B, E), unit rows, written.
+            patches: float32 (B, N, D), written.
+            rest: launches what follows on the current stream; neither waits nor allocates.
+
+        Returns:
+            What launches the encoder and `rest` on the stream, without waiting.
+
+        Raises:
+            EnvironmentProblem: the device is out of memory.
+        """
+
+    def close(self) -> None:
+        """Release the weights."""
+
+
+class Head(NamedTuple):
+    """What follows the encoder."""
+
+    match: NDArray[np.float32] | None
+    """(D, D): applied to the mean of the salient tokens; None where all tokens weigh alike."""
+    project: NDArray[np.float32]
+    """(E, D): from the pooled token to the joint space."""
+    classifier: NDArray[np.float32]
+    """(C, E), unit rows."""
+    cls_share: float
+    ncut: NCutSpec
+
+
+class _Bucket(NamedTuple):
+    """Buffers for a batch size, and the work on them."""
+
+    host_pixels: NDArray[np.uint8]
+    pixels: cupy.ndarray
+    host_block: NDArray[np.uint8]
+    block: cupy.ndarray
+    answers: Prediction
+    """Views of `host_block`."""
+    launch: Callable[[], None]
+    rest: Callable[[], None]
+    """Keeps the buffers alive whose addresses the graph holds."""
+
+
+class CudaPipeline:
+    """A model on one stream; for one thread at a time."""
+
+    def __init__(
+        self, stream: cupy.cuda.Stream, encoder: Encoder, head: Head, preprocess: Preprocess
+    ) -> None:
+        """Compile the kernels and upload the head's matrices; takes over the encoder.
+
+        Raises:
+            EnvironmentProblem: the device fails, or is out of memory.
+        """
+        self.device = f"cuda:{stream.device_id}"
+        self._stream = stream
+        self._encoder = encoder
+        self._side = preprocess.size
+        self._test_view = CudaTestView(preprocess)
+        self._width = head.project.shape[1]
+        self._sizes = Sizes(encoder.tokens, len(head.project), len(head.classifier))
+        self._pool = cupy.cuda.MemoryPool()
+        self._pinned = cupy.cuda.PinnedMemoryPool()
+        self._buckets: dict[int, _Bucket] = {}
+        with self._current():
+            self._kernels = NCutKernels.of(
+                count=encoder.tokens, width=self._width, token="float32", spec=head.ncut
+            )
+            self._fusion = CudaFusion(head.match, head.project, head.classifier, head.cls_share)
+            stream.synchronize()
+
+    def pixels(self, bucket: int) -> NDArray[np.uint8]:
+        """Return the pinned buffer (bucket, S, S, 3) that `run` reads.
+
+        Raises:
+            EnvironmentProblem: the device fails, or is out of memory; the other buckets remain.
+        """
+        if bucket not in self._buckets:
+            problem = self._add(bucket)
+            if problem is not None:
+                with _CAPTURE, self._current():
+                    self._pool.free_all_blocks()
+                raise EnvironmentProblem(problem)
+        return self._buckets[bucket].host_pixels
+
+    def run(self, bucket: int) -> Prediction:
+        """Classify the buffer's images; the answers are views of another pinned buffer.
+
+        Raises:
+            EnvironmentProblem: the device fails, or is out of memory.
+        """
+        found = self._buckets[bucket]
+        with self._current():
+            found.pixels.set(found.host_pixels, stream=self._stream)
+            self._answer(found)
+        return found.answers
+
+    def run_photos(self, bucket: int, photos: Sequence[NDArray[np.uint8]]) -> Prediction:
+        """Resize photos on the device and classify them; the bucket's other rows stay as they are.
+
+        Raises:
+            DataError: a photo that has no test view.
+            EnvironmentProblem: the device fails, or is out of memory.
+        """
+        found = self._buckets[bucket]
+        with self._current():
+            self._test_view(photos, out=found.pixels[: len(photos)])
+            self._answer(found)
+        return found.answers
+
+    def _answer(self, found: _Bucket) -> None:
+        found.launch()
+        found.block.get(stream=self._stream, out=found.host_block, blocking=False)
+        self._stream.synchronize()
+
+    def close(self) -> None:
+        """Release graphs, buffers, weights and stream."""
+        with _CAPTURE, self._current():
+            self._buckets.clear()
+            del self._kernels, self._fusion
+            self._encoder.close()
+            self._pool.free_all_blocks()
+            self._pinned.free_all_blocks()
+        del self._stream
+
+    def _add(self, bucket: int) -> str | None:
+        """Build a bucket or return why not; the error itself would hold the buffers it had."""
+        try:
+            with _CAPTURE, self._current():
+                self._buckets[bucket] = self._build(bucket)
+        except EnvironmentProblem as error:
+            return str(error)
+        return None
+
+    def _build(self, batch: int) -> _Bucket:
+        """Allocate a bucket's buffers and capture the work on them."""
+        size = block_bytes(batch, self._sizes)
+        block = cupy.zeros(size, cupy.uint8)
+        host_block = self._pinned_bytes(size)
+        answers = block_views(block, batch, self._sizes)
+        pixels = cupy.zeros((batch, self._side, self._side, 3), cupy.uint8)
+        host_pixels = self._pinned_bytes(pixels.nbytes).reshape(pixels.shape)
+        patches = cupy.empty((batch, self._sizes.tokens, self._width), cupy.float32)
+        kernels, fusion = self._kernels, self._fusion
+        work = kernels.workspace(batch)
+        cut = kernels.outputs(batch)._replace(mask=answers.mask, complete=answers.complete)
+        fused = fusion.outputs(batch, self._sizes.tokens)._replace(
+            fg=answers.fg, logits=answers.logits, attention=answers.attention
+        )
+
+        def rest() -> None:
+            kernels.run(patches, work, cut)
+            fusion.run(answers.cls, patches, cut, fused)
+
+        launch = self._encoder.capture(pixels, answers.cls, patches, rest)
+        views = block_views(host_block, batch, self._sizes)
+        return _Bucket(host_pixels, pixels, host_block, block, views, launch, rest)
+
+    def _pinned_bytes(self, size: int) -> NDArray[np.uint8]:
+        return np.frombuffer(self._pinned.malloc(size), np.uint8, size)
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """Make device, stream and memory pool CuPy's current ones; turn its errors into ours."""
+        with (
+            cuda_errors(self.device),
+            cupy.cuda.Device(self._stream.device_id),
+            self._stream,
+            cupy.cuda.using_allocator(self._pool.malloc),
+        ):
+            yield
+
+
+def open_stream(device: str) -> cupy.cuda.Stream:
+    """Return a stream of its own on "cuda" or "cuda:N".
+
+    Raises:
+        EnvironmentProblem: there is no such device.
+    """
+    with cuda_errors(device), cupy.cuda.Device(int(device.partition(":")[2] or 0)):
+        return cupy.cuda.Stream(non_blocking=True)
+
+
+@contextmanager
+def cuda_errors(device: str) -> Iterator[None]:
+    """Turn CuPy's errors into ours.
+
+    Raises:
+        EnvironmentProblem: the device is missing, fails, or is out of memory.
+    """
+    try:
+        yield
+    except cupy.cuda.memory.OutOfMemoryError as error:
+        raise out_of_memory(device, str(error)) from error
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        if error.status == _OUT_OF_MEMORY:
+            raise out_of_memory(device, str(error)) from error
+        raise EnvironmentProblem(
+            f"--device {device}: expected a CUDA device that works, found: {error}; run "
+            "`microclip-deploy doctor` to see why, or use --device cpu"
+        ) from error
+
+
+def out_of_memory(device: str, detail: str) -> EnvironmentProblem:
+    """Return the error of a device that has too little memory."""
+    return EnvironmentProblem(
+        f"--device {device}: out of memory: {detail}; lower --batch-size, or use another device"
+    )

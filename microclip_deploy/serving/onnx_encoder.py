@@ -1,0 +1,105 @@
+"""The encoder of a CUDA session in ONNX Runtime: backbone.onnx, without PyTorch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cupy
+import numpy as np
+
+from microclip_deploy.errors import CheckpointError
+from microclip_deploy.exported import BACKBONE, ExportManifest, read_export, read_head_weights
+from microclip_deploy.serving.cuda_backend import CudaSession, Facts
+from microclip_deploy.serving.cuda_pipeline import CudaPipeline, Head, open_stream
+from microclip_deploy.serving.onnx_graph import Buffer, OnnxGraph
+
+
+def open_export(path: Path, device: str) -> CudaSession:
+    """Verify an export and load its backbone for the kernels.
+
+    Args:
+        path: directory that `export` wrote.
+        device: "cuda" or "cuda:N".
+
+    Raises:
+        CheckpointError: missing, damaged, or older than the kernels.
+        EnvironmentProblem: the device, its provider or its memory is missing.
+    """
+    stream = open_stream(device)
+    export = read_export(path)
+    manifest, weights = export.manifest, read_head_weights(export)
+    tokens = _tokens(path, manifest)
+    graph = OnnxGraph(path / BACKBONE, f"cuda:{stream.device_id}", stream=stream.ptr)
+    encoder = OnnxEncoder(graph, tokens, stream)
+    head = Head(*weights, export.classifier, manifest.cls_share, manifest.ncut_spec())
+    pipeline = CudaPipeline(stream, encoder, head, manifest.preprocess)
+    unadapted = frozenset(manifest.unadapted)
+    return CudaSession(
+        pipeline, Facts(manifest.classes, unadapted, manifest.preprocess, export.classifier)
+    )
+
+
+class OnnxEncoder:
+    """backbone.onnx on the static buffers.
+
+    It is launched node by node before a graph of what follows it: ONNX Runtime allocates inside a
+    run, so another library cannot capture it.
+    """
+
+    def __init__(self, graph: OnnxGraph, tokens: int, stream: cupy.cuda.Stream) -> None:
+        """Take a graph that runs on the stream."""
+        self.tokens = tokens
+        self._graph: OnnxGraph | None = graph
+        self._stream = stream
+
+    def capture(
+        self,
+        pixels: cupy.ndarray,
+        cls: cupy.ndarray,
+        patches: cupy.ndarray,
+        rest: Callable[[], None],
+    ) -> Callable[[], None]:
+        """Bind the encoder to the buffers and capture `rest`.
+
+        Raises:
+            CheckpointError: the graph is no backbone.
+            EnvironmentProblem: the device is out of memory.
+        """
+        assert self._graph is not None, "a closed session captures nothing"
+        stream = self._stream
+        encode = self._graph.bind(
+            {"image": _buffer(pixels)}, {"cls": _buffer(cls), "patches": _buffer(patches)}
+        )
+        encode()
+        rest()  # loads kernels, which a capture must not
+        stream.synchronize()
+        stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
+        try:
+            rest()
+        finally:
+            captured = stream.end_capture()
+
+        def launch() -> None:
+            encode()
+            captured.launch(stream)
+
+        return launch
+
+    def close(self) -> None:
+        """Drop the graph."""
+        self._graph = None
+
+
+def _buffer(array: cupy.ndarray) -> Buffer:
+    return Buffer(array.data.ptr, np.dtype(array.dtype).type, array.shape)
+
+
+def _tokens(path: Path, manifest: ExportManifest) -> int:
+    """Return N as the manifest tells it."""
+    outputs = manifest.graphs[BACKBONE].outputs if BACKBONE in manifest.graphs else ()
+    for output in outputs:
+        if output.name == "patches" and len(output.shape) == 3:
+            return int(output.shape[1])
+    raise CheckpointError(
+        f"{path}: expected a {BACKBONE} with the output patches (batch, N, D), found none; export "
+        "again, or use --device cpu"
+    )
