@@ -9,6 +9,33 @@ from typing import Any
 
 PACKAGES = ("torch", "open_clip_torch", "timm", "numpy", "pillow", "onnxruntime", "cupy-cuda13x")
 
+GPU_FIELDS = {
+    "name": "name",
+    "driver": "driver_version",
+    "memory": "memory.total",
+    "clock_sm": "clocks.sm",
+    "clock_sm_max": "clocks.max.sm",
+    "clock_memory": "clocks.mem",
+    "power": "power.draw",
+    "power_limit": "power.limit",
+    "temperature_c": "temperature.gpu",
+    "mig": "mig.mode.current",
+}
+"""Key on the card -> field of nvidia-smi; values keep their units."""
+
+THROTTLE_REASONS = {
+    0x1: "idle",
+    0x2: "application clocks",
+    0x4: "software power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+    0x100: "display clocks",
+}
+"""Bits of nvidia-smi's clocks_event_reasons.active."""
+
 
 def environment() -> dict[str, Any]:
     """Return processor, cores, memory, GPU, library versions and commit as plain values."""
@@ -16,9 +43,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpu": _output(
-            "nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"
-        ),
+        "gpu": gpu(),
         "os": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
@@ -26,6 +51,51 @@ def environment() -> dict[str, Any]:
             "git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"
         ),
     }
+
+
+def gpu() -> dict[str, Any] | None:
+    """Return what nvidia-smi and CuPy say about the first GPU now, or None where there is none.
+
+    A value that this driver does not tell is None. Clocks and what throttles them are those of
+    the moment of the call.
+    """
+    if _query("name") is None:
+        return None
+    found: dict[str, Any] = {key: _query(field) for key, field in GPU_FIELDS.items()}
+    active = _query("clocks_event_reasons.active") or _query("clocks_throttle_reasons.active")
+    return {**found, "throttled_by": throttle_reasons(active), "cuda_runtime": _cuda_runtime()}
+
+
+def throttle_reasons(active: str | None) -> list[str] | None:
+    """Name the bits that lower the clocks; None where the driver does not tell them.
+
+    Args:
+        active: hexadecimal, as nvidia-smi prints it.
+    """
+    try:
+        bits = int(active or "", 16)
+    except ValueError:
+        return None
+    known = [name for bit, name in THROTTLE_REASONS.items() if bits & bit]
+    rest = bits & ~sum(THROTTLE_REASONS)
+    return [*known, hex(rest)] if rest else known
+
+
+def _query(field: str) -> str | None:
+    """Return one field of the first GPU; an unknown field would spoil a query of several."""
+    shown = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "--id=0")
+    return None if shown is None or shown.startswith("[") else shown
+
+
+def _cuda_runtime() -> str | None:
+    """Return the version of the CUDA runtime that CuPy uses, such as "13.0"."""
+    try:
+        import cupy
+
+        number = cupy.cuda.runtime.runtimeGetVersion()
+    except (ImportError, RuntimeError):
+        return None
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _cpu_model() -> str:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from microclip_deploy.cli_bench import app as bench_app
 from microclip_deploy.cli_classes import app as classes_app
 from microclip_deploy.cli_options import (
     Adapted,
@@ -63,6 +64,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(classes_app, name="classes")
+app.add_typer(bench_app, name="bench")
 
 
 @app.command()

@@ -29,6 +29,8 @@ SURFACE = {
     "classes list": {"--json"},
     "classes add": {"--descriptions", "--model", "--pretrained", "--json"},
     "classes remove": {"--json"},
+    "bench": set(),
+    "bench ncut": {"--batches", "--tokens", "--dtype", "--device", "--out", "--json"},
     "demo": {"--out", "--write-images", "--seed", "--device", "--json"},
     "doctor": {"--require", "--json"},
     "recipes": {"--json"},

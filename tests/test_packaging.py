@@ -47,6 +47,12 @@ def test_wheel_holds_one_package_with_its_data(tmp_path: Path) -> None:
         "demo/model/open_clip_model.safetensors",
         "demo/model/open_clip_config.json",
         "ncut/steps.py",
+        "ncut/ncut.cu",
+        "ncut/affinity.cu",
+        "fusion.cu",
+        "product.cu",
+        "preprocess.cu",
+        "token.cuh",
         "bench/training_step.py",
         "export/__init__.py",
     )
