@@ -54,8 +54,6 @@ class Fused(NamedTuple):
     """float32 (B, E)."""
     fused: Any
     """float32 (B, E): times the class matrix these are the logits."""
-    every_token: tuple[Any, Any]
-    """int32 (B,) and int16 (B, N): count and numbers of all tokens, for the plain mean."""
 
 
 class CudaFusion:
@@ -88,9 +86,15 @@ class CudaFusion:
         self.project = cupy.asarray(project, cupy.float32)
         self.classifier = cupy.asarray(classifier, cupy.float32)
         self.cls_share = cls_share
+        self._every_token: dict[tuple[int, int], tuple[Any, Any]] = {}
 
     def outputs(self, batch: int, count: int) -> Fused:
         """Return buffers for `batch` images of `count` tokens."""
+        if self.match is None:  # what the plain mean takes for the salient tokens
+            self._every_token[batch, count] = (
+                cupy.full(batch, count, cupy.int32),
+                cupy.tile(cupy.arange(count, dtype=cupy.int16), (batch, 1)),
+            )
         embedding, width = self.project.shape
         splits = max(1, min(_BLOCKS_WANTED // max(batch, 1), -(-count // _WARPS), _MOST_SPLITS))
 
@@ -108,10 +112,6 @@ class CudaFusion:
             pooled=empty(width),
             projected=empty(embedding),
             fused=empty(embedding),
-            every_token=(
-                cupy.full(batch, count, cupy.int32),
-                cupy.tile(cupy.arange(count, dtype=cupy.int16), (batch, 1)),
-            ),
         )
 
     def run(self, cls: Any, patches: Any, cut: Cut, fused: Fused) -> None:
@@ -154,7 +154,7 @@ class CudaFusion:
 
     def _mean(self, module: Any, tokens: tuple[Any, ...], fused: Fused) -> None:
         """Pool every token alike, as `TokenMean`."""
-        counts, rows = fused.every_token
+        counts, rows = self._every_token[len(fused.pooled), int(tokens[2])]
         _masked_mean(module, tokens, (pointer(counts), pointer(rows)), fused.pooled)
         fused.attention[:, :-1] = np.float32(1 / int(tokens[2]))
         fused.attention[:, -1] = 0

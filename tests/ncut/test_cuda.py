@@ -305,7 +305,7 @@ def test_a_class_token_in_front_costs_no_copy() -> None:
     tokens = golden(196)
     whole = torch.cat([tokens.new_full((len(tokens), 1, tokens.shape[2]), 7.0), tokens], dim=1)
     patches = whole[:, 1:]
-    assert cuda._readable(patches, tokens.shape[2])[0] is patches
+    assert device_arrays.readable(patches, tokens.shape[2])[0] is patches
     expected = on_host(cuda.saliency_cuda(tokens, SPEC))
     assert_same_bits(on_host(cuda.saliency_cuda(patches, SPEC)), expected)
 
