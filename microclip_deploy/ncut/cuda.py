@@ -29,6 +29,9 @@ from microclip_deploy.ncut.layout import Device, KernelLayout, check_shape
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import Saliency
 
+MAX_BATCH = 65535
+"""Images of one launch: the second axis of CUDA's grid ends there."""
+
 
 class Workspace(NamedTuple):
     """What the kernels keep between them, of a batch."""
@@ -175,10 +178,18 @@ class NCutKernels:
         self.solve(work, cut)
 
     def affinity(self, tokens: Array, work: Workspace) -> None:
-        """K1: tokens (B, N, D) -> bits."""
+        """K1: tokens (B, N, D) -> bits.
+
+        Raises:
+            UsageError: more images than one launch can take.
+        """
         batch, layout = len(tokens), self.layout
         if not batch:
             return
+        if batch > MAX_BATCH:
+            raise UsageError(
+                f"patch tokens: expected at most {MAX_BATCH} images, found {batch}; split the batch"
+            )
         tokens, stride = readable(tokens, layout.width)
         lengths = work.lengths if self._lengths is not None else None
         if self._lengths is not None:
