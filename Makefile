@@ -30,6 +30,7 @@ check: setup    ## Lint, format check, types, import layers
 format: setup   ## Reformat the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i microclip_deploy/*.cu* microclip_deploy/ncut/*.cu tests/ncut/on_cpu/*
 
 bench: setup    ## Time a training step and exported graphs against the plain algorithm on this CPU
 	$(BIN)/python -m microclip_deploy.bench.training_step

@@ -2,7 +2,7 @@
 
 Run by gpu_check.sh:
 
-    compute-sanitizer --tool memcheck --error-exitcode 1 python -m microclip_deploy.bench.sanitize
+    compute-sanitizer --tool memcheck --error-exitcode 99 python -m microclip_deploy.bench.sanitize
 """
 
 from itertools import product

@@ -57,16 +57,17 @@ class CudaSource(NamedTuple):
 def _compiled(source: CudaSource, device: int) -> Any:
     import cupy
     from cupy.cuda.compiler import CompileException
+    from cupy_backends.cuda.libs.nvrtc import NVRTCError
 
     module = cupy.RawModule(code=source.text(), options=source.options())
     try:
         module.compile()
-    except CompileException as error:
+    except (CompileException, NVRTCError, ImportError, OSError) as error:
         reason = str(error).strip().splitlines()[:1]
         raise EnvironmentProblem(
             f"{source.file}: expected NVRTC to compile it for cuda:{device}, found: "
-            f"{' '.join(reason)}; run `microclip-deploy doctor`, and reinstall cupy for the "
-            "driver's CUDA version"
+            f"{' '.join(reason)}; run `microclip-deploy doctor`; it takes a CuPy for the "
+            "driver's CUDA version and NVRTC: pip install nvidia-cuda-nvrtc"
         ) from error
     return module
 

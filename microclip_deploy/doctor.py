@@ -218,13 +218,12 @@ def _cut(packages: Mapping[str, Package]) -> str:
 
 
 def _exported(machine: Machine, packages: Mapping[str, Package]) -> str:
-    runtime, tensorrt = packages["onnxruntime"], packages["tensorrt"]
-    if machine.gpus and tensorrt.works and packages["cupy"].works:
-        return f"TensorRT {tensorrt.version} on the GPU"
+    runtime = packages["onnxruntime"]
     if not runtime.works:
         return "not possible without onnxruntime"
     on_gpu = "CUDAExecutionProvider" in runtime.details.get("in_use", ())
-    return f"ONNX Runtime {runtime.version} on the {'GPU' if on_gpu else 'CPU'}"
+    kernels = " with the CUDA kernels" if on_gpu and packages["cupy"].works else ""
+    return f"ONNX Runtime {runtime.version} on the {'GPU' if on_gpu else 'CPU'}{kernels}"
 
 
 def _gpu_lacks(found: Diagnosis) -> str:

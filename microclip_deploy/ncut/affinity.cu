@@ -15,7 +15,7 @@
 
 #if !defined(NCUT_TOKENS) || !defined(NCUT_WORDS) || !defined(NCUT_TILES) || \
     !defined(NCUT_WIDTH) || !defined(NCUT_TAU) || !defined(NCUT_STAGES) || !defined(NCUT_CENTRED)
-#error "ncut/cuda.py gives all constants: nothing is chosen here"
+#error "ncut/layout.py gives all constants: nothing is chosen here"
 #endif
 
 typedef unsigned int u32;

@@ -194,7 +194,7 @@ class NCutKernels:
         lengths = work.lengths if self._lengths is not None else None
         if self._lengths is not None:
             lengths_of = (pointer(tokens), stride, pointer(work.lengths), pointer(work.centred))
-            self._lengths((batch,), (256,), lengths_of, shared_mem=layout.width * 4)
+            self._lengths((batch,), (256,), lengths_of, shared_mem=layout.lengths_bytes())
         if layout.spec.affinity == "centered_cosine":
             tokens, stride = work.centred, layout.count * layout.width
         pairs = layout.tiles * (layout.tiles + 1) // 2

@@ -18,6 +18,9 @@ MAX_TOKENS = 1024
 WIDTH_STEP = 16
 """Rows of tokens are read 16 bytes at a time, and multiplied 16 numbers at a time."""
 
+MAX_WIDTH = 12288
+"""An image's mean token fits into the shared memory that every device gives unasked."""
+
 TILE = 64
 """Rows and columns of the affinity that one block computes."""
 
@@ -67,7 +70,7 @@ class KernelLayout:
 
     @property
     def first_check(self) -> int:
-        """Steps after which convergence is looked at first: half of all graphs need no more."""
+        """Steps before the first look at convergence; half of made-up ViT graphs take no more."""
         return min(self.basis, 14 if self.count < 64 else 12)
 
     @property
@@ -96,6 +99,10 @@ class KernelLayout:
         """Dynamic shared memory of `ncut_affinity`: sizeof(Shared) in affinity.cu."""
         row = 128 + 16  # a chunk of a row, and the padding against bank conflicts
         return self.stages * min(self.tiles, 2) * TILE * row + TILE * 2 * WORD
+
+    def lengths_bytes(self) -> int:
+        """Dynamic shared memory of `ncut_lengths`: the image's mean, if it is removed."""
+        return self.width * FLOAT if self.spec.affinity == "centered_cosine" else 0
 
     @property
     def stages(self) -> int:
@@ -176,10 +183,11 @@ def check_shape(count: int, width: int, token: str, compute_capability: int) -> 
             f"patch tokens: expected {MIN_TOKENS} to {MAX_TOKENS} an image on a GPU, found "
             f"{count}; use saliency_iterative"
         )
-    if width % WIDTH_STEP or width < WIDTH_STEP:
+    if width % WIDTH_STEP or not WIDTH_STEP <= width <= MAX_WIDTH:
         raise UsageError(
-            f"patch tokens: expected a width that is a multiple of {WIDTH_STEP} on a GPU, found "
-            f"{width}; pad them with zeros, which changes no product"
+            f"patch tokens: expected a width that is a multiple of {WIDTH_STEP} of at most "
+            f"{MAX_WIDTH} on a GPU, found {width}; pad them with zeros, which changes no product, "
+            "or use saliency_iterative"
         )
     if token not in TOKEN_TYPES:
         raise UsageError(

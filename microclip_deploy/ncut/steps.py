@@ -19,7 +19,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeAlias
 
 from array_api_compat import array_namespace, device, is_cupy_array, is_torch_array
@@ -100,14 +99,19 @@ def saliency(tokens: Array, spec: NCutSpec) -> Saliency:
 
 @lru_cache(maxsize=1)
 def _has_cupy() -> bool:
-    """Say whether CuPy is installed; where it is not, tell once what it would do."""
-    if find_spec("cupy") is not None:
-        return True
-    _log.warning(
-        "warning: CuPy is not installed, the normalised cut takes matrix products in place of its "
-        'kernel; run: pip install "microclip-deploy[gpu]"'
-    )
-    return False
+    """Say whether CuPy works here; where it does not, tell once what it would do."""
+    try:
+        import cupy
+
+        cupy.cuda.runtime.getDeviceCount()
+    except (ImportError, OSError, RuntimeError) as error:  # CuPy's own errors are RuntimeErrors
+        _log.warning(
+            "warning: CuPy cannot be used (%s), so the normalised cut takes matrix products in "
+            'place of its kernel; run: pip install "microclip-deploy[gpu]"',
+            error,
+        )
+        return False
+    return True
 
 
 def saliency_mask(tokens: Array, spec: NCutSpec) -> Array:

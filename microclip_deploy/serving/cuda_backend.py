@@ -93,7 +93,7 @@ class CudaSession:
             DataError: no photo, another dtype or shape, or a size that `read_image` refuses.
             EnvironmentProblem, UsageError: as `predict`.
         """
-        if not photos:
+        if len(photos) == 0:
             raise DataError("photos: expected at least one, found none; give decoded photos")
         return self._in_parts(photos, _run_photos)
 

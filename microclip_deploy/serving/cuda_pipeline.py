@@ -30,7 +30,7 @@ _CAPTURE = threading.Lock()
 and as PyTorch does before each capture: sessions build and release buckets one after the other."""
 
 _OUT_OF_MEMORY = 2
-"""cudaErrorMemoryAllocation."""
+"""cudaErrorMemoryAllocation, and CUDA_ERROR_OUT_OF_MEMORY of the driver."""
 
 
 class Encoder(Protocol):
@@ -243,7 +243,7 @@ def cuda_errors(device: str) -> Iterator[None]:
         yield
     except cupy.cuda.memory.OutOfMemoryError as error:
         raise out_of_memory(device, str(error)) from error
-    except cupy.cuda.runtime.CUDARuntimeError as error:
+    except (cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError) as error:
         if error.status == _OUT_OF_MEMORY:
             raise out_of_memory(device, str(error)) from error
         raise EnvironmentProblem(

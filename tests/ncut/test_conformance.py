@@ -1,5 +1,7 @@
 """Every implementation of the cut on every golden graph (docs/numerics.md section 2)."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -257,3 +259,14 @@ def test_fingerprint_changes_with_every_constant() -> None:
         NCutSpec(threshold="mean"),
     ]
     assert len({spec.fingerprint() for spec in [SPEC, *changed]}) == 5
+
+
+def test_constants_stored_before_a_field_existed_are_read() -> None:
+    fields = {"tau": 0.3, "eps": 1e-5}
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    stored = {**fields, "fingerprint": hashlib.sha256(canonical.encode()).hexdigest()}
+    assert NCutSpec.from_stored(stored) == NCutSpec(tau=0.3, eps=1e-5)
+    with pytest.raises(ValueError, match="fingerprint"):
+        NCutSpec.from_stored({**stored, "tau": 0.4})
+    with pytest.raises(ValueError, match="fingerprint"):
+        NCutSpec.from_stored({**stored, "lanczos_restarts": 6})
