@@ -142,7 +142,7 @@ class _Runner:
         """Give a graph every batch; `feeds` is told its rows, and where its answers stand."""
         outputs: dict[str, list[Array]] = {output: [] for output in wanted}
         start = 0
-        with _open(self.directory / name, self.precision, self.device) as graph:
+        with open_graph(self.directory / name, self.precision, self.device) as graph:
             for rows in batches:
                 given = feeds(rows, slice(start, start + len(rows)))
                 for output, found in zip(wanted, graph.run(wanted, given), strict=True):
@@ -176,7 +176,7 @@ def windows(count: int) -> Iterator[Array]:
 
 
 @contextmanager
-def _open(path: Path, precision: Precision, device: str) -> Iterator[OnnxGraph]:
+def open_graph(path: Path, precision: Precision, device: str) -> Iterator[OnnxGraph]:
     """Load a graph; bfloat16 on a CPU is emulated."""
     if precision != "bf16" or device != "cpu":
         yield OnnxGraph(path, device)

@@ -28,6 +28,7 @@ from microclip_deploy.backbone import BackboneSpec
 from microclip_deploy.checkpoint import Checkpoint, load_model, read_checkpoint
 from microclip_deploy.commands import tell_skipped
 from microclip_deploy.directory_lock import LOCK
+from microclip_deploy.engines import ENGINES
 from microclip_deploy.errors import CheckpointError, UsageError
 from microclip_deploy.export.graphs import HeadGraph
 from microclip_deploy.export.limits import LIMITS, Limits
@@ -155,7 +156,7 @@ def _require_free(target: Path, overwrite: bool) -> None:
         )
     try:
         stored = artifact.read_json(target / artifact.MANIFEST)
-        ours = {*stored["files"], artifact.MANIFEST, LOCK, VERIFIED}
+        ours = {*stored["files"], artifact.MANIFEST, ENGINES, LOCK, VERIFIED}
     except (CheckpointError, KeyError, TypeError):
         ours = set()
     if not ours or str(stored.get("schema")).partition("/")[0] != SCHEMA.partition("/")[0]:
@@ -198,7 +199,7 @@ def _candidate(
     notes.print(f"writing {precision} graphs")
     properties = _properties(request, subject, precision)
     graphs = write_graphs(subject.model, manifest.preprocess, precision, folder, properties)
-    limits = _limits(request, precision)
+    limits = LIMITS[precision].changed(request.atol, request.min_agreement)
     with bar(notes, f"proving {precision}") as progress:
         proof = prove(
             folder,
@@ -222,16 +223,6 @@ def _serving(subject: _Subject) -> Serving:
     matrix = subject.model.class_matrix().detach().numpy()
     share = subject.checkpoint.manifest.config.adapt.cls_share
     return Serving(np.concatenate([matrix[1:], matrix[:2]]), share)
-
-
-def _limits(request: ExportRequest, precision: Precision) -> Limits:
-    """Return the limits of a precision with the user's own."""
-    changed: dict[str, float] = {}
-    if request.atol is not None:
-        changed |= {"logits": request.atol, "logits_relative": 0.0}
-    if request.min_agreement is not None:
-        changed["top1"] = 1 - request.min_agreement
-    return LIMITS[precision].model_copy(update=changed)
 
 
 def _chosen(

@@ -40,6 +40,20 @@ class Limits(BaseModel):
     """Share of answers with another class; ties within twice the precision's own limit on logits do
     not count, nor do other masks that are undetermined."""
 
+    def changed(self, atol: float | None, min_agreement: float | None) -> "Limits":
+        """Return the limits with the user's own in their place.
+
+        Args:
+            atol: largest difference of logits; None keeps ours.
+            min_agreement: least share of equal top-1 classes; None keeps ours.
+        """
+        changes: dict[str, float] = {}
+        if atol is not None:
+            changes |= {"logits": atol, "logits_relative": 0.0}
+        if min_agreement is not None:
+            changes["top1"] = 1 - min_agreement
+        return self.model_copy(update=changes)
+
     def scaled(self, largest: float) -> "Limits":
         """Return the limits with the one on logits raised to what logits of this size need."""
         if self.logits is None:

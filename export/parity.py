@@ -36,7 +36,7 @@ Measured = Annotated[float, PlainSerializer(lambda x: x if math.isfinite(x) else
 """What is no number is null in JSON."""
 
 
-_COMPARED = ("attention", "fg", "logits")
+COMPARED = ("attention", "fg", "logits")
 """Of the head and of the full graph, against PyTorch."""
 
 
@@ -54,7 +54,9 @@ class Stage(BaseModel):
     difference: Measured
     """In the unit that `Limits` gives."""
     relative: Measured | None = None
-    """Largest difference as a share of PyTorch's largest value; None for shares."""
+    """Largest difference as a share of the reference's largest value; None for shares."""
+    cosine: Measured | None = None
+    """Least cosine of a row with the reference's; None where there are no rows."""
     limit: float | None
 
     @property
@@ -89,6 +91,8 @@ class Proof(BaseModel):
 
     precision: Precision
     device: str
+    reference: str = "PyTorch"
+    """Whose answers the others are held against."""
     source: str
     """Which images."""
     images: int
@@ -151,26 +155,27 @@ def prove(
     asked = ask(directory, reference, precision, device, serving.classifier, progress)
     largest = float(np.abs(reference.logits).max())
     full, exact = asked.full, LIMITS["fp32"].scaled(largest)
-    determined = _determined(asked.backbone, reference, spec, precision)
+    tokens = of_all(asked.backbone)
+    determined = determined_masks(tokens, reference, spec, precision)
     other_mask = (full.outputs["mask"] != reference.mask[full.rows]).any(axis=1)
     with_other_mask = np.unique(full.rows[other_mask])
-    flips = _flips(full, reference, other_mask, names)
-    counted = _counted(flips, LIMITS[precision].scaled(largest), determined)
+    flips = list_flips(full, reference, other_mask, names)
+    counted = count_flips(flips, LIMITS[precision].scaled(largest), determined)
     # Where the logits are no numbers the mask says nothing: these answers are never left out.
     same = full.where(~other_mask | ~np.isfinite(full.outputs["logits"]).all(axis=1))
     limits = limits.scaled(largest)
     stages = (
         pixels,
-        _distance(asked.backbone, "cls", reference, limits.cls),
-        _distance(asked.backbone, "patches", reference, limits.patches, relative=True),
-        _share(BACKBONE, "edges", _changed_edges(asked.backbone, reference, spec), None),
-        *(_distance(asked.head, name, reference, getattr(exact, name)) for name in _COMPARED),
-        _share(FULL, "cut", _other_cuts(full, asked.backbone, spec), OTHER_CUT),
-        _share(FULL, "mask", _share_of(with_other_mask, determined), limits.mask),
-        *(_distance(same, name, reference, getattr(limits, name)) for name in _COMPARED),
+        distance(asked.backbone, "cls", reference, limits.cls),
+        distance(asked.backbone, "patches", reference, limits.patches, relative=True),
+        share(BACKBONE, "edges", changed_edges(tokens, reference, spec), None),
+        *(distance(asked.head, name, reference, getattr(exact, name)) for name in COMPARED),
+        share(FULL, "cut", _other_cuts(full, asked.backbone, spec), OTHER_CUT),
+        share(FULL, "mask", share_of(with_other_mask, determined), limits.mask),
+        *(distance(same, name, reference, getattr(limits, name)) for name in COMPARED),
         _parts_stage(asked, exact),
-        _classes_stage(asked.served, serving, exact),
-        _share(FULL, "top1", counted / len(full.rows), limits.top1),
+        classes_stage(asked.served, serving, exact),
+        share(FULL, "top1", counted / len(full.rows), limits.top1),
     )
     departed = next((stage for stage in stages if stage.departs), None)
     return Proof(
@@ -178,7 +183,7 @@ def prove(
         device=device,
         source=source,
         images=len(reference.images),
-        batches=_by_batch_size(same, reference),
+        batches=by_batch_size(same, reference),
         stages=stages,
         undetermined=tuple(names[i] for i in np.flatnonzero(~determined).tolist()),
         other_masks=tuple(names[i] for i in with_other_mask.tolist()),
@@ -215,26 +220,26 @@ def _torchvision_view(preprocess: Preprocess) -> Callable[[Image.Image], NDArray
     return lambda photo: np.asarray(transform(photo))
 
 
-def _of_all(backbone: Answers) -> Array:
+def of_all(backbone: Answers) -> Array:
     """Return the tokens of the last batch, which holds every image, in the images' order."""
     count = int(backbone.sizes[-1])
     return backbone.outputs["patches"][-count:][np.argsort(backbone.rows[-count:])]
 
 
-def _changed_edges(backbone: Answers, reference: Reference, spec: NCutSpec) -> float:
+def changed_edges(tokens: Array, reference: Reference, spec: NCutSpec) -> float:
     """Return the share of token pairs that are joined in one graph and not in PyTorch's."""
-    changed = adjacency(_of_all(backbone), spec) != adjacency(reference.patches, spec)
+    changed = adjacency(tokens, spec) != adjacency(reference.patches, spec)
     return float(changed.mean())
 
 
-def _determined(
-    backbone: Answers, reference: Reference, spec: NCutSpec, precision: Precision
+def determined_masks(
+    tokens: Array, reference: Reference, spec: NCutSpec, precision: Precision
 ) -> Array:
     """Return which images' masks must be PyTorch's, bool (P,)."""
     if precision != "fp32":
         return reference.determined
     expected = similarities(reference.patches, spec)
-    rounding = np.abs(similarities(_of_all(backbone), spec) - expected).max(axis=(1, 2))
+    rounding = np.abs(similarities(tokens, spec) - expected).max(axis=(1, 2))
     nearest = np.abs(expected - spec.tau).min(axis=(1, 2))
     certain: Array = reference.determined & (nearest > NEAR_TAU * rounding)
     return certain
@@ -265,7 +270,7 @@ def _parts_stage(asked: Asked, exact: Limits) -> Stage:
     return Stage(graph=FULL, stage="parts", difference=largest, limit=limit)
 
 
-def _classes_stage(served: Answers, serving: Serving, exact: Limits) -> Stage:
+def classes_stage(served: Answers, serving: Serving, exact: Limits) -> Stage:
     """Compare the logits of a class matrix from outside with its products, and the embedding."""
     cls, fg = (served.outputs[name].astype(np.float64) for name in ("cls", "fg"))
     fused = serving.cls_share * cls + (1 - serving.cls_share) * fg
@@ -275,10 +280,10 @@ def _classes_stage(served: Answers, serving: Serving, exact: Limits) -> Stage:
         float(np.abs(served.outputs["logits"] - logits).max()),
         float(np.abs(served.outputs["embedding"] - unit).max()),
     )
-    return Stage(graph=FULL, stage="classes", difference=largest, limit=exact.logits)
+    return Stage(graph=served.graph, stage="classes", difference=largest, limit=exact.logits)
 
 
-def _distance(
+def distance(
     answers: Answers,
     name: str,
     reference: Reference,
@@ -286,29 +291,40 @@ def _distance(
     *,
     relative: bool = False,
 ) -> Stage:
-    """Compare an output with PyTorch's; `relative` puts the limit on the relative difference."""
-    expected = getattr(reference, name)[answers.rows]
-    largest = float(np.abs(answers.outputs[name] - expected).max(initial=0))
-    share = largest / float(np.abs(expected).max(initial=1e-30))
+    """Compare an output with the reference's; `relative` limits the relative difference."""
+    found, expected = answers.outputs[name], getattr(reference, name)[answers.rows]
+    largest = float(np.abs(found - expected).max(initial=0))
+    part = largest / float(np.abs(expected).max(initial=1e-30))
     return Stage(
         graph=answers.graph,
         stage=name,
-        difference=share if relative else largest,
-        relative=share,
+        difference=part if relative else largest,
+        relative=part,
+        cosine=_least_cosine(found, expected),
         limit=limit,
     )
 
 
-def _share(graph: str, name: str, share: float, limit: float | None) -> Stage:
-    return Stage(graph=graph, stage=name, difference=share, limit=limit)
+def _least_cosine(found: Array, expected: Array) -> float:
+    """Return the least cosine of rows (..., D); NaN where a row is no number."""
+    one, other = found.astype(np.float64), expected.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # of rows that are no numbers
+        norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+        cosines = (one * other).sum(axis=-1) / np.maximum(norms, 1e-30)
+    return float(cosines.min(initial=1))
 
 
-def _share_of(images: Array, determined: Array) -> float:
+def share(graph: str, name: str, found: float, limit: float | None) -> Stage:
+    """Return the stage of a share, which is its own difference."""
+    return Stage(graph=graph, stage=name, difference=found, limit=limit)
+
+
+def share_of(images: Array, determined: Array) -> float:
     """Return how many of the determined images (P,) are among the listed ones."""
     return float(determined[images].sum() / max(determined.sum(), 1))
 
 
-def _flips(
+def list_flips(
     full: Answers, reference: Reference, other_mask: Array, names: Sequence[str]
 ) -> list[Flip]:
     """List the answers with another class than PyTorch's."""
@@ -328,14 +344,15 @@ def _flips(
     ]
 
 
-def _counted(flips: Sequence[Flip], own: Limits, determined: Array) -> int:
+def count_flips(flips: Sequence[Flip], own: Limits, determined: Array) -> int:
     """Count the flips that are neither a tie nor due to a mask that rounding may change."""
     tie = 0.0 if own.logits is None else 2 * own.logits
     excused = (f.margin <= tie or (f.other_mask and not determined[f.row]) for f in flips)
     return len(flips) - sum(excused)
 
 
-def _by_batch_size(full: Answers, reference: Reference) -> dict[int, float]:
+def by_batch_size(full: Answers, reference: Reference) -> dict[int, float]:
+    """Return the largest difference of logits for each batch size."""
     difference = np.abs(full.outputs["logits"] - reference.logits[full.rows]).max(axis=1)
     return {
         int(size): float(difference[full.sizes == size].max()) for size in np.unique(full.sizes)

@@ -75,7 +75,7 @@ def run_verify(request: VerifyRequest, notes: Console) -> Proof:
             reference,
             export.manifest.ncut_spec(),
             export.manifest.precision,
-            limits=_limits(export),
+            limits=stored_limits(export),
             serving=Serving(export.classifier, export.manifest.cls_share),
             pixels=compare_pixels(photos.read(), reference.images, preprocess),
             names=photos.names,
@@ -139,23 +139,24 @@ def table(proof: Proof) -> "Table":
     if len(flips) > _SHOWN:
         notes.append(f"and {len(flips) - _SHOWN} more")
     found = Table(
-        title=f"{proof.precision} against PyTorch, on {proof.device}",
+        title=f"{proof.precision} against {proof.reference}, on {proof.device}",
         caption=Text("\n".join(notes)),
         caption_justify="left",
     )
     for heading in ("graph", "stage"):
         found.add_column(heading)
-    for heading in ("difference", "relative", "limit"):
+    for heading in ("difference", "relative", "least cosine", "limit"):
         found.add_column(heading, justify="right")
     for stage in proof.stages:
         relative = "" if stage.relative is None else f"{stage.relative:.1e}"
+        cosine = "" if stage.cosine is None else f"{stage.cosine:.6f}"
         limit = "" if stage.limit is None else f"{stage.limit:.0e}"
-        cells = (stage.graph, stage.stage, f"{stage.difference:.1e}", relative, limit)
+        cells = (stage.graph, stage.stage, f"{stage.difference:.1e}", relative, cosine, limit)
         found.add_row(*cells, style="bold red" if stage.departs else "")
     return found
 
 
-def _limits(export: Export) -> Limits:
+def stored_limits(export: Export) -> Limits:
     """Return the limits that the export was proven with."""
     try:
         return validate(Limits, export.stored.get("limits") or {})

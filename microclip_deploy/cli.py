@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version as package_version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,24 +19,32 @@ from microclip_deploy.cli_classes import app as classes_app
 from microclip_deploy.cli_options import (
     Adapted,
     AsJson,
+    Batch,
     BatchSize,
     Descriptions,
     Device,
     Dtype,
+    Exportable,
     ExportDirectory,
+    HardwareCompat,
     Images,
     MaxBad,
     Model,
+    OptLevel,
     Out,
     OutputFormat,
     Pretrained,
+    PrintTrtexec,
     ProofDevice,
     ProofImages,
-    Run,
     ServingDevice,
     Sets,
     Templates,
+    TimingCache,
+    Trt,
     ValDir,
+    VersionCompatible,
+    Workspace,
 )
 from microclip_deploy.errors import (
     EXTRA_OF,
@@ -45,8 +53,12 @@ from microclip_deploy.errors import (
     missing_package,
     require,
 )
+from microclip_deploy.serving import is_export
 from microclip_deploy.standard_output import ReaderGone, checked_stdout
 from microclip_deploy.terminal import notes, out, print_json
+
+if TYPE_CHECKING:
+    from microclip_deploy.export.parity import Proof
 
 EPILOG = (
     "Exit codes: 0 ok, 1 internal error, 2 usage, 3 bad data, 4 environment, 5 verification "
@@ -185,8 +197,10 @@ def predict(
 
 @app.command()
 def export(
-    run: Run,
-    out_dir: Annotated[Path, typer.Option("-o", "--out", help="Directory to write.")],
+    source: Exportable,
+    out_dir: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Directory to write; required for a run.")
+    ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Precision of the encoder; auto measures and keeps the fastest.")
     ] = Dtype.fp32,
@@ -199,31 +213,76 @@ def export(
         float | None, typer.Option(help="Least share of equal top-1 classes.", min=0, max=1)
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the export in --out.")] = False,
+    trt: Trt = False,
+    batch: Batch = None,
+    workspace: Workspace = None,
+    opt_level: OptLevel = None,
+    timing_cache: TimingCache = None,
+    version_compatible: VersionCompatible = False,
+    hardware_compat: HardwareCompat = None,
+    print_trtexec: PrintTrtexec = False,
     as_json: AsJson = False,
 ) -> None:
-    """Export an adapted model to ONNX and prove that it equals PyTorch's.
+    """Export an adapted model to ONNX, and with --trt to TensorRT; prove both equal.
 
-    Example: microclip-deploy export runs/birds -o exports/birds
+    With an export in place of the run, --trt only builds engines, and needs no PyTorch.
+
+    Example: microclip-deploy export runs/birds -o exports/birds --dtype fp16 --trt
     """
-    _require_exporter()
-    from microclip_deploy.export.command import ExportRequest, run_export
+    require("onnx", "export")
+    require("onnxruntime", "cpu")
+    from microclip_deploy.export import engine_command as engines
     from microclip_deploy.export.verify import table
 
-    request = ExportRequest(
-        run=run,
-        out=out_dir,
-        dtype=dtype.value,
-        images=images,
-        device=device,
-        atol=atol,
-        min_agreement=min_agreement,
-        overwrite=overwrite,
+    build = engines.parse_options(
+        trt=trt,
+        batch=batch,
+        workspace_gib=workspace,
+        opt_level=opt_level,
+        timing_cache=timing_cache,
+        version_compatible=version_compatible,
+        hardware=None if hardware_compat is None else hardware_compat.value,
+        print_trtexec=print_trtexec,
     )
-    proof = run_export(request, notes)
-    if as_json:
-        print_json(proof.model_dump(mode="json"))
+
+    def show(proof: "Proof") -> None:
+        if as_json:
+            print_json(proof.model_dump(mode="json"))
+        else:
+            out.print(table(proof))
+
+    if build is not None and is_export(source):
+        written = engines.require_no_out(source, out_dir)
     else:
-        out.print(table(proof))
+        _require_exporter()
+        from microclip_deploy.export.command import ExportRequest, run_export
+
+        written = engines.require_out(out_dir)
+        if build is not None:
+            engines.require_buildable(dtype.value)
+        request = ExportRequest(
+            run=source,
+            out=written,
+            dtype=dtype.value,
+            images=images,
+            device=device,
+            atol=atol,
+            min_agreement=min_agreement,
+            overwrite=overwrite,
+        )
+        show(run_export(request, notes))
+    if build is not None and print_trtexec:
+        out.print(engines.trtexec(written, build), markup=False, highlight=False, soft_wrap=True)
+    elif build is not None:
+        on = device if device.startswith("cuda") else "cuda"
+        show(
+            engines.run_build(
+                engines.EngineRequest(
+                    written, build, timing_cache, images, on, atol, min_agreement
+                ),
+                notes,
+            )
+        )
 
 
 @app.command()

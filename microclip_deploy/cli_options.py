@@ -17,6 +17,14 @@ class Dtype(StrEnum):
     auto = "auto"
 
 
+class Hardware(StrEnum):
+    """Other GPUs that may load an engine."""
+
+    none = "none"
+    ampere = "ampere+"
+    same_cc = "same-cc"
+
+
 class OutputFormat(StrEnum):
     """How `predict` prints."""
 
@@ -27,9 +35,13 @@ class OutputFormat(StrEnum):
 
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="Run directory to write.")]
-Run = Annotated[
+Exportable = Annotated[
     Path,
-    typer.Argument(metavar="RUN", help="Run directory that `adapt` wrote.", show_default=False),
+    typer.Argument(
+        metavar="RUN",
+        help="Run directory that `adapt` wrote; with --trt also what `export` wrote.",
+        show_default=False,
+    ),
 ]
 Adapted = Annotated[
     Path,
@@ -42,7 +54,8 @@ Adapted = Annotated[
 ServingDevice = Annotated[
     str,
     typer.Option(
-        help="auto, cpu, cuda or cuda:N; for an export also openvino.", envvar="MICROCLIP_DEVICE"
+        help="auto, cpu, cuda or cuda:N; for an export also tensorrt and openvino.",
+        envvar="MICROCLIP_DEVICE",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", envvar="MICROCLIP_DEVICE")]
@@ -75,3 +88,31 @@ ProofDevice = Annotated[str, typer.Option(help="Where graphs are run: cpu, cuda 
 BatchSize = Annotated[int, typer.Option(help="Images a batch.", min=1)]
 ExportDirectory = Annotated[Path, typer.Argument(metavar="EXPORT", help="What `export` wrote.")]
 Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Class names.")]
+Trt = Annotated[
+    bool,
+    typer.Option("--trt", help="Also build and prove TensorRT engines for this machine."),
+]
+Batch = Annotated[
+    str | None,
+    typer.Option(metavar="MIN:OPT:MAX", help="Images a batch of the engines. [default: 1:8:64]"),
+]
+Workspace = Annotated[
+    float | None, typer.Option(help="Most scratch memory of an engine, GiB. [default: all]")
+]
+OptLevel = Annotated[
+    int | None,
+    typer.Option(help="How long TensorRT looks for fast kernels. [default: 3]", min=0, max=5),
+]
+TimingCache = Annotated[
+    Path | None,
+    typer.Option(help="Folder of TensorRT's measurements. [default: the export's engines]"),
+]
+VersionCompatible = Annotated[
+    bool, typer.Option("--version-compatible", help="Let newer TensorRT versions load the engines.")
+]
+HardwareCompat = Annotated[
+    Hardware | None, typer.Option(help="Other GPUs that may load the engines. [default: none]")
+]
+PrintTrtexec = Annotated[
+    bool, typer.Option("--print-trtexec", help="Print trtexec commands instead of building.")
+]

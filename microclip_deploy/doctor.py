@@ -207,7 +207,8 @@ def _uses(machine: Machine, packages: Mapping[str, Package]) -> tuple[Use, ...]:
         Use("adapt", model),
         Use("evaluate, predict", model),
         Use("NCut", _cut(packages) if on_gpu else exact),
-        Use("exported graphs", _exported(machine, packages)),
+        Use("exported graphs", _exported(packages)),
+        Use("exported engines", _engines(machine, packages)),
     )
 
 
@@ -217,13 +218,23 @@ def _cut(packages: Mapping[str, Package]) -> str:
     return "iterative solver in float32 on the GPU; CuPy would bring the kernel"
 
 
-def _exported(machine: Machine, packages: Mapping[str, Package]) -> str:
+def _exported(packages: Mapping[str, Package]) -> str:
     runtime = packages["onnxruntime"]
     if not runtime.works:
         return "not possible without onnxruntime"
     on_gpu = "CUDAExecutionProvider" in runtime.details.get("in_use", ())
     kernels = " with the CUDA kernels" if on_gpu and packages["cupy"].works else ""
     return f"ONNX Runtime {runtime.version} on the {'GPU' if on_gpu else 'CPU'}{kernels}"
+
+
+def _engines(machine: Machine, packages: Mapping[str, Package]) -> str:
+    titles = {"tensorrt": "TensorRT", "cupy": "CuPy"}
+    lacking = [title for name, title in titles.items() if not packages[name].works]
+    lacking += [] if machine.gpus else ["an NVIDIA GPU"]
+    if lacking:
+        return f"not possible without {', '.join(lacking)}"
+    version = packages["tensorrt"].version
+    return f"TensorRT {version} with the CUDA kernels; export --trt builds them"
 
 
 def _gpu_lacks(found: Diagnosis) -> str:

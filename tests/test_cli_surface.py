@@ -22,7 +22,8 @@ SURFACE = {
     "predict": {"--top-k", "--format", "--overlay", "--device", "--batch-size"},
     "export": {
         "--out", "--dtype", "--images", "--device", "--atol", "--min-agreement", "--overwrite",
-        "--json",
+        "--trt", "--batch", "--workspace", "--opt-level", "--timing-cache", "--version-compatible",
+        "--hardware-compat", "--print-trtexec", "--json",
     },
     "verify": {"--run", "--images", "--device", "--json"},
     "classes": set(),

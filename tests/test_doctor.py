@@ -56,6 +56,7 @@ def test_a_good_gpu_machine_has_no_problems() -> None:
     uses = dict(found.uses)
     assert uses["adapt"] == "PyTorch 2.15 on cuda (NVIDIA H100)"
     assert uses["exported graphs"].endswith("on the GPU with the CUDA kernels")
+    assert uses["exported engines"].startswith("TensorRT 11.4 with the CUDA kernels")
     assert "CUDA kernel" in uses["NCut"]
     require(found, {"gpu", "trt", "cupy"})
 
@@ -68,6 +69,7 @@ def test_a_cpu_machine_needs_no_gpu_packages() -> None:
         "evaluate, predict": "PyTorch 2.15 on cpu (2 threads)",
         "NCut": "exact solver in float64 on the CPU",
         "exported graphs": "ONNX Runtime 1.0 on the CPU",
+        "exported engines": "not possible without TensorRT, CuPy, an NVIDIA GPU",
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from microclip_deploy import artifact
+from microclip_deploy.engines import has_engines
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, require
 from microclip_deploy.serving.session import Prediction, Session
 
@@ -23,9 +24,11 @@ def open_session(path: Path, device: str = "cpu") -> Session:
 
     Args:
         path: directory that `adapt` or `export` wrote.
-        device: "auto", "cpu", "cuda" or "cuda:N"; for an export also "openvino". "auto" is a GPU
-            where the backend has one that works, otherwise the CPU; the session's `device` says
-            which. A GPU is served by the CUDA kernels where cupy is installed.
+        device: "auto", "cpu", "cuda" or "cuda:N"; for an export also "openvino", "tensorrt" and
+            "tensorrt:N". "auto" is a GPU where the backend has one that works, otherwise the CPU;
+            the session's `device` says which. A GPU is served by the CUDA kernels where cupy is
+            installed, and of an export by its TensorRT engines where it has some for this machine;
+            "tensorrt" insists on them.
 
     Raises:
         CheckpointError: missing, damaged or of an unknown schema.
@@ -64,7 +67,7 @@ def _open_run(path: Path, device: str) -> Session:
     from microclip_deploy.serving.torch_backend import TorchSession, resolve_device
 
     found = resolve_device(device)
-    if _is_cuda(found) and _has_cupy():
+    if _is_cuda(found) and _has("cupy"):
         require("microclip_deploy.serving.torch_encoder", "gpu")
         from microclip_deploy.serving.torch_encoder import open_run
 
@@ -75,13 +78,19 @@ def _open_run(path: Path, device: str) -> Session:
 
 
 def _open_export(path: Path, device: str) -> Session:
-    """Open an export: with the kernels on a GPU, otherwise with ONNX Runtime alone."""
+    """Open an export: with engines or kernels on a GPU, otherwise with ONNX Runtime alone."""
+    if re.fullmatch(r"tensorrt(:\d+)?", device):
+        return _open_engines(path, device.replace("tensorrt", "cuda"))
+    if (device == "auto" or _is_cuda(device)) and has_engines(path) and _has("tensorrt"):
+        session = _with_engines(path, device)
+        if session is not None:
+            return session
     require("microclip_deploy.serving.onnx_backend", "cpu")
     from microclip_deploy.serving.onnx_backend import OnnxSession
     from microclip_deploy.serving.onnx_graph import has_cuda
 
     found = "cuda" if device == "auto" and has_cuda() else device
-    if _is_cuda(found) and _has_cupy():
+    if _is_cuda(found) and _has("cupy"):
         require("microclip_deploy.serving.onnx_encoder", "gpu")
         from microclip_deploy.serving.onnx_encoder import open_export
 
@@ -89,6 +98,29 @@ def _open_export(path: Path, device: str) -> Session:
         if session is not None:
             return session
     return _without_cupy(OnnxSession.open(path, device))
+
+
+def _open_engines(path: Path, device: str) -> Session:
+    for module in ("cupy", "tensorrt"):
+        require(module, "gpu")
+    from microclip_deploy.serving.tensorrt_backend import open_engines
+
+    return open_engines(path, device)
+
+
+def _with_engines(path: Path, device: str) -> Session | None:
+    """Open with the engines; None, with a warning, where there are none for this machine.
+
+    With "auto" None also where they are damaged.
+    """
+    auto = device == "auto"
+    try:
+        return _open_engines(path, "cuda" if auto else device)
+    except (CheckpointError, EnvironmentProblem) as problem:
+        if isinstance(problem, CheckpointError) and not auto:
+            raise
+        _log.warning("warning: opening without the TensorRT engines: %s", problem)
+        return None
 
 
 def _with_kernels(
@@ -112,7 +144,7 @@ def _with_kernels(
 
 def _without_cupy(session: Session) -> Session:
     """Return a session, with a warning where a package is all that the kernels lack."""
-    if _is_cuda(session.device) and not _has_cupy():
+    if _is_cuda(session.device) and not _has("cupy"):
         _log.warning(
             "warning: the package 'cupy' is not installed: serving on %s without the CUDA "
             'kernels, which is slower; run: pip install "microclip-deploy[gpu]"',
@@ -125,5 +157,5 @@ def _is_cuda(device: str) -> bool:
     return re.fullmatch(r"cuda(:\d+)?", device) is not None
 
 
-def _has_cupy() -> bool:
-    return importlib.util.find_spec("cupy") is not None
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -1,7 +1,7 @@
 """CUDA session: batches of any size through a pipeline that knows a few sizes only.
 
-A pipeline holds static buffers and a captured graph for each bucket, a batch size that is a power
-of two. A batch is filled up to the next bucket with its last image, a larger one is split, and
+A pipeline holds static buffers and a captured graph for each bucket, one of a few batch sizes. A
+batch is filled up to the next bucket with its last image, a larger one is split, and
 what was answered to the filling is cut off. Needs NumPy alone; the device's part is in
 `cuda_pipeline`.
 """
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.errors import DataError, UsageError
+from microclip_deploy.errors import DataError
 from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.serving.session import Prediction, checked_images, closed_session
 
-MAX_BATCH = 64
-"""Largest bucket by default: the GPU is full well before, and buffers grow with it."""
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+"""Batch sizes by default: the GPU is full well before the last, and buffers grow with it."""
 
 
 class Pipeline(Protocol):
@@ -54,14 +54,16 @@ class Facts(NamedTuple):
 class CudaSession:
     """A pipeline behind the Session protocol; `predict` may be called from several threads."""
 
-    def __init__(self, pipeline: Pipeline, facts: Facts, *, max_batch: int = MAX_BATCH) -> None:
+    def __init__(
+        self, pipeline: Pipeline, facts: Facts, *, buckets: Sequence[int] = BUCKETS
+    ) -> None:
         """Take over the pipeline.
 
-        Raises:
-            UsageError: `max_batch` is not positive.
+        Args:
+            pipeline: for the buckets.
+            facts: of its model.
+            buckets: batch sizes that the pipeline takes, rising.
         """
-        if max_batch < 1:
-            raise UsageError(f"max_batch: expected at least 1, found {max_batch}; give more")
         self.classes = facts.classes
         self.unadapted = facts.unadapted
         self.preprocess = facts.preprocess
@@ -69,7 +71,7 @@ class CudaSession:
         self._pipeline: Pipeline | None = pipeline
         self._classifier = facts.classifier
         self._classifier.flags.writeable = False
-        self._max_batch = max_batch
+        self.buckets = tuple(buckets)
         self._lock = threading.Lock()
 
     def predict(self, images: NDArray[np.uint8]) -> Prediction:
@@ -103,13 +105,25 @@ class CudaSession:
         with self._lock:
             if self._pipeline is None:
                 raise closed_session()
-            for start in range(0, len(images), self._max_batch):
-                part = images[start : start + self._max_batch]
-                answers = run(self._pipeline, bucket_of(len(part), self._max_batch), part)
+            largest = self.buckets[-1]
+            for start in range(0, len(images), largest):
+                part = images[start : start + largest]
+                answers = run(self._pipeline, bucket_of(len(part), self.buckets), part)
                 parts.append(Prediction._make(field[: len(part)].copy() for field in answers))
         if len(parts) == 1:
             return parts[0]
         return Prediction._make(np.concatenate(field) for field in zip(*parts, strict=True))
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """Return the device's part, for measurements; nobody else may run it meanwhile.
+
+        Raises:
+            UsageError: the session is closed.
+        """
+        if self._pipeline is None:
+            raise closed_session()
+        return self._pipeline
 
     def classifier(self) -> NDArray[np.float32]:
         """Return the class matrix, (C, E), unit rows; read-only."""
@@ -149,6 +163,6 @@ def _run_photos(pipeline: Pipeline, bucket: int, photos: Any) -> Prediction:
     return pipeline.run_photos(bucket, photos)
 
 
-def bucket_of(count: int, max_batch: int) -> int:
-    """Return the smallest power of two of at least `count`, but at most `max_batch`."""
-    return min(1 << (count - 1).bit_length(), max_batch)
+def bucket_of(count: int, buckets: Sequence[int]) -> int:
+    """Return the smallest bucket that holds `count` images; they rise, and the last one does."""
+    return next(bucket for bucket in buckets if bucket >= count)

@@ -146,6 +146,15 @@ class CudaPipeline:
             self._answer(found)
         return found.answers
 
+    def run_timed(self, bucket: int) -> float:
+        """Classify the buffer's images and return the seconds between two events around that."""
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record(self._stream)
+        self.run(bucket)
+        end.record(self._stream)
+        end.synchronize()
+        return 1e-3 * float(cupy.cuda.get_elapsed_time(start, end))
+
     def run_photos(self, bucket: int, photos: Sequence[NDArray[np.uint8]]) -> Prediction:
         """Resize photos on the device and classify them; the bucket's other rows stay as they are.
 
@@ -230,6 +239,22 @@ def open_stream(device: str) -> cupy.cuda.Stream:
     """
     with cuda_errors(device), cupy.cuda.Device(int(device.partition(":")[2] or 0)):
         return cupy.cuda.Stream(non_blocking=True)
+
+
+def captured(work: Callable[[], None], stream: cupy.cuda.Stream) -> Callable[[], None]:
+    """Run work once, capture it in a CUDA graph, and return what replays it without waiting."""
+    work()  # loads kernels and settles shapes, which a capture must not
+    stream.synchronize()
+    stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
+    try:
+        work()
+    finally:
+        graph = stream.end_capture()
+
+    def replay() -> None:
+        graph.launch(stream)
+
+    return replay
 
 
 @contextmanager

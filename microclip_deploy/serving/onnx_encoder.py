@@ -9,7 +9,7 @@ import numpy as np
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.exported import BACKBONE, ExportManifest, read_export, read_head_weights
 from microclip_deploy.serving.cuda_backend import CudaSession, Facts
-from microclip_deploy.serving.cuda_pipeline import CudaPipeline, Head, open_stream
+from microclip_deploy.serving.cuda_pipeline import CudaPipeline, Head, captured, open_stream
 from microclip_deploy.serving.onnx_graph import Buffer, OnnxGraph
 
 
@@ -65,22 +65,15 @@ class OnnxEncoder:
             EnvironmentProblem: the device is out of memory.
         """
         assert self._graph is not None, "a closed session captures nothing"
-        stream = self._stream
         encode = self._graph.bind(
             {"image": _buffer(pixels)}, {"cls": _buffer(cls), "patches": _buffer(patches)}
         )
-        encode()
-        rest()  # loads kernels, which a capture must not
-        stream.synchronize()
-        stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
-        try:
-            rest()
-        finally:
-            captured = stream.end_capture()
+        encode()  # so that `rest`, which runs once before its capture, has tokens to read
+        replay = captured(rest, self._stream)
 
         def launch() -> None:
             encode()
-            captured.launch(stream)
+            replay()
 
         return launch
 

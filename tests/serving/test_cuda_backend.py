@@ -13,7 +13,7 @@ from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError
 from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.serving import Prediction, Session
 from microclip_deploy.serving.answer_block import Sizes, block_bytes, block_views
-from microclip_deploy.serving.cuda_backend import CudaSession, Facts, bucket_of
+from microclip_deploy.serving.cuda_backend import BUCKETS, CudaSession, Facts, bucket_of
 
 SIDE = 8
 SIZES = Sizes(tokens=4, joint=3, classes=3)
@@ -85,13 +85,14 @@ def assert_right(found: Prediction, pixels: NDArray[np.uint8]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "largest", "bucket"),
-    [(1, 64, 1), (2, 64, 2), (3, 64, 4), (8, 64, 8), (33, 64, 64), (3, 3, 3), (5, 6, 6), (1, 1, 1)],
-)
-def test_a_bucket_is_the_next_power_of_two_or_the_largest(
-    count: int, largest: int, bucket: int
+    ("count", "buckets", "bucket"),
+    [(1, BUCKETS, 1), (2, BUCKETS, 2), (3, BUCKETS, 4), (8, BUCKETS, 8), (33, BUCKETS, 64),
+     (3, (1, 3), 3), (2, (1, 4, 6), 4), (5, (1, 4, 6), 6)],
+)  # fmt: skip
+def test_a_bucket_is_the_smallest_that_holds_the_batch(
+    count: int, buckets: tuple[int, ...], bucket: int
 ) -> None:
-    assert bucket_of(count, largest) == bucket
+    assert bucket_of(count, buckets) == bucket
 
 
 @pytest.mark.parametrize(
@@ -127,11 +128,9 @@ def test_answers_stay_when_the_next_batch_comes(make: Callable[..., CudaSession]
 def test_the_largest_batch_can_be_chosen(
     make: Callable[..., CudaSession], pipeline: NumpyPipeline
 ) -> None:
-    with make(max_batch=3) as session:
+    with make(buckets=(1, 2, 3)) as session:
         assert_right(session.predict(images(8)), images(8))
     assert [len(batch) for batch in pipeline.seen] == [3, 3, 2]
-    with pytest.raises(UsageError, match="max_batch: expected at least 1, found 0"):
-        make(max_batch=0)
 
 
 def test_views_into_larger_arrays_are_taken_as_they_look(make: Callable[..., CudaSession]) -> None:
@@ -166,7 +165,7 @@ def test_a_session_out_of_memory_answers_smaller_batches(
 
 def test_one_session_serves_several_threads(make: Callable[..., CudaSession]) -> None:
     batches = [images(1 + seed % 5, seed) for seed in range(48)]
-    with make(max_batch=4) as session, ThreadPoolExecutor(4) as pool:
+    with make(buckets=(1, 2, 4)) as session, ThreadPoolExecutor(4) as pool:
         for found, batch in zip(pool.map(session.predict, batches), batches, strict=True):
             assert_right(found, batch)
 
@@ -193,7 +192,7 @@ def test_a_session_tells_about_its_model(make: Callable[..., CudaSession]) -> No
 
 def test_photos_of_any_size_are_answered_in_order(make: Callable[..., CudaSession]) -> None:
     photos = [np.full((SIDE + i, SIDE + 2, 3), 10 * i, np.uint8) for i in range(7)]
-    with make(max_batch=4) as session:
+    with make(buckets=(1, 2, 4)) as session:
         found = session.predict_photos(photos)
     np.testing.assert_array_equal(found.cls[:, 0], [10 * i for i in range(7)])
 

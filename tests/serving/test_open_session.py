@@ -105,7 +105,7 @@ class Machine:
     problem: MicroclipError | None = None
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(serving, "_has_cupy", lambda: self.cupy)
+        patch.setattr(serving, "_has", lambda package: package == "cupy" and self.cupy)
         patch.setattr(onnx_graph, "has_cuda", lambda: True)
         patch.setattr(
             torch_backend, "resolve_device", lambda device: device.replace("auto", "cuda")

@@ -1,0 +1,272 @@
+"""The TensorRT engines of an export: a folder for each TensorRT version and GPU they run on.
+
+    EXPORT/engines/trt11.4.0.106-sm90-nvidia-h200/
+        manifest.json            last; its presence means that the engines are proven
+        backbone.plan            images -> cls, patches: what serving runs before the CUDA kernels
+        full.plan                images, classifier -> everything, the cut inside
+        backbone.layers.json     what TensorRT's inspector tells of each plan
+        full.layers.json
+        parity.json              the proof: how far each plan is from ONNX Runtime
+        build.log                what TensorRT said
+
+A plan is native code: it is read only when its bytes are those that the manifest names, and only
+where it was built for. Needs neither TensorRT nor a GPU; see docs/artifacts.md section 8.
+"""
+
+import hashlib
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from microclip_deploy import artifact
+from microclip_deploy.config import validate
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
+from microclip_deploy.exported import BACKBONE, FULL, Export, GraphSpec, Precision
+
+SCHEMA = "microclip.engines/1"
+ENGINES = "engines"
+"""Folder of an export; no part of the export's own manifest."""
+
+BACKBONE_PLAN = "backbone.plan"
+FULL_PLAN = "full.plan"
+PLAN_OF: Mapping[str, str] = {BACKBONE: BACKBONE_PLAN, FULL: FULL_PLAN}
+
+Hardware = Literal["none", "ampere+", "same-cc"]
+"""GPUs beside the one of the build: none, every one since Ampere, every one of its capability."""
+
+
+class Target(BaseModel):
+    """What a plan is tied to."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tensorrt: str
+    """Version, such as "11.4.0.106"."""
+    gpu: str
+    compute_capability: str
+    """Such as "9.0"."""
+    system: str
+    """Such as "Linux x86_64"."""
+
+    @property
+    def folder(self) -> str:
+        """Return the name of the engines' folder."""
+        gpu = "".join(c if c.isalnum() else "-" for c in self.gpu.lower()).strip("-")
+        return f"trt{self.tensorrt}-sm{self.compute_capability.replace('.', '')}-{gpu}"
+
+    def __str__(self) -> str:
+        return (
+            f"TensorRT {self.tensorrt} on {self.gpu} "
+            f"(compute capability {self.compute_capability}, {self.system})"
+        )
+
+
+class Span(BaseModel):
+    """Sizes of one dimension that a profile allows, and the one its kernels are tuned for."""
+
+    model_config = ConfigDict(frozen=True)
+
+    least: int = Field(ge=1)
+    opt: int
+    most: int
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.least <= self.opt <= self.most:
+            raise ValueError(f"expected MIN <= OPT <= MAX, found {self}")
+        return self
+
+    def __contains__(self, size: int) -> bool:
+        return self.least <= size <= self.most
+
+    def __str__(self) -> str:
+        return f"{self.least}:{self.opt}:{self.most}"
+
+
+LATENCY = Span(least=1, opt=1, most=1)
+"""The first profile: one image, with kernels of its own."""
+
+
+class BuildOptions(BaseModel):
+    """What the user decides about a build."""
+
+    model_config = ConfigDict(frozen=True)
+
+    batch: Span = Span(least=1, opt=8, most=64)
+    """Of the throughput profile; the first profile is one image."""
+    workspace_gib: float | None = Field(default=None, gt=0)
+    """Most scratch memory of a kernel; None: all of the device."""
+    opt_level: int = Field(default=3, ge=0, le=5)
+    """How long TensorRT looks for fast kernels."""
+    version_compatible: bool = False
+    """Let newer TensorRT versions load the plan; slower."""
+    hardware: Hardware = "none"
+    """Other GPUs that may load the plan; slower."""
+
+    def batches(self) -> tuple[Span, ...]:
+        """Return the images a batch of each profile."""
+        return (LATENCY,) if self.batch == LATENCY else (LATENCY, self.batch)
+
+
+class PlanSpec(BaseModel):
+    """One plan."""
+
+    model_config = ConfigDict(frozen=True)
+
+    graph: str
+    """The ONNX file it was built from."""
+    graph_sha256: str
+    tensors: GraphSpec
+    """Inputs and outputs; the class matrix has no default here."""
+
+
+class EngineManifest(BaseModel):
+    """The fields of manifest.json that readers need; others are for people."""
+
+    model_config = ConfigDict(frozen=True)
+
+    target: Target
+    precision: Precision
+    options: BuildOptions
+    classes: Span
+    """Rows of the class matrix that the full plan takes."""
+    plans: Mapping[str, PlanSpec]
+    """By file name."""
+
+    def profile_of(self, batch: int) -> int:
+        """Return the narrowest profile that takes a batch, the one tuned for it first."""
+        fits = [
+            (span.most - span.least, span.opt != batch, number)
+            for number, span in enumerate(self.options.batches())
+            if batch in span
+        ]
+        return min(fits)[2]
+
+    def buckets(self) -> tuple[int, ...]:
+        """Return the batch sizes to prepare: powers of two, and the ends and middles of profiles.
+
+        Every batch of at most the last one fits into the next larger bucket.
+        """
+        batch = self.options.batch
+        powers = (1 << k for k in range(batch.most.bit_length()))
+        fits = {size for size in powers if size in batch}
+        return tuple(sorted({LATENCY.opt, batch.least, batch.opt, batch.most, *fits}))
+
+    def refusal(self, here: Target) -> str | None:
+        """Say why the plans cannot run here; None where they can."""
+        built = self.target
+        if here.system != built.system:
+            return f"built on {built.system}"
+        newer = _numbers(here.tensorrt) >= _numbers(built.tensorrt)
+        if here.tensorrt != built.tensorrt and not (self.options.version_compatible and newer):
+            return f"built with TensorRT {built.tensorrt}"
+        if self._same_gpu(here):
+            return None
+        return f"built for {built.gpu} (compute capability {built.compute_capability})"
+
+    def _same_gpu(self, here: Target) -> bool:
+        same = here.compute_capability == self.target.compute_capability
+        if self.options.hardware == "ampere+":
+            return _numbers(here.compute_capability) >= (8, 0)
+        return same and (self.options.hardware == "same-cc" or here.gpu == self.target.gpu)
+
+
+class Engines(NamedTuple):
+    """A folder of proven engines; the plans themselves are not read yet."""
+
+    directory: Path
+    manifest: EngineManifest
+    stored: dict[str, Any]
+    """All fields of manifest.json."""
+
+    def plan(self, name: str) -> bytes:
+        """Read a plan whose bytes are those that were proven.
+
+        Raises:
+            CheckpointError: missing, damaged or exchanged.
+        """
+        path = self.directory / name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path}: expected an engine, found: {error}") from error
+        expected = self.stored["files"].get(name, {}).get("sha256")
+        # The very bytes that are run, not the file at another moment.
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise CheckpointError(
+                f"{path}: its bytes are not those that were proven; it was not loaded; "
+                f"rebuild: {rebuild_command(self.directory.parent.parent)}"
+            )
+        return data
+
+
+def has_engines(export: Path) -> bool:
+    """Say whether engines were ever built for an export, for whatever machine."""
+    return any((export / ENGINES).glob(f"*/{artifact.MANIFEST}"))
+
+
+def find_engines(export: Export, here: Target) -> Engines:
+    """Return the engines of an export that run here.
+
+    Raises:
+        EnvironmentProblem: there are none; says what there is, and how to build them.
+        CheckpointError: those for this machine are damaged.
+    """
+    folder = export.directory / ENGINES
+    built = sorted(path.parent for path in folder.glob(f"*/{artifact.MANIFEST}"))
+    refused = []
+    # Those built for exactly this machine come first, before others that may run here.
+    for directory in sorted(built, key=lambda path: path.name != here.folder):
+        try:
+            engines = read_engines(directory)
+        except CheckpointError as error:
+            if directory.name == here.folder:
+                raise
+            refused.append(str(error))
+            continue
+        why = engines.manifest.refusal(here) or _stale(engines.manifest, export)
+        if why is None:
+            return engines
+        refused.append(f"{directory.name}: {why}")
+    raise EnvironmentProblem(
+        f"{folder}: expected engines for {here}, found {'; '.join(refused) or 'none'}; "
+        f"build them here: {rebuild_command(export.directory)}"
+    )
+
+
+def read_engines(directory: Path) -> Engines:
+    """Read and verify a folder of engines.
+
+    Raises:
+        CheckpointError: missing, damaged or of another schema.
+    """
+    stored = artifact.read_manifest(directory, SCHEMA)
+    try:
+        manifest = validate(EngineManifest, stored)
+    except UsageError as error:
+        raise CheckpointError(f"{directory / artifact.MANIFEST}: {error}; rebuild") from error
+    absent = sorted(set(PLAN_OF.values()) - (set(stored["files"]) & set(manifest.plans)))
+    if absent:
+        raise CheckpointError(f"{directory}: the manifest lists no {', '.join(absent)}; rebuild")
+    return Engines(directory, manifest, stored)
+
+
+def rebuild_command(export: Path) -> str:
+    """Return the command that builds engines for the machine it is run on."""
+    return f"microclip-deploy export {shlex.quote(str(export))} --trt"
+
+
+def _stale(manifest: EngineManifest, export: Export) -> str | None:
+    """Say which graph is another one now than that which a plan was built from."""
+    for name, plan in manifest.plans.items():
+        found = export.stored["files"].get(plan.graph, {}).get("sha256")
+        if plan.graph_sha256 != found:
+            return f"{name} was built from another {plan.graph}"
+    return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

@@ -1,0 +1,195 @@
+"""A TensorRT plan on a device, run on buffers of the caller's.
+
+TensorRT tells of failures by None, False and its logger; here each becomes an error of ours. Only
+calls that TensorRT 10 and 11 share are used.
+"""
+
+import json
+import platform
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import cupy
+import tensorrt as trt
+
+from microclip_deploy.engines import Target
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem
+from microclip_deploy.serving.cuda_pipeline import cuda_errors
+
+_KEPT_LINES = 20_000
+
+
+class Log(trt.ILogger):  # type: ignore[misc]  # the bindings have no types
+    """Keeps what TensorRT says, but for its most talkative level.
+
+    One a process, because TensorRT keeps the first one that it is given.
+    """
+
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self._lines: deque[tuple[str, str]] = deque(maxlen=_KEPT_LINES)
+
+    def log(self, severity: Any, msg: str) -> None:
+        """Take a message; called from TensorRT's own threads."""
+        if severity != trt.ILogger.Severity.VERBOSE:
+            self._lines.append((severity.name, msg))
+
+    def taken(self) -> list[str]:
+        """Return the lines so far and forget them."""
+        lines = [f"{severity}: {message}" for severity, message in self._lines]
+        self._lines.clear()
+        return lines
+
+    def last_error(self) -> str:
+        """Return what TensorRT complained of last, in one line."""
+        told = [message for severity, message in self._lines if "ERROR" in severity]
+        return " ".join(told[-1].split())[:400] if told else "TensorRT gives no reason"
+
+
+LOG = Log()
+
+
+class Engine:
+    """A deserialised plan; for one thread and one stream at a time.
+
+    The contexts share the memory of activations, because they never run at the same time.
+    """
+
+    def __init__(self, plan: bytes, stream: cupy.cuda.Stream, name: str) -> None:
+        """Load a plan whose origin was checked: loading runs what it holds.
+
+        Args:
+            plan: bytes that this TensorRT built for this GPU.
+            stream: on a device that works; without one TensorRT's runtime would crash.
+            name: of the plan, for messages.
+
+        Raises:
+            CheckpointError: TensorRT refuses the plan.
+            EnvironmentProblem: too little memory.
+        """
+        self.name = name
+        self._stream = stream
+        with self._on_device():
+            self._runtime = trt.Runtime(LOG)
+            self._engine = self._runtime.deserialize_cuda_engine(plan)
+            if self._engine is None:
+                raise CheckpointError(
+                    f"{name}: expected a plan that TensorRT {trt.__version__} can load, found: "
+                    f"{LOG.last_error()}; rebuild it with export --trt"
+                )
+            # Not of a pool, so that it goes with the engine; none at all would have no address.
+            size = max(self._engine.device_memory_size_v2, 256)
+            self._activations = cupy.cuda.Memory(size)
+        names = map(self._engine.get_tensor_name, range(self._engine.num_io_tensors))
+        self.tensors: tuple[str, ...] = tuple(names)
+
+    def bind(self, profile: int, buffers: Mapping[str, cupy.ndarray]) -> Callable[[], None]:
+        """Return what enqueues the plan on static buffers; it does not wait.
+
+        Args:
+            profile: number of the optimisation profile that takes their sizes.
+            buffers: C-contiguous arrays by tensor name; of inputs the shape decides.
+
+        Raises:
+            CheckpointError: the plan has other tensors, or refuses the sizes.
+            EnvironmentProblem: too little memory; by a run: the device failed.
+        """
+        self._require(set(buffers) == set(self.tensors), f"tensors {sorted(buffers)}")
+        stream = self._stream
+        with self._on_device():
+            context = self._context(profile)
+            self._set_shapes(context, buffers)
+            for name, buffer in buffers.items():
+                self._require_fit(context, name, buffer)
+                address = buffer.data.ptr
+                self._require(context.set_tensor_address(name, address), f"memory of {name}")
+        # TensorRT keeps no references: `enqueue` keeps engine and buffers alive.
+        held = (self, context, dict(buffers))
+
+        def enqueue() -> None:
+            _engine, bound, _buffers = held
+            if not bound.execute_async_v3(stream.ptr):
+                raise EnvironmentProblem(
+                    f"{self.name}: the run failed: {LOG.last_error()}; run `microclip-deploy "
+                    "doctor`, or use another device"
+                )
+
+        return enqueue
+
+    def _context(self, profile: int) -> Any:
+        """Return an execution context of a profile, on the shared memory."""
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(strategy)
+        if context is None:
+            raise EnvironmentProblem(
+                f"{self.name}: no execution context: {LOG.last_error()}; lower the batch size, or "
+                "free memory of the device"
+            )
+        context.set_device_memory(self._activations.ptr, self._activations.size)
+        chosen = context.set_optimization_profile_async(profile, self._stream.ptr)
+        self._require(chosen, f"profile {profile}")
+        return context
+
+    def _set_shapes(self, context: Any, buffers: Mapping[str, cupy.ndarray]) -> None:
+        for name in self.tensors:
+            if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+                shape = tuple(buffers[name].shape)
+                self._require(context.set_input_shape(name, shape), f"{name} {shape}")
+        unknown = context.infer_shapes()
+        self._require(not unknown, f"shapes of {', '.join(unknown)}")
+
+    def layers(self) -> Any:
+        """Return what TensorRT's inspector tells of every layer, as JSON.
+
+        Raises:
+            CheckpointError: it tells nothing.
+        """
+        inspector = self._engine.create_engine_inspector()
+        told = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        try:
+            return json.loads(told)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.name}: expected layers as JSON from TensorRT's inspector, found: {error}; "
+                "rebuild it with export --trt"
+            ) from error
+
+    def _require_fit(self, context: Any, name: str, buffer: cupy.ndarray) -> None:
+        dtype = trt.nptype(self._engine.get_tensor_dtype(name))
+        shape = tuple(context.get_tensor_shape(name))
+        self._require(
+            buffer.dtype == dtype and tuple(buffer.shape) == shape,
+            f"{name} {buffer.dtype} {tuple(buffer.shape)} in place of {dtype.__name__} {shape}",
+        )
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """TensorRT works on the current device of the thread."""
+        device = self._stream.device_id
+        with cuda_errors(f"cuda:{device}"), cupy.cuda.Device(device):
+            yield
+
+    def _require(self, accepted: bool, what: str) -> None:
+        if not accepted:
+            raise CheckpointError(
+                f"{self.name}: expected an engine that takes {what}, found that it refuses: "
+                f"{LOG.last_error()}; rebuild it with export --trt"
+            )
+
+
+def target(device_id: int) -> Target:
+    """Return what plans built on a device are tied to.
+
+    Raises:
+        EnvironmentProblem: there is no such device.
+    """
+    with cuda_errors(f"cuda:{device_id}"):
+        facts = cupy.cuda.runtime.getDeviceProperties(device_id)
+    return Target(
+        tensorrt=trt.__version__,
+        gpu=facts["name"].decode(),
+        compute_capability=f"{facts['major']}.{facts['minor']}",
+        system=f"{platform.system()} {platform.machine()}",
+    )
