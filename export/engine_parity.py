@@ -124,8 +124,8 @@ def prove_engines(
     full = _ask(subject, FULL_PLAN, reference, export.classifier)
     kernels = _ask_session(subject.session, manifest, reference.images)
     other = np.concatenate([export.classifier[1:], export.classifier[:2]])
-    served = _ask(subject, FULL_PLAN, reference, other, last=True)
-    tokens = _by_image(backbone, len(reference.images))
+    served = _ask(subject, FULL_PLAN, reference, other)
+    tokens = _by_image(backbone)
     certain = determined_masks(tokens, reference, spec, manifest.precision)
     judged = [_Judged.of(each, reference, limits, own, certain, names) for each in (kernels, full)]
     stages = (
@@ -179,12 +179,12 @@ def layer_types(layers: Any) -> Counter[str]:
         layers: JSON of TensorRT's inspector, in detailed verbosity. TensorRT 10 has types and
             layouts in one text, 11 apart.
     """
-    listed = layers.get("Layers", ()) if isinstance(layers, dict) else ()
+    listed = (layers.get("Layers") or ()) if isinstance(layers, dict) else ()
     tensors = (
         tensor
         for layer in listed
         if isinstance(layer, dict)
-        for tensor in (*layer.get("Inputs", ()), *layer.get("Outputs", ()))
+        for tensor in (*(layer.get("Inputs") or ()), *(layer.get("Outputs") or ()))
     )
     told = (_type_of(tensor) for tensor in tensors if isinstance(tensor, dict))
     return Counter(kind for kind in told if kind is not None)
@@ -201,17 +201,16 @@ def _type_of(tensor: Mapping[str, Any]) -> str | None:
 
 
 def jobs(manifest: EngineManifest, images: int) -> Iterator[Job]:
-    """Yield batches of each profile's sizes, and in the end every image once; rows rotate."""
+    """Yield batches of each profile's sizes, and in the end every image; rows rotate."""
     start = 0
     spans = manifest.options.batches()
     for profile, span in enumerate(spans):
         for size in sorted({span.least, span.opt, span.most}):
             yield Job(profile, (start + np.arange(size)) % images)
             start += size
-    step = min(spans[-1].most, images)
-    for start in range(0, images, step):
-        rows = np.arange(start, min(start + step, images))
-        yield Job(manifest.profile_of(len(rows)), rows)
+    size = min(spans[-1].most, max(spans[-1].least, images))
+    for start in range(0, images, size):
+        yield Job(manifest.profile_of(size), (start + np.arange(size)) % images)
 
 
 def session_sizes(manifest: EngineManifest) -> tuple[int, ...]:
@@ -252,11 +251,13 @@ class _Judged(NamedTuple):
         names: Sequence[str],
     ) -> "_Judged":
         other = (answers.outputs["mask"] != reference.mask[answers.rows]).any(axis=1)
-        images = np.unique(answers.rows[other])
+        other_cut = other | (answers.outputs["complete"] != reference.complete[answers.rows])
+        images = np.unique(answers.rows[other_cut])
         same = answers.where(~other | ~np.isfinite(answers.outputs["logits"]).all(axis=1))
         flips = list_flips(answers, reference, other, names)
         counted = count_flips(flips, own, certain)
         stages = (
+            distance(answers, "cls", reference, limits.cls),
             share(answers.graph, "mask", share_of(images, certain), limits.mask),
             *(distance(same, name, reference, getattr(limits, name)) for name in COMPARED),
             share(answers.graph, "top1", counted / len(answers.rows), limits.top1),
@@ -264,11 +265,9 @@ class _Judged(NamedTuple):
         return cls(stages, flips, images.tolist(), by_batch_size(same, reference))
 
 
-def _ask(
-    subject: Subject, plan: str, reference: Reference, classifier: Array, *, last: bool = False
-) -> Answers:
-    """Give a plan every job, or only the last one."""
-    todo = list(jobs(subject.manifest, len(reference.images)))[-1 if last else 0 :]
+def _ask(subject: Subject, plan: str, reference: Reference, classifier: Array) -> Answers:
+    """Give a plan every job."""
+    todo = list(jobs(subject.manifest, len(reference.images)))
     spec, engine = subject.manifest.plans[plan], subject.plans[plan]
     found = []
     with cupy.cuda.Device(subject.stream.device_id), subject.stream:
@@ -298,7 +297,8 @@ def _answers(graph: str, rows: Sequence[Array], outputs: dict[str, Array]) -> An
     return Answers(graph, np.concatenate(rows), sizes, outputs)
 
 
-def _by_image(backbone: Answers, images: int) -> Array:
-    """Return the tokens of each image; the last answers are those to every image in turn."""
-    tokens: Array = backbone.outputs["patches"][-images:]
+def _by_image(backbone: Answers) -> Array:
+    """Return the tokens of each image, from the last answer to it."""
+    _, newest = np.unique(backbone.rows[::-1], return_index=True)
+    tokens: Array = backbone.outputs["patches"][::-1][newest]
     return tokens

@@ -91,7 +91,8 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        remedy = "export the run first" if device == "openvino" else "give one of them"
+        exported = re.fullmatch(r"openvino|tensorrt(:\d+)?", device)
+        remedy = "export the run first" if exported else "give one of them"
         raise UsageError(f"--device: expected auto, cpu, cuda or cuda:N, found {device}; {remedy}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
