@@ -83,7 +83,7 @@ class CudaSession:
                 be answered.
             UsageError: the session is closed.
         """
-        return self._in_parts(checked_images(images, self.preprocess.size), _run_views)
+        return self.in_parts(checked_images(images, self.preprocess.size), _run_views)
 
     def predict_photos(self, photos: Sequence[NDArray[np.uint8]]) -> Prediction:
         """Classify decoded uint8 (H, W, 3) RGB photos of any sizes, resized on the device.
@@ -97,10 +97,15 @@ class CudaSession:
         """
         if len(photos) == 0:
             raise DataError("photos: expected at least one, found none; give decoded photos")
-        return self._in_parts(photos, _run_photos)
+        return self.in_parts(photos, _run_photos)
 
-    def _in_parts(self, images: Any, run: Callable[[Pipeline, int, Any], Prediction]) -> Prediction:
-        """Run each part in the smallest bucket that holds it, and keep what was asked for."""
+    def in_parts(self, images: Any, run: Callable[[Pipeline, int, Any], Prediction]) -> Prediction:
+        """Run each part in the smallest bucket that holds it, and keep what was asked for.
+
+        Args:
+            images: views or photos.
+            run: answers a part of them, which may be smaller than the bucket.
+        """
         parts = []
         with self._lock:
             if self._pipeline is None:
@@ -151,16 +156,20 @@ class CudaSession:
 
 
 def _run_views(pipeline: Pipeline, bucket: int, views: Any) -> Prediction:
-    """Fill the bucket with test views, the last one again and again, and run it."""
-    buffer = pipeline.pixels(bucket)
-    buffer[: len(views)] = views
-    buffer[len(views) :] = views[-1]
+    fill(pipeline, bucket, views)
     return pipeline.run(bucket)
 
 
 def _run_photos(pipeline: Pipeline, bucket: int, photos: Any) -> Prediction:
     pipeline.pixels(bucket)  # makes the bucket
     return pipeline.run_photos(bucket, photos)
+
+
+def fill(pipeline: Pipeline, bucket: int, views: NDArray[np.uint8]) -> None:
+    """Put views into a bucket's buffer, the last one again and again."""
+    buffer = pipeline.pixels(bucket)
+    buffer[: len(views)] = views
+    buffer[len(views) :] = views[-1]
 
 
 def bucket_of(count: int, buckets: Sequence[int]) -> int:

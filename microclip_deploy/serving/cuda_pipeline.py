@@ -8,8 +8,10 @@ at every replay, so a batch costs one upload, one launch and one download.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import cupy
@@ -33,6 +35,15 @@ _OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation, and CUDA_ERROR_OUT_OF_MEMORY of the driver."""
 
 
+class Launches(NamedTuple):
+    """Two ways to launch the same work on a stream, without waiting for it."""
+
+    replay: Callable[[], None]
+    """As a CUDA graph, as far as the encoder can be captured: what serves."""
+    eager: Callable[[], None]
+    """Operator by operator, to show what the graph saves."""
+
+
 class Encoder(Protocol):
     """The vision tower on a stream."""
 
@@ -45,7 +56,7 @@ class Encoder(Protocol):
         cls: cupy.ndarray,
         patches: cupy.ndarray,
         rest: Callable[[], None],
-    ) -> Callable[[], None]:
+    ) -> Launches:
         """Prepare the work on static buffers.
 
         Args:
@@ -55,7 +66,7 @@ class Encoder(Protocol):
             rest: launches what follows on the current stream; neither waits nor allocates.
 
         Returns:
-            What launches the encoder and `rest` on the stream, without waiting.
+            What launches the encoder and `rest`.
 
         Raises:
             EnvironmentProblem: the device is out of memory.
@@ -78,6 +89,23 @@ class Head(NamedTuple):
     ncut: NCutSpec
 
 
+class Timing(NamedTuple):
+    """Seconds of one request, uint8 views in the pinned buffer to answers in another."""
+
+    host: float
+    """Until everything is launched: what the host does itself."""
+    device: float
+    """Upload, encoder, kernels and download, between two events."""
+
+
+class Kernels(NamedTuple):
+    """What launches each kernel of a bucket by itself."""
+
+    edges: Callable[[], None]
+    cut: Callable[[], None]
+    fuse: Callable[[], None]
+
+
 class _Bucket(NamedTuple):
     """Buffers for a batch size, and the work on them."""
 
@@ -87,9 +115,11 @@ class _Bucket(NamedTuple):
     block: cupy.ndarray
     answers: Prediction
     """Views of `host_block`."""
-    launch: Callable[[], None]
-    rest: Callable[[], None]
-    """Keeps the buffers alive whose addresses the graph holds."""
+    patches: cupy.ndarray
+    launches: Launches
+    """Encoder and kernels."""
+    kernels: Kernels
+    """Keep the buffers alive whose addresses the graph holds."""
 
 
 class CudaPipeline:
@@ -141,19 +171,62 @@ class CudaPipeline:
             EnvironmentProblem: the device fails, or is out of memory.
         """
         found = self._buckets[bucket]
-        with self._current():
-            found.pixels.set(found.host_pixels, stream=self._stream)
-            self._answer(found)
-        return found.answers
+        return self._answered(found, found.launches.replay)
 
-    def run_timed(self, bucket: int) -> float:
-        """Classify the buffer's images and return the seconds between two events around that."""
+    def run_eagerly(self, bucket: int) -> Prediction:
+        """Do what `run` does without a CUDA graph, operator by operator."""
+        found = self._buckets[bucket]
+        return self._answered(found, found.launches.eager)
+
+    def time_run(self, bucket: int) -> Timing:
+        """Do what `run` does and return how long host and device took."""
+        found = self._buckets[bucket]
+        with self._current():
+            return self._timed(lambda: self._launch(found, found.launches.replay))
+
+    def time_stages(
+        self, bucket: int, photos: Sequence[NDArray[np.uint8]], repeats: int
+    ) -> dict[str, list[float]]:
+        """Return the seconds of each stage by itself, between two events.
+
+        The pixels must be in the buffer, and the bucket have been run, so that each stage finds
+        what those before it wrote. An encoder that is captured is captured once more, alone.
+
+        Args:
+            bucket: batch size.
+            photos: uint8 (H, W, 3) RGB, as many as the bucket holds: for "preprocess".
+            repeats: samples a stage.
+        """
+        found = self._buckets[bucket]
+        with _CAPTURE, self._current():
+            cls = block_views(found.block, bucket, self._sizes).cls
+            encode = self._encoder.capture(found.pixels, cls, found.patches, lambda: None).replay
+        stages: dict[str, Callable[[], object]] = {
+            "preprocess": lambda: self._test_view(photos, out=found.pixels),
+            "H2D": lambda: found.pixels.set(found.host_pixels, stream=self._stream),
+            "backbone": encode,
+            "K1": found.kernels.edges,
+            "K2": found.kernels.cut,
+            "K3/head": found.kernels.fuse,
+            "D2H": lambda: self._download(found),
+        }
+        with self._current():
+            return {
+                name: [self._timed(launch).device for _ in range(repeats)]
+                for name, launch in stages.items()
+            }
+
+    def _timed(self, launch: Callable[[], object]) -> Timing:
+        """Launch work on the idle stream between two events."""
         start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        self._stream.synchronize()
         start.record(self._stream)
-        self.run(bucket)
+        asked = time.perf_counter()
+        launch()
+        host = time.perf_counter() - asked
         end.record(self._stream)
         end.synchronize()
-        return 1e-3 * float(cupy.cuda.get_elapsed_time(start, end))
+        return Timing(host, 1e-3 * float(cupy.cuda.get_elapsed_time(start, end)))
 
     def run_photos(self, bucket: int, photos: Sequence[NDArray[np.uint8]]) -> Prediction:
         """Resize photos on the device and classify them; the bucket's other rows stay as they are.
@@ -165,13 +238,24 @@ class CudaPipeline:
         found = self._buckets[bucket]
         with self._current():
             self._test_view(photos, out=found.pixels[: len(photos)])
-            self._answer(found)
+            found.launches.replay()
+            self._download(found)
+            self._stream.synchronize()
         return found.answers
 
-    def _answer(self, found: _Bucket) -> None:
-        found.launch()
+    def _answered(self, found: _Bucket, launch: Callable[[], None]) -> Prediction:
+        with self._current():
+            self._launch(found, launch)
+            self._stream.synchronize()
+        return found.answers
+
+    def _launch(self, found: _Bucket, launch: Callable[[], None]) -> None:
+        found.pixels.set(found.host_pixels, stream=self._stream)
+        launch()
+        self._download(found)
+
+    def _download(self, found: _Bucket) -> None:
         found.block.get(stream=self._stream, out=found.host_block, blocking=False)
-        self._stream.synchronize()
 
     def close(self) -> None:
         """Release graphs, buffers, weights and stream."""
@@ -208,13 +292,19 @@ class CudaPipeline:
             fg=answers.fg, logits=answers.logits, attention=answers.attention
         )
 
-        def rest() -> None:
-            kernels.run(patches, work, cut)
-            fusion.run(answers.cls, patches, cut, fused)
+        each = Kernels(
+            edges=partial(kernels.affinity, patches, work),
+            cut=partial(kernels.solve, work, cut),
+            fuse=partial(fusion.run, answers.cls, patches, cut, fused),
+        )
 
-        launch = self._encoder.capture(pixels, answers.cls, patches, rest)
+        def rest() -> None:
+            for launch in each:
+                launch()
+
+        launches = self._encoder.capture(pixels, answers.cls, patches, rest)
         views = block_views(host_block, batch, self._sizes)
-        return _Bucket(host_pixels, pixels, host_block, block, views, launch, rest)
+        return _Bucket(host_pixels, pixels, host_block, block, views, patches, launches, each)
 
     def _pinned_bytes(self, size: int) -> NDArray[np.uint8]:
         return np.frombuffer(self._pinned.malloc(size), np.uint8, size)
@@ -241,8 +331,8 @@ def open_stream(device: str) -> cupy.cuda.Stream:
         return cupy.cuda.Stream(non_blocking=True)
 
 
-def captured(work: Callable[[], None], stream: cupy.cuda.Stream) -> Callable[[], None]:
-    """Run work once, capture it in a CUDA graph, and return what replays it without waiting."""
+def captured(work: Callable[[], None], stream: cupy.cuda.Stream) -> Launches:
+    """Run work once, and capture it in a CUDA graph."""
     work()  # loads kernels and settles shapes, which a capture must not
     stream.synchronize()
     stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
@@ -254,7 +344,7 @@ def captured(work: Callable[[], None], stream: cupy.cuda.Stream) -> Callable[[],
     def replay() -> None:
         graph.launch(stream)
 
-    return replay
+    return Launches(replay, work)
 
 
 @contextmanager

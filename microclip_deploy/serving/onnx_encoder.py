@@ -9,7 +9,13 @@ import numpy as np
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.exported import BACKBONE, ExportManifest, read_export, read_head_weights
 from microclip_deploy.serving.cuda_backend import CudaSession, Facts
-from microclip_deploy.serving.cuda_pipeline import CudaPipeline, Head, captured, open_stream
+from microclip_deploy.serving.cuda_pipeline import (
+    CudaPipeline,
+    Head,
+    Launches,
+    captured,
+    open_stream,
+)
 from microclip_deploy.serving.onnx_graph import Buffer, OnnxGraph
 
 
@@ -57,7 +63,7 @@ class OnnxEncoder:
         cls: cupy.ndarray,
         patches: cupy.ndarray,
         rest: Callable[[], None],
-    ) -> Callable[[], None]:
+    ) -> Launches:
         """Bind the encoder to the buffers and capture `rest`.
 
         Raises:
@@ -69,13 +75,17 @@ class OnnxEncoder:
             {"image": _buffer(pixels)}, {"cls": _buffer(cls), "patches": _buffer(patches)}
         )
         encode()  # so that `rest`, which runs once before its capture, has tokens to read
-        replay = captured(rest, self._stream)
+        after = captured(rest, self._stream)
 
-        def launch() -> None:
+        def replay() -> None:
             encode()
-            replay()
+            after.replay()
 
-        return launch
+        def eager() -> None:
+            encode()
+            after.eager()
+
+        return Launches(replay, eager)
 
     def close(self) -> None:
         """Drop the graph."""

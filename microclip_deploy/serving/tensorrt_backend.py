@@ -8,7 +8,13 @@ import cupy
 from microclip_deploy.engines import BACKBONE_PLAN, EngineManifest, find_engines
 from microclip_deploy.exported import Export, read_export, read_head_weights
 from microclip_deploy.serving.cuda_backend import CudaSession, Facts
-from microclip_deploy.serving.cuda_pipeline import CudaPipeline, Head, captured, open_stream
+from microclip_deploy.serving.cuda_pipeline import (
+    CudaPipeline,
+    Head,
+    Launches,
+    captured,
+    open_stream,
+)
 from microclip_deploy.serving.tensorrt_engine import Engine, target
 
 
@@ -62,7 +68,7 @@ class TensorRTEncoder:
         cls: cupy.ndarray,
         patches: cupy.ndarray,
         rest: Callable[[], None],
-    ) -> Callable[[], None]:
+    ) -> Launches:
         """Capture encoder and `rest` in one graph.
 
         Raises:

@@ -10,9 +10,16 @@ from torch.utils.dlpack import from_dlpack
 
 from microclip_deploy.backbone import VisionBackbone
 from microclip_deploy.checkpoint import load_model, read_checkpoint
+from microclip_deploy.model import MicroCLIP
 from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.serving.cuda_backend import CudaSession, Facts
-from microclip_deploy.serving.cuda_pipeline import CudaPipeline, Head, open_stream, out_of_memory
+from microclip_deploy.serving.cuda_pipeline import (
+    CudaPipeline,
+    Head,
+    Launches,
+    open_stream,
+    out_of_memory,
+)
 
 
 def open_run(path: Path, device: str) -> CudaSession:
@@ -30,18 +37,27 @@ def open_run(path: Path, device: str) -> CudaSession:
     checkpoint = read_checkpoint(path)
     manifest = checkpoint.manifest
     model = load_model(checkpoint, f"cuda:{stream.device_id}")
+    return session_of(model, manifest.preprocess, manifest.classes, stream)
+
+
+def session_of(
+    model: MicroCLIP, preprocess: Preprocess, classes: tuple[str, ...], stream: cupy.cuda.Stream
+) -> CudaSession:
+    """Serve a model that is on the stream's device.
+
+    Raises:
+        EnvironmentProblem: the device fails, or is out of memory.
+    """
     match, project = (
         None if matrix is None else matrix.float().cpu().numpy() for matrix in model.folded_head()
     )
     assert project is not None, "only the match may be absent"
     classifier = model.class_matrix().detach().cpu().numpy()
     head = Head(match, project, classifier, model.cls_share, model.ncut)
-    encoder = TorchEncoder(model.backbone, manifest.preprocess, stream)
-    pipeline = CudaPipeline(stream, encoder, head, manifest.preprocess)
+    encoder = TorchEncoder(model.backbone, preprocess, stream)
+    pipeline = CudaPipeline(stream, encoder, head, preprocess)
     # A run's classes are those it adapted to.
-    return CudaSession(
-        pipeline, Facts(manifest.classes, frozenset(), manifest.preprocess, classifier)
-    )
+    return CudaSession(pipeline, Facts(classes, frozenset(), preprocess, classifier))
 
 
 class TorchEncoder:
@@ -69,23 +85,16 @@ class TorchEncoder:
         cls: cupy.ndarray,
         patches: cupy.ndarray,
         rest: Callable[[], None],
-    ) -> Callable[[], None]:
+    ) -> Launches:
         """Capture encoder and `rest` in one graph.
 
         Raises:
             EnvironmentProblem: the device is out of memory.
         """
         try:
-            graph = self._captured(pixels, cls, patches, rest)
+            return self._captured(pixels, cls, patches, rest)
         except torch.cuda.OutOfMemoryError as error:
             problem = out_of_memory(str(self._device), str(error))
-        else:
-
-            def launch() -> None:
-                with torch.cuda.stream(self._stream):
-                    graph.replay()
-
-            return launch
         torch.cuda.empty_cache()  # here, where the error no longer holds tensors
         raise problem
 
@@ -95,11 +104,11 @@ class TorchEncoder:
         cls: cupy.ndarray,
         patches: cupy.ndarray,
         rest: Callable[[], None],
-    ) -> torch.cuda.CUDAGraph:
+    ) -> Launches:
         backbone = self._backbone
         assert backbone is not None, "a closed session captures nothing"
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream), torch.inference_mode(), _exact_float32():
+        with self._inference():
             images, class_rows, token_rows = (
                 from_dlpack(array) for array in (pixels, cls, patches)
             )
@@ -116,7 +125,21 @@ class TorchEncoder:
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 work()
-        return graph
+
+        def replay() -> None:
+            with torch.cuda.stream(self._stream):
+                graph.replay()
+
+        def eager() -> None:
+            with self._inference():
+                work()
+
+        return Launches(replay, eager)
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        with torch.cuda.stream(self._stream), torch.inference_mode(), _exact_float32():
+            yield
 
     def close(self) -> None:
         """Drop the backbone and give its memory back to the device."""
@@ -126,7 +149,7 @@ class TorchEncoder:
 
 @contextmanager
 def _exact_float32() -> Iterator[None]:
-    """Switch TF32 off for what is captured: it would move edges of the graph that is cut.
+    """Switch TF32 off for what is launched: it would move edges of the graph that is cut.
 
     The switches are the process's, so they are put back.
     """

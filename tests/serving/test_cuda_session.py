@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -102,6 +103,25 @@ def test_replayed_graphs_see_new_images(
         for seed in range(5):
             batch = images(4, seed)
             assert_like(session.predict(batch), reference.predict(batch))
+
+
+def test_the_same_work_without_a_graph_and_by_stage(
+    open_one: Callable[[], Session], reference: TorchSession
+) -> None:
+    batch = images(4)
+    with open_one() as session:
+        assert isinstance(session, CudaSession)
+        pipeline: Any = session.pipeline
+        pipeline.pixels(4)[:] = batch
+        assert_like(pipeline.run_eagerly(4), reference.predict(batch))
+        timing = pipeline.time_run(4)
+        assert 0 < timing.host < 1
+        assert 0 < timing.device < 1
+        photos = [np.zeros((48, 40, 3), np.uint8)] * 4
+        stages = pipeline.time_stages(4, photos, 3)
+        assert [*stages] == ["preprocess", "H2D", "backbone", "K1", "K2", "K3/head", "D2H"]
+        assert all(len(samples) == 3 and min(samples) > 0 for samples in stages.values())
+        assert_like(session.predict(batch), reference.predict(batch))  # nothing was left behind
 
 
 def test_two_sessions_on_two_threads_do_not_meet(

@@ -482,7 +482,7 @@ def test_the_encoder_is_captured_with_what_follows(monkeypatch: pytest.MonkeyPat
     )
     assert encoder.tokens == 16
     made = buffers()
-    launch = encoder.capture(
+    launches = encoder.capture(
         made["image"], made["cls"], made["patches"], lambda: log.append(Call("rest"))
     )
     # Once before the capture: TensorRT settles shapes in the first run, which may wait.
@@ -491,8 +491,10 @@ def test_the_encoder_is_captured_with_what_follows(monkeypatch: pytest.MonkeyPat
         "IExecutionContext.execute_async_v3", "rest", "end_capture",
     ]  # fmt: skip
     assert calls(log, "IExecutionContext.set_optimization_profile_async") == [(1, 7)]
-    launch()
+    launches.replay()
     assert names(log)[-1] == "launch"
+    launches.eager()
+    assert names(log)[-2:] == ["IExecutionContext.execute_async_v3", "rest"]
     encoder.capture(made["image"], made["cls"], made["patches"], lambda: None)
     assert names(log).count("ICudaEngine.create_execution_context") == 2  # one a captured bucket
     encoder.close()
