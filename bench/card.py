@@ -7,7 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "open_clip_torch", "timm", "numpy", "pillow", "onnxruntime", "cupy-cuda13x")
+from microclip_deploy.environment_probe import usable_cpus
+
+PACKAGES = (
+    "microclip-deploy", "torch", "open_clip_torch", "timm", "numpy", "pillow", "onnxruntime",
+    "onnxruntime-gpu", "onnxruntime-openvino", "tensorrt", "cupy-cuda13x",
+)  # fmt: skip
 
 GPU_FIELDS = {
     "name": "name",
@@ -37,32 +42,38 @@ THROTTLE_REASONS = {
 """Bits of nvidia-smi's clocks_event_reasons.active."""
 
 
-def environment() -> dict[str, Any]:
-    """Return processor, cores, memory, GPU, library versions and commit as plain values."""
+def environment(number: int = 0) -> dict[str, Any]:
+    """Return processor, cores, memory, GPU, library versions and commit as plain values.
+
+    Args:
+        number: of the GPU that is measured.
+
+    `load` is the mean number of running processes in the last minute: what else was at work.
+    """
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cpus(),
+        "load": round(os.getloadavg()[0], 2),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpu": gpu(),
+        "gpu": gpu(number),
         "os": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
-        "commit": _output(
-            "git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"
-        ),
+        "commit": _commit(),
     }
 
 
-def gpu() -> dict[str, Any] | None:
-    """Return what nvidia-smi and CuPy say about the first GPU now, or None where there is none.
+def gpu(number: int = 0) -> dict[str, Any] | None:
+    """Return what nvidia-smi and CuPy say about a GPU now, or None where there is none.
 
     A value that this driver does not tell is None. Clocks and what throttles them are those of
     the moment of the call.
     """
-    if _query("name") is None:
+    if _query("name", number) is None:
         return None
-    found: dict[str, Any] = {key: _query(field) for key, field in GPU_FIELDS.items()}
-    active = _query("clocks_event_reasons.active") or _query("clocks_throttle_reasons.active")
+    found: dict[str, Any] = {key: _query(field, number) for key, field in GPU_FIELDS.items()}
+    asked = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+    active = next((answer for field in asked if (answer := _query(field, number))), None)
     return {**found, "throttled_by": throttle_reasons(active), "cuda_runtime": _cuda_runtime()}
 
 
@@ -81,9 +92,9 @@ def throttle_reasons(active: str | None) -> list[str] | None:
     return [*known, hex(rest)] if rest else known
 
 
-def _query(field: str) -> str | None:
-    """Return one field of the first GPU; an unknown field would spoil a query of several."""
-    shown = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "--id=0")
+def _query(field: str, number: int) -> str | None:
+    """Return one field of a GPU; an unknown field would spoil a query of several."""
+    shown = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", f"--id={number}")
     return None if shown is None or shown.startswith("[") else shown
 
 
@@ -98,7 +109,18 @@ def _cuda_runtime() -> str | None:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
+def _commit() -> str | None:
+    """Return the commit of this file, or None where it was installed without its history."""
+    here = Path(__file__).resolve()
+    git = ("git", "-C", str(here.parent))
+    if _output(*git, "ls-files", "--error-unmatch", here.name) is None:  # another repository
+        return None
+    return _output(*git, "describe", "--always", "--dirty", "--exclude=*")
+
+
 def _cpu_model() -> str:
+    if not Path("/proc/cpuinfo").exists():
+        return platform.processor()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -172,13 +172,14 @@ def probe_machine() -> Machine:
     return Machine(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        cpus=_usable_cpus(),
+        cpus=usable_cpus(),
         gpus=gpus,
         driver_cuda=driver_cuda,
     )
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
+    """Return how many processors this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
