@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+RESULTS ?= build/bench
 
-.PHONY: help setup demo test check format bench ablations verify-kernel gpu-check clean
+.PHONY: help setup demo test check format bench export-parity ablations verify-kernel gpu-check clean
 help:           ## Show the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -32,9 +33,11 @@ format: setup   ## Reformat the code
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i microclip_deploy/*.cu* microclip_deploy/ncut/*.cu tests/ncut/on_cpu/*
 
-bench: setup    ## Time a training step and exported graphs against the plain algorithm on this CPU
-	$(BIN)/python -m microclip_deploy.bench.training_step
-	$(BIN)/python -m microclip_deploy.bench.graph_speed
+bench: setup    ## Time a model, its stages and peers, and a training step on this CPU (under five minutes)
+	$(BIN)/microclip-deploy bench ViT-B-32 --batches 1,8 --warmup 1s --duration 3s --until-stable 10% --out $(RESULTS)
+	$(BIN)/microclip-deploy bench adapt --batch-size 8 --crops 4 --repeats 2 --out $(RESULTS)
+
+export-parity: setup ## Hold exported graphs of well-known sizes against PyTorch
 	$(BIN)/python -m microclip_deploy.bench.export_parity --geometries tiny,ViT-B-32,ViT-B-16
 
 ablations: setup ## Rerun the ablation table on the embedded benchmark (about an hour on two cores)

@@ -67,18 +67,6 @@ class Measured:
     ceilings: dict[str, Any] | None = None
 
 
-def parse_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Read "1,32" as whole numbers of at least 1, in rising order.
-
-    Raises:
-        UsageError: `text` is something else.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"{option}: expected whole numbers such as 1,32, found '{text}'")
-    return tuple(sorted({int(part) for part in parts}))
-
-
 def run_kernel_bench(request: KernelRequest, notes: Console) -> Report:
     """Measure everything that was asked for.
 

@@ -1,7 +1,6 @@
 """What `bench ncut` measured, as a table, Markdown, a chart and one JSON document."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 
 from microclip_deploy.artifact import write_bytes, write_json
 from microclip_deploy.bench.log_chart import log_chart
+from microclip_deploy.bench.table_text import columns, digits, markdown_table, slug
 from microclip_deploy.errors import VerificationError
 
 AFFINITY, SOLVE, FUSION = "K1 affinity", "K2 solve", "K3 fusion"
@@ -162,12 +162,17 @@ def percentile(samples: Sequence[float], share: float) -> float:
     return sorted(samples)[max(math.ceil(len(samples) * share / 100) - 1, 0)]
 
 
+def affinity_work(batch: int, tokens: int, width: int, item_bytes: int) -> tuple[int, int]:
+    """Return the operations of K1, and its bytes: tokens read once, a bit a pair written."""
+    tiles = math.ceil(tokens / 64)
+    words = math.ceil(tokens / 32)
+    moved = batch * tokens * (width * item_bytes + 4 * words)
+    return batch * tiles * (tiles + 1) // 2 * 64 * 64 * 2 * width, moved
+
+
 def roofline(case: Case, item_bytes: int, ceilings: dict[str, Any]) -> Roofline:
     """Return the floor under K1 and how near its median comes."""
-    tiles = math.ceil(case.tokens / 64)
-    words = math.ceil(case.tokens / 32)
-    moved = case.batch * case.tokens * (case.width * item_bytes + 4 * words)
-    flop = case.batch * tiles * (tiles + 1) // 2 * 64 * 64 * 2 * case.width
+    flop, moved = affinity_work(case.batch, case.tokens, case.width, item_bytes)
     memory_us = moved / ceilings["copy_bytes_per_s"] * 1e6
     arithmetic_us = flop / ceilings["product_flop_per_s"] * 1e6
     share = max(memory_us, arithmetic_us) / case.times[AFFINITY].median_us
@@ -222,7 +227,7 @@ def plain(report: Report) -> str:
     """Return both tables for the terminal, in columns."""
     times = f"microseconds a batch, {report.dtype}, {report.device}: median / p95"
     blocks = ((times, time_rows(report)), ("the tokens used", fact_rows(report)))
-    return "\n\n".join("\n".join([title, *_columns(rows)]) for title, rows in blocks)
+    return "\n\n".join("\n".join([title, *columns(rows)]) for title, rows in blocks)
 
 
 def markdown(report: Report) -> str:
@@ -235,13 +240,13 @@ def markdown(report: Report) -> str:
         "",
         "Microseconds a batch, median / p95.",
         "",
-        *_markdown_table(time_rows(report)),
+        *markdown_table(time_rows(report)),
         "",
         METHOD,
         "",
         *(f"* {name}: {text}" for name, text in report.to_json()["timed"].items()),
         "",
-        *_markdown_table(fact_rows(report)),
+        *markdown_table(fact_rows(report)),
         "",
         "A mask is wrong where it differs from exact float64 on the CPU, solved from the very "
         "tokens, on a graph whose mask rounding in float32 cannot change.",
@@ -288,8 +293,7 @@ def chart(report: Report) -> str:
 def write_report(report: Report, directory: Path) -> Path:
     """Write DATE-GPU-kernel.json, .md and .svg; return the JSON's path."""
     directory.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", report.device.lower()).strip("-")
-    path = directory / f"{report.date}-{name}-kernel.json"
+    path = directory / f"{report.date}-{slug(report.device)}-kernel.json"
     write_json(path, report.to_json())
     write_bytes(path.with_suffix(".md"), markdown(report).encode())
     write_bytes(path.with_suffix(".svg"), chart(report).encode())
@@ -316,22 +320,4 @@ def require_right(report: Report) -> None:
 
 
 def _time(timing: Timing | None) -> str:
-    return "–" if timing is None else f"{_short(timing.median_us)} / {_short(timing.p95_us)}"
-
-
-def _short(value: float) -> str:
-    """Return three significant digits, without an exponent."""
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
-
-
-def _columns(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-
-
-def _markdown_table(rows: list[list[str]]) -> list[str]:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]
+    return "–" if timing is None else f"{digits(timing.median_us)} / {digits(timing.p95_us)}"

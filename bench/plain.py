@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
+from microclip_deploy.errors import UsageError
+from microclip_deploy.fusion import SOAP
 from microclip_deploy.iteration import AdaptConfig, Views
+from microclip_deploy.model import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.text import TextHeads
 
@@ -83,6 +86,25 @@ class PlainMicroCLIP(nn.Module):
         scores = self.query_proj(query)[:, None] @ self.key_proj(padded).transpose(1, 2)
         attention = (scores / math.sqrt(tokens.shape[-1])).softmax(-1)
         return F.normalize((attention @ self.value_proj(padded))[:, 0] @ self.visual.proj, dim=-1)
+
+
+def plain_of(model: MicroCLIP) -> PlainMicroCLIP:
+    """Return the plain algorithm with a model's weights.
+
+    Raises:
+        UsageError: the model is not the specified one: another pooling, affinity or share of [CLS].
+    """
+    same = model.ncut == SPEC and model.cls_share == 0.5
+    if not same or not isinstance(model.pooling, SOAP):
+        raise UsageError(
+            "the plain algorithm: expected the method's own settings, found another pooling, ncut "
+            "or cls_share"
+        )
+    heads = TextHeads(model.names, model.frozen, initial=model.classifier.detach())
+    plain = PlainMicroCLIP(model.backbone.visual, heads)
+    for name in ("query_proj", "key_proj", "value_proj"):
+        getattr(plain, name).load_state_dict(getattr(model.pooling, name).state_dict())
+    return plain
 
 
 def cut(tokens: Tensor) -> Tensor:

@@ -83,8 +83,8 @@ class BackboneGraph(nn.Module):
         self.patch = _frozen(weight, dtype)
         self.position = _frozen(position, torch.float32)
         self.ln_pre = _LayerNorm(tower.ln_pre) if isinstance(tower.ln_pre, nn.LayerNorm) else None
-        self.blocks = nn.ModuleList(_Block(block, dtype) for block in tower.blocks[:-1])
-        self.last = _LastBlock(tower.blocks[-1], dtype)
+        self.blocks = nn.ModuleList(Block(block, dtype) for block in tower.blocks[:-1])
+        self.last = LastBlock(tower.blocks[-1], dtype)
         self.ln_post = _LayerNorm(tower.ln_post)
         self.projection = _frozen(tower.projection, torch.float32)
 
@@ -212,7 +212,7 @@ class _BlockParts(nn.Module):
         return x.transpose(1, 2).reshape(-1, x.shape[2], x.shape[1] * x.shape[3])
 
 
-class _Block(_BlockParts):
+class Block(_BlockParts):
     """A pre-norm attention block."""
 
     def __init__(self, weights: BlockWeights, dtype: torch.dtype) -> None:
@@ -220,13 +220,14 @@ class _Block(_BlockParts):
         self.qkv = _Linear(*_scaled_queries(weights), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attend from every row to every row."""
         packed = self.qkv(self.ln_1(x).to(self.dtype))
         query, key, value = (self.split(part) for part in packed.chunk(3, dim=-1))
         attention = (query @ key.transpose(-1, -2)).softmax(dim=-1)
         return self.finish(x, self.join(attention @ value))
 
 
-class _LastBlock(_BlockParts):
+class LastBlock(_BlockParts):
     """The last block: the class row attends, the patch rows take the value path.
 
     Scores are q . (Wk h): Wk is applied to the one query of each head instead of to every token,
@@ -243,11 +244,16 @@ class _LastBlock(_BlockParts):
         self.value = _Linear(value, value_bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attend from the class row; the others take their values."""
         hidden = self.ln_1(x).to(self.dtype)
         query = self.split(self.query(hidden[:, :1])) @ self.key
         attention = (query[:, :, 0] @ hidden.transpose(1, 2)).softmax(dim=-1)
         value = self.value(hidden)
         attended = self.join(attention[:, :, None] @ self.split(value))
+        return self.rows(x, attended, value)
+
+    def rows(self, x: Tensor, attended: Tensor, value: Tensor) -> Tensor:
+        """Return the finished rows: the class row that attended, and the patches' value path."""
         return self.finish(x, torch.cat([attended, value[:, 1:]], dim=1))
 
 

@@ -17,6 +17,15 @@ class Dtype(StrEnum):
     auto = "auto"
 
 
+class ExportDtype(StrEnum):
+    """Precision of an export that is made for a measurement."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
 class Hardware(StrEnum):
     """Other GPUs that may load an engine."""
 

@@ -31,6 +31,16 @@ SURFACE = {
     "classes add": {"--descriptions", "--model", "--pretrained", "--json"},
     "classes remove": {"--json"},
     "bench": set(),
+    "bench model": {
+        "--backends", "--device", "--batches", "--concurrency", "--warmup", "--duration",
+        "--until-stable", "--percentiles", "--dtype", "--peers", "--images", "--threads",
+        "--stages", "--out", "--baseline", "--max-regression", "--slo", "--json",
+    },
+    "bench compare": set(),
+    "bench adapt": {
+        "--geometry", "--batch-size", "--crops", "--repeats", "--workers", "--device", "--plain",
+        "--images", "--out", "--json",
+    },
     "bench ncut": {"--batches", "--tokens", "--dtype", "--device", "--out", "--json"},
     "demo": {"--out", "--write-images", "--seed", "--device", "--json"},
     "doctor": {"--require", "--json"},

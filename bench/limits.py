@@ -1,0 +1,128 @@
+"""What a user will not put up with: limits on latency, and on being slower than before."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from microclip_deploy.bench.latency_report import (
+    IMAGE_TO_LOGITS,
+    Report,
+    Row,
+    place,
+)
+from microclip_deploy.bench.table_text import columns, digits, flat, in_ms, percentile_name
+from microclip_deploy.errors import ThresholdError, UsageError
+
+_COMPARED = (50.0, 99.0)
+
+
+class _Key(NamedTuple):
+    """What makes rows of two reports the same measurement."""
+
+    contestant: str
+    scope: str
+    batch: int
+    concurrency: int
+
+
+def require_slo(report: Report, limits: Mapping[float, float]) -> None:
+    """Insist on limits for every row of the target from pixels to logits.
+
+    Args:
+        report: of this run.
+        limits: percentile -> seconds a request.
+
+    Raises:
+        ThresholdError: names every miss.
+    """
+    missed = [
+        f"{place(row)}: {percentile_name(q)} expected at most {in_ms(limit)} ms, found "
+        f"{in_ms(row.percentile(q))} ms"
+        for row in report.rows
+        if row.contestant == report.subject and row.scope == IMAGE_TO_LOGITS
+        for q, limit in limits.items()
+        if not row.percentile(q) <= limit
+    ]
+    if missed:
+        raise ThresholdError(
+            f"--slo: {'; '.join(missed)}; try smaller batches, --dtype int8 on a CPU, fewer "
+            "requests at once, or a smaller model"
+        )
+
+
+def require_no_regression(report: Report, baseline: Report, most: float) -> list[str]:
+    """Insist that the target is not slower than it was.
+
+    Args:
+        report: of this run.
+        baseline: of an earlier one.
+        most: share by which a median may be longer.
+
+    Returns:
+        Notes on what stands in only one of both.
+
+    Raises:
+        ThresholdError: names every row that is slower.
+        UsageError: no row of the target can be compared.
+    """
+    now, before = (_rows(each, report.subject) for each in (report, baseline))
+    shared = [key for key in now if key in before]
+    if not shared:
+        raise UsageError(
+            f"--baseline: expected rows of '{report.subject}' at the same batches and "
+            "concurrency, found none; measure the baseline with the same options"
+        )
+    slower = [
+        f"{place(now[key])}: expected at most {in_ms((1 + most) * before[key].percentile(50))} ms, "
+        f"found {in_ms(now[key].percentile(50))} ms"
+        for key in shared
+        if not now[key].percentile(50) <= (1 + most) * before[key].percentile(50)
+    ]
+    if slower:
+        raise ThresholdError(
+            f"--max-regression: {'; '.join(slower)}; compare the environments with `bench "
+            "compare`, or take a new baseline"
+        )
+    alone = [key for key in {**now, **before} if (key in now) != (key in before)]
+    return [f"not compared: {key.scope}, batch {key.batch}, {key.contestant}" for key in alone]
+
+
+def comparison(before: Report, after: Report) -> str:
+    """Return how two reports differ: machines first, then ratios, then times in milliseconds."""
+    differences = list(_differences(before.environment, after.environment))
+    rows = [["scope", "contestant", "batch", "at once", *_headings()]]
+    old, new = _rows(before), _rows(after)
+    rows += [_compared(key, old[key], new[key]) for key in old if key in new]
+    told = ["the same machine and packages" if not differences else "what differs:"]
+    told += [f"  {name}: {one} -> {other}" for name, one, other in differences]
+    table = columns(rows) if len(rows) > 1 else ["no row stands in both"]
+    return "\n".join([*told, "", *table])
+
+
+def _headings() -> list[str]:
+    names = [percentile_name(q) for q in _COMPARED]
+    times = [f"{name} {when}" for name in names for when in ("before", "after")]
+    return [f"{name} ratio" for name in names] + times
+
+
+def _compared(key: _Key, before: Row, after: Row) -> list[str]:
+    pairs = [(before.percentile(q), after.percentile(q)) for q in _COMPARED]
+    ratios = [f"{digits(new / old)}x" for old, new in pairs]
+    times = [in_ms(value) for pair in pairs for value in pair]
+    return [key.scope, key.contestant, str(key.batch), str(key.concurrency), *ratios, *times]
+
+
+def _rows(report: Report, contestant: str | None = None) -> dict[_Key, Row]:
+    return {
+        _Key(row.contestant, row.scope, row.batch, row.concurrency): row
+        for row in report.rows
+        if contestant in (None, row.contestant)
+    }
+
+
+def _differences(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
+    one, other = flat(before), flat(after)
+    for name in {**one, **other}:
+        if one.get(name) != other.get(name):
+            yield name, one.get(name, "–"), other.get(name, "–")

@@ -1,0 +1,295 @@
+"""`bench TARGET`: the latency of a model, where it goes, and what it is compared with."""
+
+import datetime
+import io
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+
+from microclip_deploy.bench import stages
+from microclip_deploy.bench.card import environment, gpu
+from microclip_deploy.bench.ceilings import cpu_ceilings, device_ceilings
+from microclip_deploy.bench.cold_start import cold_start
+from microclip_deploy.bench.contestants import (
+    BACKENDS,
+    PEERS,
+    QUICK_PEERS,
+    Answer,
+    Contestants,
+    contestants_of,
+)
+from microclip_deploy.bench.device_time import split_time
+from microclip_deploy.bench.latency import (
+    Measured,
+    Plan,
+    Request,
+    forgotten_synchronisation,
+    measure,
+)
+from microclip_deploy.bench.latency_report import IMAGE_TO_LOGITS, JPEG_TO_LOGITS, Report, Row
+from microclip_deploy.bench.memory import peak_rss_bytes
+from microclip_deploy.bench.subject import Subject, subject_of
+from microclip_deploy.errors import UsageError, VerificationError
+from microclip_deploy.export.probes import made_up_photos
+from microclip_deploy.exported import Precision
+from microclip_deploy.images import decode_image
+from microclip_deploy.serving import Session
+from microclip_deploy.serving.cuda_backend import CudaSession
+from microclip_deploy.sources import check_images, list_images
+
+PHOTOS = 32
+"""Of the user's photos so many take part, or as many as the largest batch."""
+
+MEMORY = Path("photo in memory")
+"""Name of what is decoded, for messages."""
+
+# Of logits, scale 100; int8 is held to its own proof's spirit: near, never equal.
+_CLOSE: Mapping[str, float] = {"fp32": 1e-2, "fp16": 0.5, "bf16": 5.0, "int8": 5.0}
+
+TIMED = {
+    IMAGE_TO_LOGITS: "uint8 test views in an array in, logits in an array on the host out; "
+    "decoding and resizing outside",
+    JPEG_TO_LOGITS: "encoded photos in memory in, logits on the host out: decoding, resizing and "
+    "the model, one after the other on one thread a request; a CUDA session resizes on the device",
+    "cold start": "a new process: importing, opening the target, its first and second request",
+    "host": "launching upload, encoder, kernels and download from pinned memory, without waiting",
+    "device": "the same between two CUDA events",
+}
+
+
+@dataclass(frozen=True)
+class LatencyRequest:
+    """The options of `bench TARGET`."""
+
+    target: str
+    backends: tuple[str, ...] = ("onnx", "torch")
+    device: str = "cpu"
+    batches: tuple[int, ...] = (1, 8, 32)
+    concurrency: tuple[int, ...] = (1,)
+    """Requests under way at once."""
+    plan: Plan = field(default_factory=Plan)
+    """Its own number of clients is not used."""
+    percentiles: tuple[float, ...] = (50.0, 90.0, 95.0, 99.0)
+    precision: Precision = "fp32"
+    """Of the export that is written for a run or a geometry."""
+    peers: tuple[str, ...] = QUICK_PEERS
+    images: Path | None = None
+    threads: int | None = None
+    with_stages: bool = True
+
+
+def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of a comma list; "all" and "none" are short for the obvious.
+
+    Raises:
+        UsageError: another name.
+    """
+    if text in ("all", "none"):
+        return tuple(known) if text == "all" else ()
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(
+            f"{option}: expected a comma list of {', '.join(known)}, or all or none, found "
+            f"{', '.join(unknown)}"
+        )
+    return names
+
+
+def run_latency_bench(request: LatencyRequest, notes: Console) -> Report:
+    """Measure a target and its peers, taking turns.
+
+    Raises:
+        CheckpointError, DataError: the target or the images cannot be used.
+        EnvironmentProblem: no backend works here.
+        UsageError: the target is nothing that can be measured.
+        VerificationError: a contestant gives other answers than the target.
+    """
+    start = time.perf_counter()
+    with subject_of(request.target, request.precision) as subject:
+        photos = _photos(request, subject)
+        views = _views(subject, photos, max(request.batches))
+        notes.print("opening the contestants")
+        with contestants_of(
+            subject, request.backends, request.peers, request.device, request.threads
+        ) as found:
+            _require_alike(found, views[: min(8, len(views))], subject.precision)
+            report = _report(request, subject, found)
+            for batch in request.batches:
+                report.rows += _rows(request, subject, found, views[:batch], photos, notes)
+            report.memory |= _memory(report.device)
+        if request.with_stages:
+            notes.print("timing stages")
+            _add_stages(report, request, subject, photos)
+        notes.print("starting cold")
+        told = cold_start(subject.export, request.device, 1)
+        report.memory["resident, fresh process, peak"] = int(told.pop("peak_rss_bytes"))
+        report.cold_start = told
+    report.environment_after = gpu(_number(request.device))
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _report(request: LatencyRequest, subject: Subject, found: Contestants) -> Report:
+    return Report(
+        target=subject.name,
+        artifact_sha256=subject.sha256,
+        precision=subject.precision,
+        device=request.device,
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        subject=next(iter(found.answers)),
+        rows=[],
+        absent=found.absent,
+        timed={**TIMED, **found.timed, **stages.TIMED},
+        percentiles=list(request.percentiles),
+        environment=environment(_number(request.device)),
+    )
+
+
+def _photos(request: LatencyRequest, subject: Subject) -> list[bytes]:
+    """Return encoded photos: the user's files as they are, or made-up ones as JPEG."""
+    if request.images is None:
+        return [_jpeg(photo) for photo in made_up_photos(subject.preprocess.size).read()]
+    listed = list_images(request.images)
+    few = listed.paths[: max(PHOTOS, *request.batches)]
+    return [path.read_bytes() for path in check_images(few, max_bad="100%").good]
+
+
+def _jpeg(photo: Image.Image) -> bytes:
+    encoded = io.BytesIO()
+    photo.convert("RGB").save(encoded, "JPEG", quality=90)
+    return encoded.getvalue()
+
+
+def _views(subject: Subject, photos: Sequence[bytes], largest: int) -> NDArray[np.uint8]:
+    """Return test views for the largest batch; photos come again where there are too few."""
+    made = np.stack([subject.preprocess.test_view(photo) for photo in _opened(photos)])
+    return made[np.arange(largest) % len(made)]
+
+
+def _require_alike(found: Contestants, views: NDArray[np.uint8], precision: str) -> None:
+    """Time nobody who answers something else: the median image's logits must be the target's."""
+    answers = {name: answer(views) for name, answer in found.answers.items()}
+    subject = next(iter(answers.values()))
+    for name, logits in answers.items():
+        if name.startswith("CLIP "):  # by its nature another answer
+            continue
+        limit = max(_CLOSE[precision], _CLOSE["int8"] if "int8" in name else 0)
+        # The median: a mask near a threshold may move the logits of single images.
+        apart = float(np.median(np.abs(logits - subject).max(axis=1)))
+        if not apart <= limit:
+            raise VerificationError(
+                f"{name}: expected logits within {limit} of the target's, found {apart:.3g}; its "
+                "time would compare different things"
+            )
+
+
+def _rows(
+    request: LatencyRequest,
+    subject: Subject,
+    found: Contestants,
+    views: NDArray[np.uint8],
+    photos: Sequence[bytes],
+    notes: Console,
+) -> list[Row]:
+    """Measure everyone at one batch size, and the target from encoded photos."""
+    batch = len(views)
+    notes.print(f"batch {batch}: {', '.join(found.answers)}")
+    name, session = next(iter(found.sessions.items()))
+    requests = {each: _bound(run, views) for each, run in found.answers.items()}
+    encoded = [photos[number % len(photos)] for number in range(batch)]
+    whole = {name: _from_photos(session, encoded)}
+    rows = []
+    for clients in request.concurrency:
+        plan = request.plan._replace(concurrency=clients)
+        for scope, asked in ((IMAGE_TO_LOGITS, requests), (JPEG_TO_LOGITS, whole)):
+            measured = measure(asked, plan)
+            rows += [_row(each, scope, batch, clients, taken) for each, taken in measured.items()]
+    for row in rows:
+        if row.scope == IMAGE_TO_LOGITS and row.concurrency == request.concurrency[0]:
+            _add_split(row, found, views)
+    return rows
+
+
+def _add_split(row: Row, found: Contestants, views: NDArray[np.uint8]) -> None:
+    """Measure host and device by themselves, and warn where they contradict the wall clock."""
+    session = found.sessions.get(row.contestant)
+    split = None if session is None else split_time(session, views)
+    if split is not None:
+        row.host_s, row.device_s = split
+        told = forgotten_synchronisation(row.percentile(50), float(np.median(split.device)))
+        row.warnings += [told] if told else []
+
+
+def _bound(run: Answer, views: NDArray[np.uint8]) -> Request:
+    return lambda: run(views)
+
+
+def _from_photos(session: Session, encoded: Sequence[bytes]) -> Request:
+    """Return a request as a server takes it: a CUDA session resizes on the device."""
+    test_view = session.preprocess.test_view
+    if isinstance(session, CudaSession):
+        return lambda: session.predict_photos([np.asarray(photo) for photo in _opened(encoded)])
+    return lambda: session.predict(np.stack([test_view(photo) for photo in _opened(encoded)]))
+
+
+def _opened(encoded: Sequence[bytes]) -> list[Image.Image]:
+    return [decode_image(io.BytesIO(photo), MEMORY) for photo in encoded]
+
+
+def _row(name: str, scope: str, batch: int, clients: int, measured: Measured) -> Row:
+    return Row(
+        contestant=name,
+        scope=scope,
+        batch=batch,
+        concurrency=clients,
+        samples_s=measured.samples_s.tolist(),
+        images_per_s=batch * measured.requests_per_s,
+        stable=measured.stable,
+        spread=measured.spread,
+    )
+
+
+def _add_stages(
+    report: Report, request: LatencyRequest, subject: Subject, photos: Sequence[bytes]
+) -> None:
+    if request.device == "cpu":
+        report.ceilings = cpu_ceilings(request.threads)
+    else:
+        report.ceilings = device_ceilings(subject.precision, request.device)
+    report.stages = stages.measure_stages(
+        stages.StageRequest(
+            export=subject.export,
+            photos=photos,
+            batches=request.batches,
+            device=request.device,
+            threads=request.threads,
+        ),
+        report.ceilings,
+    )
+
+
+def _memory(device: str) -> dict[str, int]:
+    """Return the most memory of this process, which holds all contestants, and of the device."""
+    peak = {"resident, all contestants, peak": peak_rss_bytes()}
+    if device.startswith("cuda"):
+        import cupy
+
+        with cupy.cuda.Device(_number(device)):
+            free, total = cupy.cuda.runtime.memGetInfo()
+        peak["device, all contestants"] = total - free  # nothing was given back yet
+    return peak
+
+
+def _number(device: str) -> int:
+    """Return N of "cuda:N", 0 without it."""
+    return int(device.partition(":")[2] or 0)
+
+
+__all__ = ["BACKENDS", "PEERS", "LatencyRequest", "parse_names", "run_latency_bench"]
