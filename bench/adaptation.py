@@ -124,7 +124,7 @@ def _require_possible(request: AdaptationRequest) -> None:
     unknown = [name for name in request.geometries if name not in (TINY, *open_clip.list_models())]
     if unknown or not request.geometries:
         raise UsageError(
-            f"geometries: expected open_clip model names such as ViT-B-32, found "
+            f"--geometry: expected open_clip model names such as ViT-B-32, found "
             f"{', '.join(map(printable, unknown)) or 'none'}"
         )
 
@@ -158,7 +158,8 @@ def _steps(work: Work, sides: Sequence[str], repeats: int) -> StepTimes:
         return measure_steps(work, sides, repeats)
     except torch.cuda.OutOfMemoryError as error:
         raise EnvironmentProblem(
-            f"{work.geometry}: the GPU is out of memory; use a smaller --batch or fewer --crops"
+            f"{work.geometry}: the GPU is out of memory; use a smaller --batch-size or fewer "
+            "--crops"
         ) from error
     finally:
         if work.device == "cuda":  # the next fresh process needs the memory

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from microclip_deploy.artifact import write_bytes, write_json
+from microclip_deploy.artifact import make_directory, write_bytes, write_json
 from microclip_deploy.bench.table_text import (
     columns,
     digits,
@@ -193,9 +193,10 @@ def markdown(report: AdaptationReport) -> str:
 
 
 def write_report(report: AdaptationReport, directory: Path) -> Path:
-    """Write DATE-DEVICE-adapt.json and .md; return the JSON's path."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{report.date}-{slug(report.device)}-adapt.json"
+    """Write DATE-DEVICE-adapt-GEOMETRIES.json and .md; return the JSON's path."""
+    make_directory(directory)
+    names = slug(" ".join(case.geometry for case in report.cases))
+    path = directory / f"{report.date}-{slug(report.device)}-adapt-{names}.json"
     write_json(path, report.to_json())
     write_bytes(path.with_suffix(".md"), markdown(report).encode())
     return path

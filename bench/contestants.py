@@ -189,7 +189,13 @@ def _add_plain(
 def _add_compiled(
     found: Contestants, subject: Subject, device: str, _threads: int | None, stack: ExitStack
 ) -> None:
-    found.add("plain PyTorch, compiled", "compiled", _plain(subject, device, compiled=True))
+    answer, side = _plain(subject, device, compiled=True), subject.preprocess.size
+    try:
+        answer(np.zeros((1, side, side, 3), np.uint8))  # compiles
+    except Exception as error:  # as for want of a C++ compiler; of many kinds
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise EnvironmentProblem(f"torch.compile failed: {lines[0][:200]}") from error
+    found.add("plain PyTorch, compiled", "compiled", answer)
     if device != "cpu":
         session = stack.enter_context(_cuda_session(subject, device, compiled=True))
         found.add_session(f"torch compiled fp32 {session.device}", "torch compiled", session)
@@ -202,6 +208,8 @@ def _plain(subject: Subject, device: str, *, compiled: bool) -> Answer:
 
     from microclip_deploy.bench.plain import plain_of
 
+    if device != "cpu":  # as this package computes: float32 means float32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     model: Any = plain_of(_copied(subject.model)).to(device).eval()
     if compiled:
         model = torch.compile(model)
@@ -228,7 +236,7 @@ def _add_cls(
         path = subject.folder / f"{kind.replace(' ', '-')}.onnx"
         write_cls_graph(subject.model, subject.preprocess, path, pruned=pruned)
         graph = OnnxGraph(path, device, threads=threads if device == "cpu" else None)
-        found.add(f"CLIP {kind}", kind, _graph_answer(graph))
+        found.add(f"CLIP {kind} fp32", kind, _graph_answer(graph))
 
 
 def _graph_answer(graph: Any) -> Answer:
@@ -246,6 +254,8 @@ def _add_int8(
         raise UsageError(NO_MODEL)
     if device != "cpu":
         raise UsageError("int8 graphs are for CPUs")
+    if subject.precision == "int8":
+        raise UsageError("the target is int8 itself")
     folder = subject.folder / "int8"
     write_export(subject.model, subject.preprocess, _classes(subject), "int8", folder)
     session = stack.enter_context(_onnx_session(subject._replace(export=folder), "cpu", threads))

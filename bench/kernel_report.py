@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from microclip_deploy.artifact import write_bytes, write_json
+from microclip_deploy.artifact import make_directory, write_bytes, write_json
 from microclip_deploy.bench.log_chart import log_chart
 from microclip_deploy.bench.table_text import columns, digits, markdown_table, slug
 from microclip_deploy.errors import VerificationError
@@ -292,7 +292,7 @@ def chart(report: Report) -> str:
 
 def write_report(report: Report, directory: Path) -> Path:
     """Write DATE-GPU-kernel.json, .md and .svg; return the JSON's path."""
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     path = directory / f"{report.date}-{slug(report.device)}-kernel.json"
     write_json(path, report.to_json())
     write_bytes(path.with_suffix(".md"), markdown(report).encode())

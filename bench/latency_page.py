@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from microclip_deploy.artifact import write_bytes, write_json, write_problem
+from microclip_deploy.artifact import make_directory, write_bytes, write_json
 from microclip_deploy.bench.latency_advice import advice
 from microclip_deploy.bench.latency_chart import Bar, Point, bar_chart, curve_chart, legend
 from microclip_deploy.bench.latency_report import Report, Row, place, stage_totals
@@ -115,10 +115,7 @@ def write_report(report: Report, directory: Path) -> Path:
     Raises:
         EnvironmentProblem: the disk is full or the directory cannot be written.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_problem(directory, error) from error
+    make_directory(directory)
     parts = (report.date, report.device, "latency", report.target)
     path = directory / f"{'-'.join(map(slug, parts))}.json"
     write_json(path, as_json(report))

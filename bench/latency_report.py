@@ -3,7 +3,7 @@
 A report outlives the run: it is read back to compare with another.
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -124,6 +124,8 @@ class Report:
     timed: dict[str, str] = field(default_factory=dict)
     """Contestant, stage or scope -> what is inside the timed region."""
     percentiles: list[float] = field(default_factory=lambda: [50.0, 90.0, 95.0, 99.0])
+    options: dict[str, str] = field(default_factory=dict)
+    """How it was measured."""
     environment: dict[str, Any] = field(default_factory=dict)
     """As `card.environment` returns it."""
     environment_after: dict[str, Any] | None = None
@@ -200,8 +202,11 @@ def stage_totals(report: Report) -> dict[int, float]:
 def explained(report: Report) -> dict[int, float]:
     """Return batch -> the model's stages added, as a share of the target's median from pixels.
 
-    Above 1 where they take longer alone, as each call has a cost of its own.
+    Above 1 where they take longer alone, as each call has a cost of its own. Empty where the target
+    is measured in PyTorch: stages are those of the export.
     """
+    if report.subject.startswith("torch"):
+        return {}
     whole = {
         row.batch: row.percentile(50)
         for row in report.rows
@@ -248,7 +253,7 @@ def _read(value: Any, hint: Any, where: str) -> Any:
         return kind(
             **{k: _read(value.get(k, _MISSING), h, f"{where}.{k}") for k, h in hints.items()}
         )
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
+    if kind is float and type(value) in (int, float) and abs(value) < sys.float_info.max:
         return float(value)
     found = "nothing" if value is _MISSING else repr(value)
     _require(kind in (str, int, bool) and type(value) is kind, where, kind.__name__, found)

@@ -141,6 +141,7 @@ def remarks(report: Report) -> dict[str, list[str]]:
         ],
         "memory": [f"{what}: {size / 2**20:.0f} MiB" for what, size in report.memory.items()],
         "ceilings of the same run": [f"{digits(rate / 1e9)} {unit}" for unit, rate in rates],
+        "options": [f"{name}: {value}" for name, value in report.options.items()],
         "not measured": [f"{peer}: {why}" for peer, why in report.absent.items()],
         "warnings": [f"{place(row)}: {text}" for row in report.rows for text in row.warnings],
         ADVICE: advice(report),

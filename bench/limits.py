@@ -62,8 +62,14 @@ def require_no_regression(report: Report, baseline: Report, most: float) -> list
 
     Raises:
         ThresholdError: names every row that is slower.
-        UsageError: no row of the target can be compared.
+        UsageError: another target or precision, or no row of it that can be compared.
     """
+    kinds = [(each.target, each.precision) for each in (report, baseline)]
+    if kinds[0] != kinds[1]:
+        raise UsageError(
+            f"--baseline: expected a report of {' in '.join(kinds[0])}, found one of "
+            f"{' in '.join(kinds[1])}; give a report of the same target"
+        )
     now, before = (_rows(each, report.subject) for each in (report, baseline))
     shared = [key for key in now if key in before]
     if not shared:
@@ -88,14 +94,27 @@ def require_no_regression(report: Report, baseline: Report, most: float) -> list
 
 def comparison(before: Report, after: Report) -> str:
     """Return how two reports differ: machines first, then ratios, then times in milliseconds."""
-    differences = list(_differences(before.environment, after.environment))
+    differences = list(_differences(_origin(before), _origin(after)))
     rows = [["scope", "contestant", "batch", "at once", *_headings()]]
     old, new = _rows(before), _rows(after)
     rows += [_compared(key, old[key], new[key]) for key in old if key in new]
-    told = ["the same machine and packages" if not differences else "what differs:"]
+    told = [
+        "the same target, options, machine and packages" if not differences else "what differs:"
+    ]
     told += [f"  {name}: {one} -> {other}" for name, one, other in differences]
     table = columns(rows) if len(rows) > 1 else ["no row stands in both"]
     return "\n".join([*told, "", *table])
+
+
+def _origin(report: Report) -> dict[str, Any]:
+    """Return what makes two reports comparable."""
+    facts = {
+        "target": report.target,
+        "artifact": report.artifact_sha256,
+        "precision": report.precision,
+        "device": report.device,
+    }
+    return {**facts, **report.options, **report.environment}
 
 
 def _headings() -> list[str]:

@@ -3,7 +3,8 @@
 import datetime
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +36,8 @@ from microclip_deploy.bench.latency import (
 from microclip_deploy.bench.latency_report import IMAGE_TO_LOGITS, JPEG_TO_LOGITS, Report, Row
 from microclip_deploy.bench.memory import peak_rss_bytes
 from microclip_deploy.bench.subject import Subject, subject_of
-from microclip_deploy.errors import UsageError, VerificationError
+from microclip_deploy.bench.table_text import percent
+from microclip_deploy.errors import MicroclipError, UsageError, VerificationError
 from microclip_deploy.export.probes import made_up_photos
 from microclip_deploy.exported import Precision
 from microclip_deploy.images import decode_image
@@ -59,7 +61,7 @@ TIMED = {
     "the model, one after the other on one thread a request; a CUDA session resizes on the device",
     "cold start": "a new process: importing, opening the target, its first and second request",
     "host": "launching upload, encoder, kernels and download from pinned memory, without waiting",
-    "device": "the same between two CUDA events",
+    "device": "the same between two CUDA events, waiting for the host included",
 }
 
 
@@ -126,14 +128,25 @@ def run_latency_bench(request: LatencyRequest, notes: Console) -> Report:
             report.memory |= _memory(report.device)
         if request.with_stages:
             notes.print("timing stages")
-            _add_stages(report, request, subject, photos)
+            with _or_absent(report, "stages"):
+                _add_stages(report, request, subject, photos)
         notes.print("starting cold")
-        told = cold_start(subject.export, request.device, 1)
-        report.memory["resident, fresh process, peak"] = int(told.pop("peak_rss_bytes"))
-        report.cold_start = told
+        with _or_absent(report, "cold start"):
+            told = cold_start(subject.export, request.device, 1)
+            report.memory["resident, fresh process, peak"] = int(told.pop("peak_rss_bytes"))
+            report.cold_start = told
     report.environment_after = gpu(_number(request.device))
     report.seconds = time.perf_counter() - start
     return report
+
+
+@contextmanager
+def _or_absent(report: Report, name: str) -> Iterator[None]:
+    """Keep what was measured before where one part cannot be."""
+    try:
+        yield
+    except MicroclipError as problem:
+        report.absent[name] = str(problem)
 
 
 def _report(request: LatencyRequest, subject: Subject, found: Contestants) -> Report:
@@ -148,6 +161,13 @@ def _report(request: LatencyRequest, subject: Subject, found: Contestants) -> Re
         absent=found.absent,
         timed={**TIMED, **found.timed, **stages.TIMED},
         percentiles=list(request.percentiles),
+        options={
+            "threads": "one a core" if request.threads is None else str(request.threads),
+            "warmup": f"{request.plan.warmup_s:g} s",
+            "duration": f"{request.plan.duration_s:g} s",
+            "until stable": percent(request.plan.stable),
+            "photos": "made up" if request.images is None else "the user's",
+        },
         environment=environment(_number(request.device)),
     )
 
@@ -277,13 +297,13 @@ def _add_stages(
 
 def _memory(device: str) -> dict[str, int]:
     """Return the most memory of this process, which holds all contestants, and of the device."""
-    peak = {"resident, all contestants, peak": peak_rss_bytes()}
+    peak = {"resident, this process with exporting, peak": peak_rss_bytes()}
     if device.startswith("cuda"):
         import cupy
 
         with cupy.cuda.Device(_number(device)):
             free, total = cupy.cuda.runtime.memGetInfo()
-        peak["device, all contestants"] = total - free  # nothing was given back yet
+        peak["device, all that is in use"] = total - free
     return peak
 
 

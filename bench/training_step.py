@@ -196,7 +196,7 @@ def peak_memory_mib(work: Work, side: str) -> float:
         last = (done.stderr.strip().splitlines() or [f"no message, exit {done.returncode}"])[-1]
         raise EnvironmentProblem(
             f"peak memory of {work.geometry}, {side}: expected a fresh process to take two steps, "
-            f"found: {last[:300]}; use a smaller --batch or fewer --crops"
+            f"found: {last[:300]}; use a smaller --batch-size or fewer --crops"
         )
     return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
 

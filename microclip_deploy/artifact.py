@@ -52,6 +52,18 @@ def write_problem(path: Path, error: Exception) -> EnvironmentProblem:
     )
 
 
+def make_directory(directory: Path) -> None:
+    """Make a directory for what will be written, with its parents.
+
+    Raises:
+        EnvironmentProblem: it cannot be made, or something else has its name.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_problem(directory, error) from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON (UTF-8, indented, no NaN) atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from microclip_deploy.artifact import make_directory
 from microclip_deploy.cli_options import AsJson, ExportDtype
 from microclip_deploy.errors import require
 from microclip_deploy.terminal import notes, out, print_json
@@ -130,6 +131,8 @@ def bench_model(
         threads=threads,
         with_stages=stages,
     )
+    if out_dir is not None:  # before minutes of measuring
+        make_directory(out_dir)
     report = run_latency_bench(request, notes)
     _show(report, as_json=as_json)
     if out_dir is not None:
@@ -237,6 +240,8 @@ def bench_adapt(
         plain=plain_peer,
         photos=images,
     )
+    if out_dir is not None:  # before minutes of measuring
+        make_directory(out_dir)
     report = adaptation.run_adaptation_bench(request, notes)
     shown = notes if as_json else out
     shown.print(adaptation_report.plain(report), markup=False, highlight=False, soft_wrap=True)

@@ -115,7 +115,7 @@ def test_json_holds_plain_values_and_files_hold_the_report(
     report: AdaptationReport, tmp_path: Path
 ) -> None:
     path = write_report(report, tmp_path / "new")
-    assert path.name == f"{report.date}-cpu-adapt.json"
+    assert path.name == f"{report.date}-cpu-adapt-tiny.json"
     assert json.loads(path.read_text()) == report.to_json()
     assert path.with_suffix(".md").read_text() == markdown(report)
 

@@ -237,5 +237,14 @@ def test_a_comparison_shows_machines_first_then_ratios() -> None:
     assert "15.0" in line
     assert "30.0" in line
     assert "new" not in text
-    assert comparison(report(), report()).startswith("the same machine and packages")
+    assert comparison(report(), report()).startswith(
+        "the same target, options, machine and packages"
+    )
     assert "no row stands in both" in comparison(report(), report(subject="x", rows=[row("x")]))
+
+
+@pytest.mark.parametrize("changed", [{"target": "cars"}, {"precision": "int8"}])
+def test_a_baseline_of_another_model_is_refused(changed: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="expected a report of birds in fp32, found one of"):
+        require_no_regression(report(), report(**changed), 0.1)
+    assert comparison(report(), report(**changed)).startswith("what differs:")

@@ -49,8 +49,8 @@ def report(finished_run: Path) -> Report:
 def test_a_run_is_measured_with_its_peers(report: Report) -> None:
     assert report.subject == "onnx fp32 cpu"
     rows = {(row.contestant, row.scope, row.batch, row.concurrency) for row in report.rows}
-    wanted = ("onnx fp32 cpu", "torch fp32 cpu", "plain PyTorch", "onnx int8 cpu", "CLIP cls",
-              "CLIP cls pruned")  # fmt: skip
+    wanted = ("onnx fp32 cpu", "torch fp32 cpu", "plain PyTorch", "onnx int8 cpu", "CLIP cls fp32",
+              "CLIP cls pruned fp32")  # fmt: skip
     for batch, clients in product((1, 2), (1, 3)):
         assert {(name, IMAGE_TO_LOGITS, batch, clients) for name in wanted} <= rows
         assert (report.subject, JPEG_TO_LOGITS, batch, clients) in rows
@@ -128,6 +128,28 @@ def test_nobody_is_timed_who_answers_something_else(
     )
     with pytest.raises(VerificationError, match=r"plain PyTorch: expected logits within 0\.01"):
         run_latency_bench(request(finished_run, peers=("plain",)), QUIET)
+
+
+def test_a_part_that_fails_costs_only_itself(
+    tiny_export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> dict[str, float]:
+        raise EnvironmentProblem("no process could be started")
+
+    monkeypatch.setattr(model_latency, "cold_start", fails)
+    found = run_latency_bench(request(tiny_export, batches=(1,)), QUIET)
+    assert found.rows
+    assert found.cold_start is None
+    assert found.absent["cold start"] == "no process could be started"
+
+
+def test_an_output_that_cannot_be_is_named_at_once(
+    tiny_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    command = ["bench", str(tiny_export), *OPTIONS, "--out", str(tmp_path / "file")]
+    assert main(command) == 4
+    assert "opening" not in capsys.readouterr().err
 
 
 def test_no_backend_at_all_is_an_error(tiny_export: Path) -> None:
