@@ -86,7 +86,10 @@ def contestants_of(
 
     Raises:
         EnvironmentProblem: no backend works.
+        UsageError: no backend was asked for.
     """
+    if not backends:
+        raise UsageError(f"--backends: expected at least one of {', '.join(BACKENDS)}, found none")
     found = Contestants()
     with ExitStack() as stack:
         if threads is not None and subject.model is not None:

@@ -89,7 +89,7 @@ def time_rows(report: Report) -> list[list[str]]:
     on_device = any(row.device_s for row in report.rows)
     alone = ["host p50", "device p50"] if on_device else []
     head = ["scope", "contestant", "batch", "at once", *map(percentile_name, report.percentiles)]
-    head += ["mean", *alone, "images/s", "spread", "use"]
+    head += ["mean", *alone, "requests", "images/s", "spread", "use"]
     rows = [head]
     for row in report.rows:
         cells = [row.scope, row.contestant, str(row.batch), str(row.concurrency)]
@@ -98,7 +98,7 @@ def time_rows(report: Report) -> list[list[str]]:
         if on_device:
             parts = (row.host_s, row.device_s)
             cells += ["–" if part is None else in_ms(float(np.median(part))) for part in parts]
-        cells += [digits(row.images_per_s), percent(row.spread)]
+        cells += [str(len(row.samples_s)), digits(row.images_per_s), percent(row.spread)]
         rows.append([*cells, "yes" if row.stable else "no: unstable"])
     return rows
 

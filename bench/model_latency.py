@@ -115,7 +115,7 @@ def run_latency_bench(request: LatencyRequest, notes: Console) -> Report:
     """
     start = time.perf_counter()
     with subject_of(request.target, request.precision) as subject:
-        photos = _photos(request, subject)
+        photos = _photos(request, subject, notes)
         views = _views(subject, photos, max(request.batches))
         notes.print("opening the contestants")
         with contestants_of(
@@ -172,13 +172,16 @@ def _report(request: LatencyRequest, subject: Subject, found: Contestants) -> Re
     )
 
 
-def _photos(request: LatencyRequest, subject: Subject) -> list[bytes]:
+def _photos(request: LatencyRequest, subject: Subject, notes: Console) -> list[bytes]:
     """Return encoded photos: the user's files as they are, or made-up ones as JPEG."""
     if request.images is None:
         return [_jpeg(photo) for photo in made_up_photos(subject.preprocess.size).read()]
     listed = list_images(request.images)
     few = listed.paths[: max(PHOTOS, *request.batches)]
-    return [path.read_bytes() for path in check_images(few, max_bad="100%").good]
+    checked = check_images(few, max_bad="100%")
+    for path, why in checked.bad:
+        notes.print(f"skipped {path}: {why}", markup=False)
+    return [path.read_bytes() for path in checked.good]
 
 
 def _jpeg(photo: Image.Image) -> bytes:

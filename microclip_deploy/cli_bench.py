@@ -119,7 +119,7 @@ def bench_model(
     earlier = None if baseline is None else read_report(baseline)
     request = LatencyRequest(
         target=target,
-        backends=parse_names("--backends", backends or "all", BACKENDS),
+        backends=parse_names("--backends", "all" if backends is None else backends, BACKENDS),
         device=option_text.parse_device("--device", device),
         batches=option_text.parse_numbers("--batches", batches),
         concurrency=option_text.parse_numbers("--concurrency", concurrency),

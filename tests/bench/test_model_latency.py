@@ -1,5 +1,6 @@
 """`bench TARGET`: whoever is measured gives the same answers, and whoever is absent says why."""
 
+import io
 import json
 from importlib.util import find_spec
 from itertools import product
@@ -161,6 +162,11 @@ def test_no_backend_at_all_is_an_error(tiny_export: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("backends", ["none", ""])
+def test_no_backend_asked_for_is_a_mistake(backends: str, tiny_export: Path) -> None:
+    assert main(["bench", str(tiny_export), *OPTIONS, "--backends", backends]) == 2
+
+
 def test_names_are_checked() -> None:
     assert parse_names("--peers", "cls, plain,cls", PEERS) == ("cls", "plain")
     assert parse_names("--peers", "none", PEERS) == ()
@@ -172,9 +178,19 @@ def test_names_are_checked() -> None:
 def test_the_photos_of_the_users_are_decoded(tiny_export: Path, photos: Path) -> None:
     asked = request(tiny_export, images=photos, batches=(1,))
     with subject_of(str(tiny_export), "fp32") as subject:
-        encoded = model_latency._photos(asked, subject)
+        encoded = model_latency._photos(asked, subject, QUIET)
         assert encoded[0] == min(photos.rglob("*.png")).read_bytes()
         assert model_latency._views(subject, encoded, 40).shape == (40, 32, 32, 3)
+
+
+def test_a_photo_that_cannot_be_used_is_named(tiny_export: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_text("no photo")
+    next(iter(made_up_photos(32).read())).save(tmp_path / "good.png")
+    shown = Console(record=True, quiet=False, file=io.StringIO(), width=200)
+    with subject_of(str(tiny_export), "fp32") as subject:
+        asked = request(tiny_export, images=tmp_path)
+        assert len(model_latency._photos(asked, subject, shown)) == 1
+    assert "bad.jpg: no image of a known format" in shown.export_text()
 
 
 OPTIONS = ("--batches", "1", "--warmup", "10ms", "--duration", "30ms", "--until-stable", "100%",
