@@ -1,7 +1,7 @@
 """Models of the size of well-known ones, with random weights: for speed and for equality."""
 
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -47,21 +47,29 @@ def random_geometry(name: str) -> Geometry:
     Args:
         name: open_clip model name, or "tiny".
     """
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights
-    torch.manual_seed(0)
-    clip = (
-        open_clip.model.CLIP(**_TINY_CONFIG)
-        if name == TINY
-        else open_clip.create_model(name, pretrained=None)
-    )
-    visual = clip.visual.requires_grad_(False)
-    for parameter_name, parameter in visual.named_parameters():
-        if "ln_" in parameter_name:
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    matrix = F.normalize(torch.randn(CLASSES, visual.proj.shape[1]), dim=-1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        visual = _clip(name).visual.requires_grad_(False)
+        for parameter_name, parameter in visual.named_parameters():
+            if "ln_" in parameter_name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        matrix = F.normalize(torch.randn(CLASSES, visual.proj.shape[1]), dim=-1)
     preprocess = Preprocess(
         size=visual.image_size[0],
         mean=(0.48145466, 0.4578275, 0.40821073),
         std=(0.26862954, 0.26130258, 0.27577711),
     )
     return Geometry(visual, TextHeads(matrix, matrix, matrix), preprocess)
+
+
+def _clip(name: str) -> Any:
+    """Return open_clip's model without its warning of random weights, which are wanted here."""
+    if name == TINY:
+        return open_clip.model.CLIP(**_TINY_CONFIG)
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        return open_clip.create_model(name, pretrained=None)
+    finally:
+        root.setLevel(level)

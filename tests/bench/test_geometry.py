@@ -1,0 +1,23 @@
+"""Models of well-known sizes: the same weights each time, and nothing else is changed."""
+
+import logging
+
+import torch
+
+from microclip_deploy.bench import geometry
+from microclip_deploy.bench.geometry import random_geometry
+
+
+def test_a_geometry_is_the_same_each_time_and_leaves_the_generator_alone() -> None:
+    state = torch.get_rng_state()
+    one, other = random_geometry("tiny"), random_geometry("tiny")
+    assert torch.equal(torch.get_rng_state(), state)
+    weights = zip(one.visual.parameters(), other.visual.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+
+
+def test_only_open_clips_warning_of_random_weights_is_kept_quiet() -> None:
+    root = logging.getLogger()
+    before = root.level
+    geometry._clip("ViT-B-32")
+    assert root.level == before
