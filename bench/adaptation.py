@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from microclip_deploy.bench.adaptation_report import AdaptationReport, Case, Pipeline
 from microclip_deploy.bench.card import environment
 from microclip_deploy.bench.geometry import TINY
+from microclip_deploy.bench.photos import SIDE, made_up_jpegs
 from microclip_deploy.bench.training_step import (
     PLAIN,
     PRODUCT,
@@ -36,15 +37,13 @@ from microclip_deploy.bench.training_step import (
 )
 from microclip_deploy.data import AdaptImages
 from microclip_deploy.errors import EnvironmentProblem, UsageError
-from microclip_deploy.export.probes import made_up_photos
 from microclip_deploy.images import printable, read_image
 from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.serving.torch_backend import resolve_device
 from microclip_deploy.sources import check_images, list_images
 from microclip_deploy.views import ViewConfig
 
-MADE_UP, MADE_UP_SIDE = 32, 400
-"""Photos that are made up; their sides are 1.05 to 1.8 times as long, a short one about 500 px."""
+MADE_UP = 32
 MOST_PHOTOS = 64
 """Of the user's photos, spread over all of them."""
 
@@ -177,8 +176,8 @@ def _photos(source: Path | None) -> Iterator[tuple[str, tuple[Path, ...]]]:
         return
     with tempfile.TemporaryDirectory(prefix="microclip-bench-") as folder:
         paths = tuple(Path(folder) / f"{number:02}.jpg" for number in range(MADE_UP))
-        for path, photo in zip(paths, made_up_photos(MADE_UP_SIDE, MADE_UP).read(), strict=True):
-            photo.save(path, quality=90)
+        for path, photo in zip(paths, made_up_jpegs(MADE_UP, SIDE), strict=True):
+            path.write_bytes(photo)
         yield "made-up JPEG photos", paths
 
 

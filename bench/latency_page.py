@@ -110,13 +110,13 @@ def page(report: Report) -> str:
 
 
 def write_report(report: Report, directory: Path) -> Path:
-    """Write DATE-DEVICE-latency-TARGET.json, .md and .html; return the JSON's path.
+    """Write DATE-DEVICE-latency-TARGET-PRECISION.json, .md and .html; return the JSON's path.
 
     Raises:
         EnvironmentProblem: the disk is full or the directory cannot be written.
     """
     make_directory(directory)
-    parts = (report.date, report.device, "latency", report.target)
+    parts = (report.date, report.device, "latency", report.target, report.precision)
     path = directory / f"{'-'.join(map(slug, parts))}.json"
     write_json(path, as_json(report))
     write_bytes(path.with_suffix(".md"), markdown(report).encode())

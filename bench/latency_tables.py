@@ -154,7 +154,7 @@ def table_titles(report: Report) -> dict[str, list[list[str]]]:
     found = {
         f"times as long as {report.reference()}, p50 in brackets": ratio_rows(report),
         "milliseconds a request": time_rows(report),
-        "milliseconds a batch, by stage": stage_rows(report),
+        "milliseconds a batch, by stage of the export": stage_rows(report),
     }
     return {title: rows for title, rows in found.items() if rows}
 

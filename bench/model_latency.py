@@ -18,8 +18,6 @@ from microclip_deploy.bench.card import environment, gpu
 from microclip_deploy.bench.ceilings import cpu_ceilings, device_ceilings
 from microclip_deploy.bench.cold_start import cold_start
 from microclip_deploy.bench.contestants import (
-    BACKENDS,
-    PEERS,
     QUICK_PEERS,
     Answer,
     Contestants,
@@ -35,21 +33,17 @@ from microclip_deploy.bench.latency import (
 )
 from microclip_deploy.bench.latency_report import IMAGE_TO_LOGITS, JPEG_TO_LOGITS, Report, Row
 from microclip_deploy.bench.memory import peak_rss_bytes
+from microclip_deploy.bench.photos import decoded, made_up_jpegs
 from microclip_deploy.bench.subject import Subject, subject_of
 from microclip_deploy.bench.table_text import percent
-from microclip_deploy.errors import MicroclipError, UsageError, VerificationError
-from microclip_deploy.export.probes import made_up_photos
+from microclip_deploy.errors import MicroclipError, VerificationError
 from microclip_deploy.exported import Precision
-from microclip_deploy.images import decode_image
 from microclip_deploy.serving import Session
 from microclip_deploy.serving.cuda_backend import CudaSession
 from microclip_deploy.sources import check_images, list_images
 
 PHOTOS = 32
-"""Of the user's photos so many take part, or as many as the largest batch."""
-
-MEMORY = Path("photo in memory")
-"""Name of what is decoded, for messages."""
+"""So many take part, of the user's as many as the largest batch."""
 
 # Of logits, scale 100; int8 is held to its own proof's spirit: near, never equal.
 _CLOSE: Mapping[str, float] = {"fp32": 1e-2, "fp16": 0.5, "bf16": 5.0, "int8": 5.0}
@@ -59,7 +53,8 @@ TIMED = {
     "decoding and resizing outside",
     JPEG_TO_LOGITS: "encoded photos in memory in, logits on the host out: decoding, resizing and "
     "the model, one after the other on one thread a request; a CUDA session resizes on the device",
-    "cold start": "a new process: importing, opening the target, its first and second request",
+    "cold start": "a new process: importing, opening the export on the device, its first and "
+    "second request of one image",
     "host": "launching upload, encoder, kernels and download from pinned memory, without waiting",
     "device": "the same between two CUDA events, waiting for the host included",
 }
@@ -86,24 +81,6 @@ class LatencyRequest:
     with_stages: bool = True
 
 
-def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of a comma list; "all" and "none" are short for the obvious.
-
-    Raises:
-        UsageError: another name.
-    """
-    if text in ("all", "none"):
-        return tuple(known) if text == "all" else ()
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise UsageError(
-            f"{option}: expected a comma list of {', '.join(known)}, or all or none, found "
-            f"{', '.join(unknown)}"
-        )
-    return names
-
-
 def run_latency_bench(request: LatencyRequest, notes: Console) -> Report:
     """Measure a target and its peers, taking turns.
 
@@ -122,7 +99,7 @@ def run_latency_bench(request: LatencyRequest, notes: Console) -> Report:
             subject, request.backends, request.peers, request.device, request.threads
         ) as found:
             _require_alike(found, views[: min(8, len(views))], subject.precision)
-            report = _report(request, subject, found)
+            report = _report(request, subject, found, photos)
             for batch in request.batches:
                 report.rows += _rows(request, subject, found, views[:batch], photos, notes)
             report.memory |= _memory(report.device)
@@ -149,7 +126,9 @@ def _or_absent(report: Report, name: str) -> Iterator[None]:
         report.absent[name] = str(problem)
 
 
-def _report(request: LatencyRequest, subject: Subject, found: Contestants) -> Report:
+def _report(
+    request: LatencyRequest, subject: Subject, found: Contestants, photos: Sequence[bytes]
+) -> Report:
     return Report(
         target=subject.name,
         artifact_sha256=subject.sha256,
@@ -166,7 +145,7 @@ def _report(request: LatencyRequest, subject: Subject, found: Contestants) -> Re
             "warmup": f"{request.plan.warmup_s:g} s",
             "duration": f"{request.plan.duration_s:g} s",
             "until stable": percent(request.plan.stable),
-            "photos": "made up" if request.images is None else "the user's",
+            "photos": _told(photos, "made up" if request.images is None else "the user's"),
         },
         environment=environment(_number(request.device)),
     )
@@ -175,7 +154,7 @@ def _report(request: LatencyRequest, subject: Subject, found: Contestants) -> Re
 def _photos(request: LatencyRequest, subject: Subject, notes: Console) -> list[bytes]:
     """Return encoded photos: the user's files as they are, or made-up ones as JPEG."""
     if request.images is None:
-        return [_jpeg(photo) for photo in made_up_photos(subject.preprocess.size).read()]
+        return made_up_jpegs(PHOTOS, subject.preprocess.size)
     listed = list_images(request.images)
     few = listed.paths[: max(PHOTOS, *request.batches)]
     checked = check_images(few, max_bad="100%")
@@ -184,15 +163,18 @@ def _photos(request: LatencyRequest, subject: Subject, notes: Console) -> list[b
     return [path.read_bytes() for path in checked.good]
 
 
-def _jpeg(photo: Image.Image) -> bytes:
-    encoded = io.BytesIO()
-    photo.convert("RGB").save(encoded, "JPEG", quality=90)
-    return encoded.getvalue()
+def _told(photos: Sequence[bytes], source: str) -> str:
+    """Say how large the photos are, which decides what decoding costs."""
+    sides = [min(Image.open(io.BytesIO(photo)).size) for photo in photos]
+    kib = float(np.median([len(photo) for photo in photos])) / 1024
+    return (
+        f"{len(photos)} {source}, median short side {np.median(sides):.0f} px, median {kib:.0f} KiB"
+    )
 
 
 def _views(subject: Subject, photos: Sequence[bytes], largest: int) -> NDArray[np.uint8]:
     """Return test views for the largest batch; photos come again where there are too few."""
-    made = np.stack([subject.preprocess.test_view(photo) for photo in _opened(photos)])
+    made = np.stack([subject.preprocess.test_view(photo) for photo in decoded(photos)])
     return made[np.arange(largest) % len(made)]
 
 
@@ -258,12 +240,8 @@ def _from_photos(session: Session, encoded: Sequence[bytes]) -> Request:
     """Return a request as a server takes it: a CUDA session resizes on the device."""
     test_view = session.preprocess.test_view
     if isinstance(session, CudaSession):
-        return lambda: session.predict_photos([np.asarray(photo) for photo in _opened(encoded)])
-    return lambda: session.predict(np.stack([test_view(photo) for photo in _opened(encoded)]))
-
-
-def _opened(encoded: Sequence[bytes]) -> list[Image.Image]:
-    return [decode_image(io.BytesIO(photo), MEMORY) for photo in encoded]
+        return lambda: session.predict_photos([np.asarray(photo) for photo in decoded(encoded)])
+    return lambda: session.predict(np.stack([test_view(photo) for photo in decoded(encoded)]))
 
 
 def _row(name: str, scope: str, batch: int, clients: int, measured: Measured) -> Row:
@@ -313,6 +291,3 @@ def _memory(device: str) -> dict[str, int]:
 def _number(device: str) -> int:
     """Return N of "cuda:N", 0 without it."""
     return int(device.partition(":")[2] or 0)
-
-
-__all__ = ["BACKENDS", "PEERS", "LatencyRequest", "parse_names", "run_latency_bench"]

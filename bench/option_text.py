@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 
 from microclip_deploy.errors import UsageError
 
@@ -54,6 +55,24 @@ def parse_numbers(option: str, text: str) -> tuple[int, ...]:
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise UsageError(f"{option}: expected whole numbers such as 1,32, found '{text}'")
     return tuple(sorted({int(part) for part in parts}))
+
+
+def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of a comma list; "all" and "none" are short for the obvious.
+
+    Raises:
+        UsageError: another name.
+    """
+    if text in ("all", "none"):
+        return tuple(known) if text == "all" else ()
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(
+            f"{option}: expected a comma list of {', '.join(known)}, or all or none, found "
+            f"{', '.join(unknown)}"
+        )
+    return names
 
 
 def parse_device(option: str, text: str) -> str:

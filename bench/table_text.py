@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from microclip_deploy.images import printable
 
-_LONGEST_SLUG = 60
-"""Letters; four parts stay below the 255 bytes of a file's name."""
+_LONGEST_SLUG = 45
+"""Letters; five parts stay below the 255 bytes of a file's name."""
 
 
 def digits(value: float) -> str:

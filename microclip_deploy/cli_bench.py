@@ -54,8 +54,8 @@ def bench_model(
         ),
     ],
     backends: Annotated[
-        str | None, typer.Option(help="Of onnx, torch, trt. [default: all that the target has]")
-    ] = None,
+        str, typer.Option(help="Of onnx, torch, trt; all: those that the target has.")
+    ] = "all",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     batches: Annotated[str, typer.Option(help="Images a request.")] = "1,8,32",
     concurrency: Annotated[str, typer.Option(help="Requests under way at once.")] = "1",
@@ -98,16 +98,11 @@ def bench_model(
     """
     require("onnxruntime", "cpu")
     from microclip_deploy.bench import limits, option_text
+    from microclip_deploy.bench.contestants import BACKENDS, PEERS
     from microclip_deploy.bench.latency import Plan
     from microclip_deploy.bench.latency_page import write_report
     from microclip_deploy.bench.latency_report import read_report
-    from microclip_deploy.bench.model_latency import (
-        BACKENDS,
-        PEERS,
-        LatencyRequest,
-        parse_names,
-        run_latency_bench,
-    )
+    from microclip_deploy.bench.model_latency import LatencyRequest, run_latency_bench
 
     plan = Plan(
         option_text.parse_seconds("--warmup", warmup),
@@ -119,14 +114,16 @@ def bench_model(
     earlier = None if baseline is None else read_report(baseline)
     request = LatencyRequest(
         target=target,
-        backends=parse_names("--backends", "all" if backends is None else backends, BACKENDS),
+        backends=option_text.parse_names(
+            "--backends", "all" if backends is None else backends, BACKENDS
+        ),
         device=option_text.parse_device("--device", device),
         batches=option_text.parse_numbers("--batches", batches),
         concurrency=option_text.parse_numbers("--concurrency", concurrency),
         plan=plan,
         percentiles=option_text.parse_percentiles("--percentiles", percentiles),
         precision=dtype.value,
-        peers=parse_names("--peers", peers, PEERS),
+        peers=option_text.parse_names("--peers", peers, PEERS),
         images=images,
         threads=threads,
         with_stages=stages,

@@ -29,8 +29,8 @@ from microclip_deploy.bench.latency_report import (
     PRODUCT,
     Row,
 )  # fmt: skip
+from microclip_deploy.bench.photos import made_up_jpegs
 from microclip_deploy.bench.stages import StageRequest, measure_stages
-from microclip_deploy.export.probes import made_up_photos
 from microclip_deploy.exported import Export, read_export
 from microclip_deploy.serving.cuda_backend import CudaSession, Facts
 from microclip_deploy.serving.session import Prediction
@@ -146,10 +146,12 @@ def test_stages_of_a_device_are_its_launches(
 ) -> None:
     monkeypatch.setattr(stages, "open_session", lambda *_: session)
     monkeypatch.setattr(stages, "_BUDGET_S", 0.01)
-    photos = [model_latency._jpeg(photo) for photo in made_up_photos(SIDE).read()]
+    photos = made_up_jpegs(3, 32)
     request = StageRequest(tiny_export, photos, (2,), "cuda", 1)
     rows = measure_stages(request, {COPY: 1e12, PRODUCT: 1e14})
     wanted = [DECODE, PREPROCESS, H2D, BACKBONE, K1, K2, K3_HEAD, D2H, POST]
     assert [row.stage for row in rows] == wanted
     counted = [row.stage for row in rows if row.floor_s is not None]
     assert counted == [BACKBONE, K1, K3_HEAD]
+    rows = measure_stages(request._replace(batches=(3,)), None)
+    assert [row.stage for row in rows] == [DECODE, POST]

@@ -90,7 +90,7 @@ def test_a_floor_is_the_longer_of_arithmetic_and_memory() -> None:
 
 def test_a_report_is_read_back_as_it_was(tmp_path: Path) -> None:
     path = write_report(report(), tmp_path)
-    assert path.name == "2026-01-02-cpu-latency-birds.json"
+    assert path.name == "2026-01-02-cpu-latency-birds-fp32.json"
     assert read_report(path) == report()
     assert {each.suffix for each in tmp_path.iterdir()} == {".json", ".md", ".html"}
 

@@ -17,7 +17,8 @@ from microclip_deploy.bench.contestants import BACKENDS, PEERS, contestants_of
 from microclip_deploy.bench.latency import Plan
 from microclip_deploy.bench.latency_report import IMAGE_TO_LOGITS, JPEG_TO_LOGITS, Report
 from microclip_deploy.bench.latency_tables import as_json
-from microclip_deploy.bench.model_latency import LatencyRequest, parse_names, run_latency_bench
+from microclip_deploy.bench.model_latency import LatencyRequest, run_latency_bench
+from microclip_deploy.bench.option_text import parse_names
 from microclip_deploy.bench.subject import subject_of
 from microclip_deploy.checkpoint import load_model, read_checkpoint
 from microclip_deploy.cli import main

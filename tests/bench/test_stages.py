@@ -23,7 +23,7 @@ from microclip_deploy.bench.latency_report import (
     PREPROCESS,
     PRODUCT,
 )
-from microclip_deploy.bench.model_latency import _jpeg
+from microclip_deploy.bench.photos import made_up_jpegs
 from microclip_deploy.bench.stages import StageRequest, measure_stages
 from microclip_deploy.errors import UsageError
 from microclip_deploy.export.probes import made_up_photos
@@ -70,7 +70,7 @@ def test_every_stage_of_a_request_is_timed(
     tiny_export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages_module, "_BUDGET_S", 0.01)
-    photos = [_jpeg(photo) for photo in made_up_photos(32).read()]
+    photos = made_up_jpegs(3, 32)
     request = StageRequest(tiny_export, photos, (1, 2), "cpu", 1)
     rows = measure_stages(request, CEILINGS)
     stages = [DECODE, PREPROCESS, BACKBONE, K1, K2, K3_HEAD, POST]
