@@ -85,7 +85,7 @@ def page(report: Report) -> str:
     title = _safe(f"{report.target}: latency on {report.device}, {report.precision}")
     others = {name: lines for name, lines in remarks(report).items() if name != ADVICE}
     timed = [f"{name}: {what}" for name, what in report.timed.items()]
-    reference = f"Ratio of the medians to {report.reference()}; the median itself in brackets."
+    reference = f"Ratio of the medians to {report.subject}; the median itself in brackets."
     sections = [
         _section("What limits it", _items(advice(report))),
         _section("Times as long", _lead(reference), _table(ratio_rows(report))),

@@ -108,9 +108,7 @@ class Report:
     date: str
     """ISO day."""
     subject: str
-    """The contestant that is the target itself."""
-    baseline_name: str | None = None
-    """The contestant all ratios refer to; None: the subject."""
+    """The contestant that is the target itself; all ratios refer to it."""
     rows: list[Row]
     stages: list[StageRow] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
@@ -133,10 +131,6 @@ class Report:
     seconds: float = 0.0
     """The run itself took."""
 
-    def reference(self) -> str:
-        """Return the contestant all ratios refer to."""
-        return self.subject if self.baseline_name is None else self.baseline_name
-
     @classmethod
     def from_json(cls, value: object) -> "Report":
         """Read what `to_json` returned.
@@ -149,8 +143,8 @@ class Report:
         _require(kind == (BENCHMARK, SCHEMA), "results", f"{BENCHMARK}, {SCHEMA}", kind)
         report: Report = _read(value, cls, "results")
         names = {row.contestant for row in report.rows}
-        for name in {report.subject, report.reference()}:
-            _require(name in names, "results.rows", f"a row of '{name}'", sorted(names))
+        ours = report.subject
+        _require(ours in names, "results.rows", f"a row of '{ours}'", sorted(names))
         inside = [0 <= q <= 100 for q in report.percentiles]
         _require(all(inside), "results.percentiles", "0 to 100", report.percentiles)
         return report
@@ -178,16 +172,16 @@ def floor_s(
 
 
 def ratios(report: Report, batch: int, scope: str, concurrency: int = 1) -> dict[str, float]:
-    """Return how many times as long as the reference each contestant takes, by the medians.
+    """Return how many times as long as the target each contestant takes, by the medians.
 
-    Empty where the reference was not measured so.
+    Empty where the target was not measured so.
     """
     medians = {
         row.contestant: row.percentile(50)
         for row in report.rows
         if (row.batch, row.scope, row.concurrency) == (batch, scope, concurrency)
     }
-    reference = medians.get(report.reference())
+    reference = medians.get(report.subject)
     return {} if reference is None else {name: p50 / reference for name, p50 in medians.items()}
 
 

@@ -152,7 +152,7 @@ def remarks(report: Report) -> dict[str, list[str]]:
 def table_titles(report: Report) -> dict[str, list[list[str]]]:
     """Return title -> table of every table that has rows."""
     found = {
-        f"times as long as {report.reference()}, p50 in brackets": ratio_rows(report),
+        f"times as long as {report.subject}, p50 in brackets": ratio_rows(report),
         "milliseconds a request": time_rows(report),
         "milliseconds a batch, by stage of the export": stage_rows(report),
     }

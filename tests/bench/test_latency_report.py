@@ -76,7 +76,7 @@ def test_ratios_are_of_the_same_batch_and_scope() -> None:
     assert ratios(report(), 1, IMAGE_TO_LOGITS) == {OURS: 1.0, PEER: pytest.approx(3.0)}
     assert ratios(report(), 8, IMAGE_TO_LOGITS) == {OURS: 1.0}
     assert ratios(report(), 32, IMAGE_TO_LOGITS) == {}
-    reverse = ratios(report(baseline_name=PEER), 1, IMAGE_TO_LOGITS)
+    reverse = ratios(report(subject=PEER), 1, IMAGE_TO_LOGITS)
     assert reverse[OURS] == pytest.approx(1 / 3)
 
 
