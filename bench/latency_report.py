@@ -133,7 +133,7 @@ class Report:
 
     @classmethod
     def from_json(cls, value: object) -> "Report":
-        """Read what `to_json` returned.
+        """Read what `latency_tables.as_json` returned, raw samples included.
 
         Raises:
             DataError: it is no such report, it lacks something, or a value cannot be.

@@ -1,6 +1,6 @@
 """What a user will not put up with: limits on latency, and on being slower than before."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from microclip_deploy.bench.latency_report import (
@@ -36,7 +36,7 @@ def require_slo(report: Report, limits: Mapping[float, float]) -> None:
     """
     missed = [
         f"{place(row)}: {percentile_name(q)} expected at most {in_ms(limit)} ms, found "
-        f"{in_ms(row.percentile(q))} ms"
+        f"{_found(row, q)}"
         for row in report.rows
         if row.contestant == report.subject and row.scope == IMAGE_TO_LOGITS
         for q, limit in limits.items()
@@ -46,6 +46,33 @@ def require_slo(report: Report, limits: Mapping[float, float]) -> None:
         raise ThresholdError(
             f"--slo: {'; '.join(missed)}; try smaller batches, --dtype int8 on a CPU, fewer "
             "requests at once, or a smaller model"
+        )
+
+
+def require_comparable(
+    report: Report, baseline: Report, cases: Collection[tuple[int, int]]
+) -> None:
+    """Insist that an earlier report holds what this one will be compared with.
+
+    Args:
+        report: of this run; its rows may still be missing.
+        baseline: of an earlier one.
+        cases: (batch, requests at once) that this run measures.
+
+    Raises:
+        UsageError: another target or precision, or no row of the target in such a case.
+    """
+    kinds = [(each.target, each.precision) for each in (report, baseline)]
+    if kinds[0] != kinds[1]:
+        raise UsageError(
+            f"--baseline: expected a report of {' in '.join(kinds[0])}, found one of "
+            f"{' in '.join(kinds[1])}; give a report of the same target"
+        )
+    earlier = {(key.batch, key.concurrency) for key in _rows(baseline, report.subject)}
+    if earlier.isdisjoint(cases):
+        raise UsageError(
+            f"--baseline: expected '{report.subject}' at {_cases(cases)}, found "
+            f"{_cases(earlier) or 'none of it'}; measure the baseline with the same options"
         )
 
 
@@ -62,26 +89,15 @@ def require_no_regression(report: Report, baseline: Report, most: float) -> list
 
     Raises:
         ThresholdError: names every row that is slower.
-        UsageError: another target or precision, or no row of it that can be compared.
+        UsageError: they cannot be compared.
     """
-    kinds = [(each.target, each.precision) for each in (report, baseline)]
-    if kinds[0] != kinds[1]:
-        raise UsageError(
-            f"--baseline: expected a report of {' in '.join(kinds[0])}, found one of "
-            f"{' in '.join(kinds[1])}; give a report of the same target"
-        )
     now, before = (_rows(each, report.subject) for each in (report, baseline))
-    shared = [key for key in now if key in before]
-    if not shared:
-        raise UsageError(
-            f"--baseline: expected rows of '{report.subject}' at the same batches and "
-            "concurrency, found none; measure the baseline with the same options"
-        )
+    require_comparable(report, baseline, {(key.batch, key.concurrency) for key in now})
     slower = [
         f"{place(now[key])}: expected at most {in_ms((1 + most) * before[key].percentile(50))} ms, "
-        f"found {in_ms(now[key].percentile(50))} ms"
-        for key in shared
-        if not now[key].percentile(50) <= (1 + most) * before[key].percentile(50)
+        f"found {_found(now[key], 50)}"
+        for key in now
+        if key in before and not now[key].percentile(50) <= (1 + most) * before[key].percentile(50)
     ]
     if slower:
         raise ThresholdError(
@@ -136,6 +152,16 @@ def _rows(report: Report, contestant: str | None = None) -> dict[_Key, Row]:
         for row in report.rows
         if contestant in (None, row.contestant)
     }
+
+
+def _found(row: Row, q: float) -> str:
+    unsure = "" if row.stable else " (its windows disagree; a longer --duration may settle it)"
+    return f"{in_ms(row.percentile(q))} ms{unsure}"
+
+
+def _cases(cases: Collection[tuple[int, int]]) -> str:
+    told = [f"batch {batch} with {clients} at once" for batch, clients in sorted(cases)]
+    return ", ".join(told)
 
 
 def _differences(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from microclip_deploy.bench.latency import (
     measure,
 )
 from microclip_deploy.bench.latency_report import IMAGE_TO_LOGITS, JPEG_TO_LOGITS, Report, Row
+from microclip_deploy.bench.limits import require_comparable
 from microclip_deploy.bench.memory import peak_rss_bytes
 from microclip_deploy.bench.photos import decoded, made_up_jpegs
 from microclip_deploy.bench.subject import Subject, subject_of
@@ -73,6 +75,8 @@ class LatencyRequest:
     plan: Plan = field(default_factory=Plan)
     """Its own number of clients is not used."""
     percentiles: tuple[float, ...] = (50.0, 90.0, 95.0, 99.0)
+    baseline: Report | None = None
+    """Of an earlier run, refused before measuring where nothing can be compared with it."""
     precision: Precision = "fp32"
     """Of the export that is written for a run or a geometry."""
     peers: tuple[str, ...] = QUICK_PEERS
@@ -87,7 +91,7 @@ def run_latency_bench(request: LatencyRequest, notes: Console) -> Report:
     Raises:
         CheckpointError, DataError: the target or the images cannot be used.
         EnvironmentProblem: no backend works here.
-        UsageError: the target is nothing that can be measured.
+        UsageError: the target is nothing that can be measured, or the baseline of another.
         VerificationError: a contestant gives other answers than the target.
     """
     start = time.perf_counter()
@@ -100,6 +104,9 @@ def run_latency_bench(request: LatencyRequest, notes: Console) -> Report:
         ) as found:
             _require_alike(found, views[: min(8, len(views))], subject.precision)
             report = _report(request, subject, found, photos)
+            if request.baseline is not None:
+                cases = set(product(request.batches, request.concurrency))
+                require_comparable(report, request.baseline, cases)
             for batch in request.batches:
                 report.rows += _rows(request, subject, found, views[:batch], photos, notes)
             report.memory |= _memory(report.device)

@@ -111,7 +111,6 @@ def bench_model(
     )
     wanted = None if slo is None else option_text.parse_limits("--slo", slo)
     allowed = option_text.parse_share("--max-regression", max_regression)
-    earlier = None if baseline is None else read_report(baseline)
     request = LatencyRequest(
         target=target,
         backends=option_text.parse_names(
@@ -122,6 +121,7 @@ def bench_model(
         concurrency=option_text.parse_numbers("--concurrency", concurrency),
         plan=plan,
         percentiles=option_text.parse_percentiles("--percentiles", percentiles),
+        baseline=None if baseline is None else read_report(baseline),
         precision=dtype.value,
         peers=option_text.parse_names("--peers", peers, PEERS),
         images=images,
@@ -134,8 +134,8 @@ def bench_model(
     _show(report, as_json=as_json)
     if out_dir is not None:
         notes.print(f"wrote {write_report(report, out_dir)}", markup=False)
-    if earlier is not None:
-        for line in limits.require_no_regression(report, earlier, allowed):
+    if request.baseline is not None:
+        for line in limits.require_no_regression(report, request.baseline, allowed):
             notes.print(line, markup=False)
     if wanted is not None:
         limits.require_slo(report, wanted)

@@ -30,7 +30,12 @@ from microclip_deploy.bench.latency_report import (
     read_report,
 )
 from microclip_deploy.bench.latency_tables import as_json, markdown, plain
-from microclip_deploy.bench.limits import comparison, require_no_regression, require_slo
+from microclip_deploy.bench.limits import (
+    comparison,
+    require_comparable,
+    require_no_regression,
+    require_slo,
+)
 from microclip_deploy.errors import DataError, ThresholdError, UsageError
 
 OURS, PEER = "onnx fp32 cpu", "<script>alert(1)</script>"
@@ -224,8 +229,21 @@ def test_a_regression_is_found_and_what_is_new_is_told() -> None:
 
 def test_a_baseline_of_something_else_is_refused() -> None:
     other = report(subject=PEER, rows=[row(PEER)])
-    with pytest.raises(UsageError, match="found none; measure the baseline"):
+    with pytest.raises(UsageError, match="found none of it; measure the baseline"):
         require_no_regression(report(), other, 0.1)
+    with pytest.raises(
+        UsageError, match="at batch 4 with 2 at once, found batch 1 with 1 at once, batch 8 with"
+    ):
+        require_comparable(report(rows=[]), report(), {(4, 2)})
+    require_comparable(report(rows=[]), report(), {(4, 2), (8, 1)})
+
+
+def test_a_miss_of_an_unstable_row_says_so() -> None:
+    shaky = replace(row(), stable=False)
+    with pytest.raises(ThresholdError, match=r"found 15\.0 ms \(its windows disagree"):
+        require_slo(report(rows=[shaky]), {50.0: 0.001})
+    with pytest.raises(ThresholdError, match=r"found 15\.0 ms \(its windows disagree"):
+        require_no_regression(report(rows=[shaky]), report(rows=[row(scale=0.5)]), 0.1)
 
 
 def test_a_comparison_shows_machines_first_then_ratios() -> None:

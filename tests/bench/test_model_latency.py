@@ -229,6 +229,11 @@ def test_two_results_can_be_compared(
     path.write_text(json.dumps(slow))
     command = ["bench", str(tiny_export), *OPTIONS, "--baseline", str(path)]
     assert main([*command, "--max-regression", "10%"]) == 6
+    capsys.readouterr()
+    assert main([*command, "--concurrency", "3"]) == 2
+    refused = capsys.readouterr().err
+    assert "with 3 at once" in refused
+    assert "batch 1:" not in refused, "measured before it was refused"
     assert main(["bench", str(tiny_export), "--baseline", str(tmp_path / "none.json")]) == 3
 
 
