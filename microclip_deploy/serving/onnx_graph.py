@@ -217,12 +217,17 @@ def _start(
 
 
 def _settings(threads: int | None) -> onnxruntime.SessionOptions:
-    """Return the settings of every session; speed is decided here.
+    """Return the settings of every session; speed, and what int8 products are, is decided here.
 
     Threads spin between operators, as ONNX Runtime does by itself: that measured 4 to 10 % faster
     than letting them sleep.
+
+    Where x86 processors lack VNNI, products of uint8 and int8 add up in 16 bits and saturate: [CLS]
+    of a ViT-B/32 was off by a sixth of its length. The setting makes them exact there, and does
+    nothing elsewhere.
     """
     settings = onnxruntime.SessionOptions()
+    settings.add_session_config_entry("session.x64quantprecision", "1")
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     settings.log_severity_level = 3  # errors
     settings.intra_op_num_threads = threads or 0  # 0: one a core

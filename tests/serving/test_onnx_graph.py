@@ -165,6 +165,24 @@ def test_the_threads_asked_for_are_set(graph_file: Path, runtime: type[FakeSessi
     assert runtime.settings.intra_op_num_threads == 0
 
 
+def test_products_of_int8_do_not_overflow(tmp_path: Path) -> None:
+    """Where a processor lacks VNNI, pairs of the largest products would not fit in 16 bits."""
+    rows, inner, columns = 4, 64, 32
+    value = helper.make_tensor_value_info
+    weights = np.full((inner, columns), 127, np.int8)
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w"], ["y"])],
+        "product",
+        [value("x", TensorProto.UINT8, [rows, inner])],
+        [value("y", TensorProto.INT32, [rows, columns])],
+        [onnx.numpy_helper.from_array(weights, "w")],
+    )
+    path = tmp_path / "product.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
+    found = OnnxGraph(path).run(["y"], {"x": np.full((rows, inner), 255, np.uint8)})[0]
+    np.testing.assert_array_equal(found, 255 * 127 * inner)
+
+
 def external(location: str) -> bytes:
     """Return a graph whose constant lies in another file."""
     value = helper.make_tensor_value_info
