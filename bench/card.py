@@ -14,6 +14,12 @@ PACKAGES = (
     "onnxruntime-gpu", "onnxruntime-openvino", "tensorrt", "cupy-cuda13x",
 )  # fmt: skip
 
+INSTRUCTIONS = (
+    "avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
+    "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
+"""What decides how fast matrices are multiplied, as Linux names it on x86 and ARM."""
+
 GPU_FIELDS = {
     "name": "name",
     "driver": "driver_version",
@@ -50,8 +56,11 @@ def environment(number: int = 0) -> dict[str, Any]:
 
     `load` is the mean number of running processes in the last minute: what else was at work.
     """
+    cpu = _cpu()
+    known = (cpu.get("flags") or cpu.get("Features") or "").split()
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu.get("model name") or platform.processor(),
+        "instructions": [name for name in INSTRUCTIONS if name in known],
         "cores": usable_cpus(),
         "load": round(os.getloadavg()[0], 2),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -118,13 +127,14 @@ def _commit() -> str | None:
     return _output(*git, "describe", "--always", "--dirty", "--exclude=*")
 
 
-def _cpu_model() -> str:
-    if not Path("/proc/cpuinfo").exists():
-        return platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+def _cpu() -> dict[str, str]:
+    """Return what Linux tells about the first processor; nothing on other systems."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _output(*command: str) -> str | None:

@@ -1,7 +1,9 @@
 """The environment card, with and without a GPU."""
 
 import json
+import platform
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,31 @@ def test_without_a_gpu_the_card_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["gpu"] is None
     assert found["packages"]["torch"]
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("told", "cpu", "instructions"),
+    [
+        ("model name\t: EPYC\nflags\t\t: fpu avx2 avx512_vnni\n\nmodel name\t: other\n", "EPYC",
+         ["avx2", "avx512_vnni"]),
+        ("processor\t: 0\nFeatures\t: fp asimddp sve\n", None, ["asimddp", "sve"]),
+        (None, None, []),
+    ],
+)  # fmt: skip
+def test_the_processor_and_its_instructions_are_told(
+    monkeypatch: pytest.MonkeyPatch, told: str | None, cpu: str | None, instructions: list[str]
+) -> None:
+    def read(path: Path, **_: str) -> str:
+        if told is None:
+            raise FileNotFoundError(path)
+        return told
+
+    monkeypatch.setattr(card, "_output", answering({}))
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(card, "_version", lambda package: None)  # reads files too
+    monkeypatch.setattr(platform, "processor", lambda: "generic")
+    found = card.environment()
+    assert (found["cpu"], found["instructions"]) == (cpu or "generic", instructions)
 
 
 def test_a_gpu_is_described_and_what_is_unknown_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
