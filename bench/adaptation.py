@@ -73,10 +73,11 @@ def run_adaptation_bench(request: AdaptationRequest, notes: Console) -> Adaptati
     Raises:
         DataError: none of the photos can be used.
         EnvironmentProblem: no such device, or its memory does not suffice.
-        UsageError: a number or name that cannot be measured.
+        UsageError: a number or model that cannot be measured.
         VerificationError: product and plain algorithm compute different losses.
     """
     _require_possible(request)
+    machine = environment()  # before this run is what it is at work with
     device, start = resolve_device(request.device), time.monotonic()
     with _photos(request.photos) as (source, photos):
         facts = _photo_facts(source, photos)
@@ -92,7 +93,7 @@ def run_adaptation_bench(request: AdaptationRequest, notes: Console) -> Adaptati
         photos=facts,
         cases=cases,
         seconds=round(time.monotonic() - start, 1),
-        environment=environment(),
+        environment=machine,
     )
 
 
@@ -133,10 +134,10 @@ def _measure_case(
 ) -> Case:
     work = Work(name, request.batch, request.crops, device)
     sides = [PRODUCT, PLAIN] if request.plain else [PRODUCT]
-    notes.print(f"{name}: peak memory, in fresh processes")
-    peaks = {side: peak_memory_mib(work, side) for side in sides}
     notes.print(f"{name}: training steps")
     times = _steps(work, sides, request.repeats)
+    notes.print(f"{name}: peak memory, in fresh processes")
+    peaks = {side: peak_memory_mib(work, side) for side in sides}
     notes.print(f"{name}: loading, {request.workers} workers")
     decode, views = measure_pipeline(request, photos, times.preprocess)
     return Case(

@@ -1,6 +1,7 @@
 """What `bench adapt` measured: the data, its tables, and what limits an adaptation."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -23,8 +24,8 @@ AUGMENTATION, MODEL = "augmentation", "the model"
 
 TIMED = {
     "step": "labelling, the strong view forward and backward, and AdamW, from normalised tensors "
-    "on the device on; decoding, augmentation, upload, normalising and saving are outside. Median "
-    "of the samples; the sides take turns",
+    "on the device on; decoding, augmentation, upload, normalising and saving are outside. After a "
+    "warm-up; median of the samples, fastest to slowest in brackets; the sides take turns",
     LABELLING: "weak view and crops through the encoder, cut and pooling, without gradient",
     STRONG: "strong view forward, loss and backward",
     OPTIMISER: "AdamW over LayerNorms, the pooling's maps and the class matrix",
@@ -136,7 +137,10 @@ class AdaptationReport:
 
 
 def step_rows(report: AdaptationReport) -> list[list[str]]:
-    """Return the table of training steps, headers first, the ratio before the numbers."""
+    """Return the table of training steps, headers first, the ratio before the numbers.
+
+    Times are medians, with the fastest and the slowest step in brackets.
+    """
     sides = [side for side in (PRODUCT, PLAIN) if side in report.cases[0].samples_s]
     units = ("images/s", "ms a step", "peak MiB")
     rows = [
@@ -146,9 +150,14 @@ def step_rows(report: AdaptationReport) -> list[list[str]]:
         ratio = case.ratio()
         cells = [case.geometry, "–" if ratio is None else f"{digits(ratio)}x"]
         cells += [digits(case.images_per_s(side)) for side in sides]
-        cells += [in_ms(median(case.samples_s[side])) for side in sides]
+        cells += [_range(case.samples_s[side]) for side in sides]
         rows.append([*cells, *(f"{case.peak_mib[side]:.0f}" for side in sides)])
     return rows
+
+
+def _range(samples_s: Sequence[float]) -> str:
+    least, most = min(samples_s), max(samples_s)
+    return f"{in_ms(median(samples_s))} ({in_ms(least)} to {in_ms(most)})"
 
 
 def part_rows(report: AdaptationReport) -> list[list[str]]:
@@ -248,7 +257,11 @@ def _lever(report: AdaptationReport, case: Case, limit: str) -> str:
 
 
 def _tables(report: AdaptationReport) -> dict[str, list[list[str]]]:
-    what = f"batch {report.batch}, {report.crops} crops, {report.precision}, {report.device}"
+    steps = len(report.cases[0].samples_s[PRODUCT])
+    what = (
+        f"batch {report.batch}, {report.crops} crops, {report.precision}, {report.device}, "
+        f"{'a step' if steps == 1 else f'{steps} steps'} a side"
+    )
     return {
         f"training step: {what}": step_rows(report),
         "the product's step, by part": part_rows(report),

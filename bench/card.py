@@ -103,7 +103,9 @@ def throttle_reasons(active: str | None) -> list[str] | None:
 
 def _query(field: str, number: int) -> str | None:
     """Return one field of a GPU; an unknown field would spoil a query of several."""
-    shown = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", f"--id={number}")
+    visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+    name = visible[number] if number < len(visible) else number  # nvidia-smi sees all GPUs
+    shown = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", f"--id={name}")
     return None if shown is None or shown.startswith("[") else shown
 
 

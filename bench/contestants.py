@@ -32,6 +32,10 @@ NO_MODEL = "an export holds no PyTorch model; give the run, or a model name"
 TIMED = {
     "onnx": "ONNX Runtime, full.onnx: pixels in, logits, embeddings, mask and attention out",
     "torch": "this package's PyTorch session: the same",
+    "onnx cuda": "backbone.onnx by ONNX Runtime, then the CUDA kernels in a CUDA graph: upload, "
+    "both, download",
+    "torch cuda": "this package's PyTorch encoder and the CUDA kernels in one CUDA graph: upload, "
+    "both, download",
     "trt": "backbone.plan and the CUDA kernels in one CUDA graph: upload, both, download",
     "eager": "the same session without its CUDA graph, operator by operator",
     "torch compiled": "this package's CUDA session, its encoder compiled by torch.compile",
@@ -40,6 +44,9 @@ TIMED = {
     "compiled": "the same after torch.compile",
     "cls": "plain CLIP, [CLS] alone, exported and run the same way; every row of the last block",
     "cls pruned": "the same with the class row alone in the last block",
+    "cls cuda": "plain CLIP, [CLS] alone, by ONNX Runtime with its own copies and no CUDA graph, "
+    "which the target has: an upper bound; every row of the last block",
+    "cls pruned cuda": "the same with the class row alone in the last block",
     "int8": "ONNX Runtime, full.onnx with the encoder's matrices in int8",
     "openvino": "full.onnx by ONNX Runtime's OpenVINO provider, float32",
 }
@@ -62,7 +69,9 @@ class Contestants:
     def add_session(self, name: str, kind: str, session: Session) -> None:
         """Let a session take part."""
         self.sessions[name] = session
-        self.add(name, kind, lambda images: session.predict(images).logits)
+        on_cuda = isinstance(session, CudaSession) and f"{kind} cuda" in TIMED
+        told = f"{kind} cuda" if on_cuda else kind
+        self.add(name, told, lambda images: session.predict(images).logits)
         if isinstance(session, CudaSession):
             self.add(f"{name}, no CUDA graph", "eager", partial(answer_eagerly, session))
 
@@ -141,9 +150,9 @@ def _open(subject: Subject, backend: str, device: str, threads: int | None) -> S
         return open_session(subject.export, device.replace("cuda", "tensorrt"))
     if device == "cpu":
         return _onnx_session(subject, "cpu", threads)
-    from microclip_deploy.serving import open_session
+    from microclip_deploy.serving import open_graphs
 
-    return open_session(subject.export, device)
+    return open_graphs(subject.export, device)
 
 
 def _torch_session(subject: Subject, device: str) -> Session:
@@ -239,7 +248,8 @@ def _add_cls(
         path = subject.folder / f"{kind.replace(' ', '-')}.onnx"
         write_cls_graph(subject.model, subject.preprocess, path, pruned=pruned)
         graph = OnnxGraph(path, device, threads=threads if device == "cpu" else None)
-        found.add(f"CLIP {kind} fp32", kind, _graph_answer(graph))
+        told = kind if device == "cpu" else f"{kind} cuda"
+        found.add(f"CLIP {kind} fp32", told, _graph_answer(graph))
 
 
 def _graph_answer(graph: Any) -> Answer:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 
 from microclip_deploy.backbone import VisionBackbone
+from microclip_deploy.errors import CheckpointError, UsageError
 from microclip_deploy.model import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.preprocess import Preprocess
@@ -46,10 +47,17 @@ def random_geometry(name: str) -> Geometry:
 
     Args:
         name: open_clip model name, or "tiny".
+
+    Raises:
+        UsageError: no vision transformer with a class token.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         visual = _clip(name).visual.requires_grad_(False)
+        try:
+            VisionBackbone(visual)
+        except CheckpointError as problem:
+            raise UsageError(f"{name}: {problem}") from problem
         for parameter_name, parameter in visual.named_parameters():
             if "ln_" in parameter_name:
                 parameter.add_(0.1 * torch.randn_like(parameter))

@@ -45,9 +45,9 @@ Values = Mapping[str, NDArray[Any]]
 class Work(NamedTuple):
     """What a graph does at least."""
 
-    flop: int
-    """Floating-point operations of matrix products and convolutions, 2 a multiply-add. Integer
-    products are not among them: no ceiling is measured for those."""
+    flop: int | None
+    """Floating-point operations of matrix products and convolutions, 2 a multiply-add. None where
+    integer products are among them: no ceiling is measured for those."""
     bytes: int
     """Weights read once, inputs read once, outputs written once."""
 
@@ -200,7 +200,9 @@ def work_of(
     weights = [each for each in model.graph.initializer if each.name not in inputs]
     moved = [_tensor_bytes(each) for each in weights]
     moved += [sizes[name] for name in (*inputs, *outputs)]
-    return Work(sum(_flop(node, shapes) for node in graph.node), sum(moved))
+    integer = any(node.op_type in _INTEGER for node in graph.node)
+    flop = None if integer else sum(_flop(node, shapes) for node in graph.node)
+    return Work(flop, sum(moved))
 
 
 def _sized(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
@@ -251,6 +253,8 @@ _TERMS: Mapping[str, Callable[[onnx.NodeProto, Mapping[str, Sequence[int]]], int
     "Conv": _terms_of_conv,
 }
 """Operator -> how many products are added up to one number of its output."""
+
+_INTEGER = ("MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv")
 
 
 def _value_info(model: onnx.ModelProto, name: str) -> onnx.ValueInfoProto:

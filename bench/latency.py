@@ -1,7 +1,9 @@
 """How long requests take: windows are repeated until they agree, contestants taking turns.
 
 Every contestant is warmed up; then each measures one window after the other in turn, so that
-whatever else the machine does hits all of them. A contestant whose last three windows agree is
+whatever else the machine does hits all of them. A pause comes before each window: the threads of
+the last contestant wait busily for a moment, and would take the cores from the next one's first
+requests. A contestant whose last three windows agree is
 stable and takes part no longer; the others go on until they are stable too, or have had as many
 windows as the plan allows. What is reported is taken from the last three windows alone.
 
@@ -13,7 +15,7 @@ throughput is too low by at most the share that one request has in the window.
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from threading import Barrier, Event
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +28,9 @@ Request = Callable[[], object]
 
 STABLE_WINDOWS = 3
 """So many windows must agree."""
+
+PAUSE_S = 0.1
+"""Before whoever comes next: after 0.05 s a first request was as fast as any other."""
 
 SYNCHRONISATION_SLACK = 0.05
 """Share by which a device's time may exceed the wall clock: both are from different repeats."""
@@ -84,33 +89,16 @@ class Measured(NamedTuple):
         return len(self.samples_s) / sum(window.seconds for window in self._last)
 
     @property
-    def mean_s(self) -> float:
-        """Mean latency, seconds."""
-        return float(self.samples_s.mean())
-
-    @property
     def spread(self) -> float:
         """Largest share by which throughput or mean latency of a window departs from their mean."""
         return _departure(self._last)
-
-    def percentile(self, q: float) -> float:
-        """Return the q-th percentile of the latencies in seconds, linear between two samples."""
-        return float(np.percentile(self.samples_s, q))
 
     @property
     def _last(self) -> tuple[Window, ...]:
         return self.windows[-STABLE_WINDOWS:]
 
 
-def _silent(_note: str) -> None:
-    """Tell nobody."""
-
-
-def measure(
-    contestants: Mapping[str, Request],
-    plan: Plan,
-    progress: Callable[[str], None] = _silent,
-) -> dict[str, Measured]:
+def measure(contestants: Mapping[str, Request], plan: Plan) -> dict[str, Measured]:
     """Measure all contestants, taking turns window by window.
 
     A single client runs in the calling thread. Several have a thread each, started for the window
@@ -119,7 +107,6 @@ def measure(
     Args:
         contestants: requests by name; with several clients they must bear being called at once.
         plan: how long, how steady, how many at once.
-        progress: is told in a line what happens.
 
     Returns:
         Results by name, in the order of the contestants.
@@ -132,17 +119,15 @@ def measure(
     the smallest instead.
     """
     _require_possible(plan)
-    for name, request in contestants.items():
-        progress(f"{name}: warming up")
+    for request in contestants.values():
         _run_window(request, plan.warmup_s, plan.concurrency)
     windows: dict[str, list[Window]] = {name: [] for name in contestants}
     unstable = list(contestants)
-    for number in range(1, plan.most_windows + 1):
+    for _ in range(plan.most_windows):
         for name in unstable:
+            sleep(PAUSE_S)
             seconds = plan.duration_s / STABLE_WINDOWS
-            window = _run_window(contestants[name], seconds, plan.concurrency)
-            windows[name].append(window)
-            progress(f"{name}: window {number}, mean {1e3 * window.mean_s:.4g} ms")
+            windows[name].append(_run_window(contestants[name], seconds, plan.concurrency))
         unstable = [name for name in unstable if not _agree(windows[name], plan.stable)]
     return {
         name: Measured(tuple(taken), stable=name not in unstable) for name, taken in windows.items()

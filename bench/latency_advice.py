@@ -56,9 +56,9 @@ def advice(report: Report) -> list[str]:
 
 def _largest_advice(report: Report, stages: Sequence[StageRow], total: float) -> str:
     row = max(stages, key=StageRow.median)
-    needed = floors(row.flop, row.bytes, report.ceilings)
-    limit = max(needed, key=lambda name: needed[name], default=None)
     nearness, words = row.share_of_floor(), ""
+    needed = {} if nearness is None else floors(row.flop, row.bytes, report.ceilings)
+    limit = max(needed, key=lambda name: needed[name], default=None)
     if nearness is not None:
         near = nearness >= NEAR_FLOOR
         side = f"near its {limit or 'own'} floor" if near else "far from both floors"
@@ -111,6 +111,8 @@ def _sum(stages: Iterable[StageRow], names: Sequence[str]) -> float:
 
 def _throttles(report: Report) -> list[str]:
     """Return what held the clocks down at the start or the end; an idle device does not count."""
+    if not report.device.startswith("cuda"):
+        return []
     cards = (report.environment.get("gpu"), report.environment_after)
     lists = [card.get("throttled_by") for card in cards if isinstance(card, dict)]
     reasons = [str(reason) for found in lists if isinstance(found, list) for reason in found]

@@ -166,9 +166,12 @@ def read_report(path: Path) -> Report:
 def floor_s(
     flop: int | None, moved_bytes: int | None, ceilings: Mapping[str, float] | None
 ) -> float | None:
-    """Return the seconds that work needs at least: the longer of arithmetic and memory traffic."""
+    """Return the seconds that work needs at least: the longer of arithmetic and memory traffic.
+
+    None where one of them is not known.
+    """
     known = floors(flop, moved_bytes, ceilings)
-    return max(known.values()) if known else None
+    return max(known.values()) if len(known) == 2 else None
 
 
 def ratios(report: Report, batch: int, scope: str, concurrency: int = 1) -> dict[str, float]:

@@ -13,6 +13,8 @@ from microclip_deploy.bench.table_text import columns, digits, flat, in_ms, perc
 from microclip_deploy.errors import ThresholdError, UsageError
 
 _COMPARED = (50.0, 99.0)
+_OF_THE_MOMENT = ("load", "gpu.clock_sm", "gpu.clock_memory", "gpu.power", "gpu.temperature_c")
+"""What two runs on one machine never share."""
 
 
 class _Key(NamedTuple):
@@ -143,7 +145,9 @@ def _compared(key: _Key, before: Row, after: Row) -> list[str]:
     pairs = [(before.percentile(q), after.percentile(q)) for q in _COMPARED]
     ratios = [f"{digits(new / old)}x" for old, new in pairs]
     times = [in_ms(value) for pair in pairs for value in pair]
-    return [key.scope, key.contestant, str(key.batch), str(key.concurrency), *ratios, *times]
+    unsure = "" if before.stable and after.stable else " unstable"
+    what = (key.scope, f"{key.contestant}{unsure}", str(key.batch), str(key.concurrency))
+    return [*what, *ratios, *times]
 
 
 def _rows(report: Report, contestant: str | None = None) -> dict[_Key, Row]:
@@ -169,5 +173,5 @@ def _differences(
 ) -> Iterator[tuple[str, str, str]]:
     one, other = flat(before), flat(after)
     for name in {**one, **other}:
-        if one.get(name) != other.get(name):
+        if name not in _OF_THE_MOMENT and one.get(name) != other.get(name):
             yield name, one.get(name, "–"), other.get(name, "–")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,7 @@ from microclip_deploy.bench.memory import peak_rss_bytes
 from microclip_deploy.bench.photos import decoded, made_up_jpegs
 from microclip_deploy.bench.subject import Subject, subject_of
 from microclip_deploy.bench.table_text import percent
-from microclip_deploy.errors import MicroclipError, VerificationError
+from microclip_deploy.errors import MicroclipError, VerificationError, require
 from microclip_deploy.exported import Precision
 from microclip_deploy.serving import Session
 from microclip_deploy.serving.cuda_backend import CudaSession
@@ -95,6 +96,7 @@ def run_latency_bench(request: LatencyRequest, notes: Console) -> Report:
         VerificationError: a contestant gives other answers than the target.
     """
     start = time.perf_counter()
+    machine = environment(_number(request.device))  # before this run is what it is at work with
     with subject_of(request.target, request.precision) as subject:
         photos = _photos(request, subject, notes)
         views = _views(subject, photos, max(request.batches))
@@ -102,14 +104,15 @@ def run_latency_bench(request: LatencyRequest, notes: Console) -> Report:
         with contestants_of(
             subject, request.backends, request.peers, request.device, request.threads
         ) as found:
-            _require_alike(found, views[: min(8, len(views))], subject.precision)
-            report = _report(request, subject, found, photos)
+            _require_alike(found, views[: min(8, len(views))], subject)
+            report = _report(request, subject, found, photos, machine)
             if request.baseline is not None:
                 cases = set(product(request.batches, request.concurrency))
                 require_comparable(report, request.baseline, cases)
             for batch in request.batches:
                 report.rows += _rows(request, subject, found, views[:batch], photos, notes)
-            report.memory |= _memory(report.device)
+            with _or_absent(report, "memory"):
+                report.memory |= _memory(report.device)
         if request.with_stages:
             notes.print("timing stages")
             with _or_absent(report, "stages"):
@@ -134,7 +137,11 @@ def _or_absent(report: Report, name: str) -> Iterator[None]:
 
 
 def _report(
-    request: LatencyRequest, subject: Subject, found: Contestants, photos: Sequence[bytes]
+    request: LatencyRequest,
+    subject: Subject,
+    found: Contestants,
+    photos: Sequence[bytes],
+    machine: dict[str, Any],
 ) -> Report:
     return Report(
         target=subject.name,
@@ -154,7 +161,7 @@ def _report(
             "until stable": percent(request.plan.stable),
             "photos": _told(photos, "made up" if request.images is None else "the user's"),
         },
-        environment=environment(_number(request.device)),
+        environment=machine,
     )
 
 
@@ -185,21 +192,39 @@ def _views(subject: Subject, photos: Sequence[bytes], largest: int) -> NDArray[n
     return made[np.arange(largest) % len(made)]
 
 
-def _require_alike(found: Contestants, views: NDArray[np.uint8], precision: str) -> None:
-    """Time nobody who answers something else: the median image's logits must be the target's."""
+def _require_alike(found: Contestants, views: NDArray[np.uint8], subject: Subject) -> None:
+    """Time nobody who answers something else: the median image's logits must be the target's.
+
+    Those of plain CLIP, which are others by nature, must be those of the model's [CLS] alone.
+    """
     answers = {name: answer(views) for name, answer in found.answers.items()}
-    subject = next(iter(answers.values()))
+    ours = next(iter(answers.values()))
     for name, logits in answers.items():
-        if name.startswith("CLIP "):  # by its nature another answer
-            continue
-        limit = max(_CLOSE[precision], _CLOSE["int8"] if "int8" in name else 0)
+        plain_clip = name.startswith("CLIP ")
+        whose = "[CLS] alone" if plain_clip else "the target"
+        expected = _cls_logits(subject, views) if plain_clip else ours
+        precision = "fp32" if plain_clip else "int8" if "int8" in name else subject.precision
+        limit = _CLOSE[precision]
         # The median: a mask near a threshold may move the logits of single images.
-        apart = float(np.median(np.abs(logits - subject).max(axis=1)))
+        apart = float(np.median(np.abs(logits - expected).max(axis=1)))
         if not apart <= limit:
             raise VerificationError(
-                f"{name}: expected logits within {limit} of the target's, found {apart:.3g}; its "
-                "time would compare different things"
+                f"{name}: expected logits within {limit} of those of {whose}, found {apart:.3g}; "
+                "its time would compare different things"
             )
+
+
+def _cls_logits(subject: Subject, views: NDArray[np.uint8]) -> NDArray[np.float32]:
+    import torch
+
+    from microclip_deploy.fusion import LOGIT_SCALE
+
+    model = subject.model
+    assert model is not None  # plain CLIP is made of it
+    with torch.inference_mode():
+        cls = model.encode_cls(subject.preprocess.normalize(torch.from_numpy(views)))
+        logits: NDArray[np.float32] = (LOGIT_SCALE * cls @ model.class_matrix().T).numpy()
+    return logits
 
 
 def _rows(
@@ -285,8 +310,9 @@ def _add_stages(
 
 def _memory(device: str) -> dict[str, int]:
     """Return the most memory of this process, which holds all contestants, and of the device."""
-    peak = {"resident, this process with exporting, peak": peak_rss_bytes()}
+    peak = {"resident, this process with all contestants, peak": peak_rss_bytes()}
     if device.startswith("cuda"):
+        require("cupy", "gpu")
         import cupy
 
         with cupy.cuda.Device(_number(device)):

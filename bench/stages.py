@@ -19,6 +19,7 @@ from PIL import Image
 
 from microclip_deploy.bench.graph_parts import PATCHES, Part, Work, open_parts
 from microclip_deploy.bench.kernel_report import affinity_work
+from microclip_deploy.bench.latency import PAUSE_S
 from microclip_deploy.bench.latency_report import (
     BACKBONE,
     D2H,
@@ -54,7 +55,6 @@ TIMED: Mapping[str, str] = {
 }
 
 _BEST = 5
-_PAUSE_S = 0.05
 _BUDGET_S, _FEWEST, _MOST = 1.0, 9, 200
 """Of a stage: seconds, and samples whatever they take."""
 
@@ -176,12 +176,8 @@ def _best(logits: NDArray[np.float32]) -> NDArray[np.intp]:
 
 
 def _samples(run: Run) -> list[float]:
-    """Return seconds of each run, after one that warms up and a pause before it.
-
-    Stages do not take turns: the threads of one stage's session wait busily for a moment, and
-    would take the cores from the next.
-    """
-    time.sleep(_PAUSE_S)
+    """Return seconds of each run, after one that warms up and a pause before it."""
+    time.sleep(PAUSE_S)
     run()
     samples: list[float] = []
     while len(samples) < _FEWEST or (sum(samples) < _BUDGET_S and len(samples) < _MOST):

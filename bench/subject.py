@@ -54,12 +54,13 @@ def subject_of(target: str, precision: Precision) -> Iterator[Subject]:
     path = Path(target)
     with TemporaryDirectory(prefix="microclip-bench-") as folder:
         if path.is_dir() and is_export(path):
-            yield _of_export(path, None, Path(folder))
+            yield _of_export(path.resolve().name, path, None, Path(folder))
             return
         model, preprocess, classes = _of_run(path) if path.is_dir() else _random(target)
-        written = Path(folder) / (path.name or target)
+        name = path.resolve().name if path.is_dir() else target
+        written = Path(folder) / "target"
         write_export(model, preprocess, classes, precision, written)
-        yield _of_export(written, model, Path(folder))
+        yield _of_export(name, written, model, Path(folder))
 
 
 def write_export(
@@ -95,10 +96,10 @@ def write_export(
     artifact.write_manifest(directory, SCHEMA, content, [*graphs, CLASSIFIER, HEAD_WEIGHTS])
 
 
-def _of_export(directory: Path, model: "MicroCLIP | None", folder: Path) -> Subject:
+def _of_export(name: str, directory: Path, model: "MicroCLIP | None", folder: Path) -> Subject:
     export = read_export(directory)
     return Subject(
-        name=directory.resolve().name,
+        name=name,
         export=directory,
         precision=export.manifest.precision,
         preprocess=export.manifest.preprocess,

@@ -113,9 +113,7 @@ def bench_model(
     allowed = option_text.parse_share("--max-regression", max_regression)
     request = LatencyRequest(
         target=target,
-        backends=option_text.parse_names(
-            "--backends", "all" if backends is None else backends, BACKENDS
-        ),
+        backends=option_text.parse_names("--backends", backends, BACKENDS),
         device=option_text.parse_device("--device", device),
         batches=option_text.parse_numbers("--batches", batches),
         concurrency=option_text.parse_numbers("--concurrency", concurrency),

@@ -11,7 +11,7 @@ from microclip_deploy.engines import has_engines
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, require
 from microclip_deploy.serving.session import Prediction, Session
 
-__all__ = ["Prediction", "Session", "is_export", "open_session"]
+__all__ = ["Prediction", "Session", "is_export", "open_graphs", "open_session"]
 
 _CHECKPOINT = "microclip.checkpoint/"
 _EXPORT = "microclip.export/"
@@ -85,6 +85,21 @@ def _open_export(path: Path, device: str) -> Session:
         session = _with_engines(path, device)
         if session is not None:
             return session
+    return open_graphs(path, device)
+
+
+def open_graphs(path: Path, device: str = "cpu") -> Session:
+    """Open an export with ONNX Runtime, whatever engines lie beside its graphs.
+
+    Args:
+        path: directory that `export` wrote.
+        device: "auto", "cpu", "cuda", "cuda:N" or "openvino".
+
+    Raises:
+        CheckpointError: missing or damaged.
+        EnvironmentProblem: packages or the device are missing.
+        UsageError: not a device that ONNX Runtime serves.
+    """
     require("microclip_deploy.serving.onnx_backend", "cpu")
     from microclip_deploy.serving.onnx_backend import OnnxSession
     from microclip_deploy.serving.onnx_graph import has_cuda

@@ -190,7 +190,8 @@ class CudaPipeline:
         """Return the seconds of each stage by itself, between two events.
 
         The pixels must be in the buffer, and the bucket have been run, so that each stage finds
-        what those before it wrote. An encoder that is captured is captured once more, alone.
+        what those before it wrote. Encoder and kernels are captured once more, each in a graph of
+        its own: launched one by one, the gaps between launches would be counted.
 
         Args:
             bucket: batch size.
@@ -201,13 +202,15 @@ class CudaPipeline:
         with _CAPTURE, self._current():
             cls = block_views(found.block, bucket, self._sizes).cls
             encode = self._encoder.capture(found.pixels, cls, found.patches, lambda: None).replay
+            kernels = (found.kernels.edges, found.kernels.cut, found.kernels.fuse)
+            edges, cut, fuse = (captured(each, self._stream).replay for each in kernels)
         stages: dict[str, Callable[[], object]] = {
             "preprocess": lambda: self._test_view(photos, out=found.pixels),
             "H2D": lambda: found.pixels.set(found.host_pixels, stream=self._stream),
             "backbone": encode,
-            "K1": found.kernels.edges,
-            "K2": found.kernels.cut,
-            "K3/head": found.kernels.fuse,
+            "K1": edges,
+            "K2": cut,
+            "K3/head": fuse,
             "D2H": lambda: self._download(found),
         }
         with self._current():

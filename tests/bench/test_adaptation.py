@@ -130,8 +130,12 @@ def test_a_report_says_what_was_timed(report: AdaptationReport) -> None:
 
 
 def test_tables_put_the_ratio_first() -> None:
-    rows = [line.split() for line in plain(made_up(500, 100, 50)).splitlines()]
-    assert rows[2] == ["ViT-B-32", "2.00x", "50.0", "25.0", "160", "320", "900", "800"]
+    text = plain(made_up(500, 100, 50))
+    assert "1 steps a side" not in text.splitlines()[0]
+    assert text.splitlines()[0].endswith("a step a side")
+    rows = [line.split() for line in text.splitlines()]
+    times = ["160", "(160", "to", "160)", "320", "(320", "to", "320)"]
+    assert rows[2] == ["ViT-B-32", "2.00x", "50.0", "25.0", *times, "900", "800"]
     assert "| ViT-B-32 | 2.00x | 50.0 | 25.0 |" in markdown(made_up(500, 100, 50))
 
 

@@ -84,3 +84,13 @@ def test_an_older_driver_names_the_reasons_differently(monkeypatch: pytest.Monke
 def test_unreadable_reasons_are_none() -> None:
     assert card.throttle_reasons(None) is None
     assert card.throttle_reasons("Active") is None
+
+
+def test_the_gpu_that_is_measured_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(card, "_output", lambda *command: asked.append(command[-1]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8a56")
+    card.gpu(0), card.gpu(1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    card.gpu(1)
+    assert asked == ["--id=3", "--id=GPU-8a56", "--id=1"]

@@ -198,7 +198,17 @@ def test_advice_on_a_dear_saliency() -> None:
 @pytest.mark.parametrize(("reason", "shown"), [("software power cap", True), ("idle", False)])
 def test_advice_on_clocks(reason: str, shown: bool) -> None:
     card = {"throttled_by": [reason]}
-    assert ("clocks were held down" in told(report(environment_after=card))) == shown
+    found = told(report(device="cuda:0", environment_after=card))
+    assert ("clocks were held down" in found) == shown
+    assert "clocks" not in told(report(environment_after=card)), "of a GPU that is not measured"
+
+
+def test_advice_without_a_floor_speaks_of_none() -> None:
+    integer = stage(BACKBONE, 12, flop=None, bytes=10**9, floor_s=None)
+    found = told(report(precision="int8", stages=[integer]))
+    assert "floor" not in found
+    assert found.endswith("a smaller model")
+    assert floor_s(None, 10**9, {COPY: 1e9, PRODUCT: 1e9}) is None
 
 
 # ---- limits
@@ -258,6 +268,10 @@ def test_a_comparison_shows_machines_first_then_ratios() -> None:
     assert comparison(report(), report()).startswith(
         "the same target, options, machine and packages"
     )
+    shaky = report(rows=[replace(row(), stable=False)], environment={"cpu": "Xeon", "load": 2.0})
+    (line,) = (line for line in comparison(report(), shaky).splitlines() if OURS in line)
+    assert f"{OURS} unstable" in line
+    assert "load" not in comparison(report(), shaky)
     assert "no row stands in both" in comparison(report(), report(subject="x", rows=[row("x")]))
 
 

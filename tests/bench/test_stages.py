@@ -25,6 +25,7 @@ from microclip_deploy.bench.latency_report import (
 )
 from microclip_deploy.bench.photos import made_up_jpegs
 from microclip_deploy.bench.stages import StageRequest, measure_stages
+from microclip_deploy.bench.subject import subject_of
 from microclip_deploy.errors import UsageError
 from microclip_deploy.export.probes import made_up_photos
 from microclip_deploy.exported import FULL, read_export
@@ -64,6 +65,13 @@ def test_work_is_counted_as_by_hand(tiny_export: Path) -> None:
     weights = (tiny_export / "backbone.onnx").stat().st_size
     moved = views.nbytes + 3 * 4 * (joint + tokens * width)
     assert work.bytes == pytest.approx(weights + moved, rel=0.05)
+
+
+def test_integer_products_have_no_floor(tmp_path: Path) -> None:
+    with subject_of("tiny", "int8") as subject:
+        parts = {each.stage: each for each in open_parts(subject.export, tmp_path, 1)}
+        assert parts[BACKBONE].work(2, (100, 32)).flop is None
+        assert (parts[K3_HEAD].work(2, (100, 32)).flop or 0) > 0
 
 
 def test_every_stage_of_a_request_is_timed(
