@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -14,8 +15,9 @@ from rich.console import Console
 
 from microclip_deploy import serving
 from microclip_deploy.bench import contestants, model_latency, stages
+from microclip_deploy.bench import subject as subject_module
 from microclip_deploy.bench.cls_encoder import write_cls_graph
-from microclip_deploy.bench.contestants import BACKENDS, PEERS, contestants_of
+from microclip_deploy.bench.contestants import BACKENDS, PEERS, Contestants, contestants_of
 from microclip_deploy.bench.latency import Plan
 from microclip_deploy.bench.latency_report import IMAGE_TO_LOGITS, JPEG_TO_LOGITS, Report
 from microclip_deploy.bench.latency_tables import as_json
@@ -134,16 +136,26 @@ def test_nobody_is_timed_who_answers_something_else(
         run_latency_bench(request(finished_run, peers=("plain",)), QUIET)
 
 
-def test_plain_clip_must_be_clips(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = np.ones(1, np.float32)
-    monkeypatch.setattr(model_latency, "_cls_logits", lambda *_: other)
-    with pytest.raises(VerificationError, match=r"CLIP cls fp32: .* of \[CLS\] alone, found"):
-        run_latency_bench(request(finished_run, peers=("cls",)), QUIET)
+def test_plain_clip_must_be_clips(tiny_export: Path, finished_run: Path) -> None:
+    model = load_model(read_checkpoint(finished_run))
+    with subject_of(str(tiny_export), "fp32") as export:
+        subject = export._replace(model=model)
+        views = made_up_photos(subject.preprocess.size).views(subject.preprocess)[:3]
+        cls = model_latency._cls_logits(subject, views)
+        found = Contestants({"onnx": lambda _: cls + 7, "CLIP cls fp32": lambda _: cls})
+        model_latency._require_alike(found, views, subject)
+        found.answers["CLIP cls fp32"] = found.answers["onnx"]
+        with pytest.raises(VerificationError, match=r"CLIP cls fp32: .* of \[CLS\] alone, found 7"):
+            model_latency._require_alike(found, views, subject)
 
 
 def test_a_run_is_named_by_its_directory(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished_run: Path, tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def write(*arguments: object) -> None:
+        shutil.copytree(tiny_export, str(arguments[-1]))
+
+    monkeypatch.setattr(subject_module, "write_export", write)
     run = tmp_path / "int8"  # as the folder of a peer
     run.symlink_to(finished_run, target_is_directory=True)
     with subject_of(str(run), "fp32") as subject:

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from microclip_deploy.bench import ceilings as ceilings_module
 from microclip_deploy.bench import stages as stages_module
 from microclip_deploy.bench.ceilings import cpu_ceilings
-from microclip_deploy.bench.graph_parts import open_parts
+from microclip_deploy.bench.graph_parts import open_parts, work_of
 from microclip_deploy.bench.latency_report import (
     BACKBONE,
     COPY,
@@ -25,7 +26,6 @@ from microclip_deploy.bench.latency_report import (
 )
 from microclip_deploy.bench.photos import made_up_jpegs
 from microclip_deploy.bench.stages import StageRequest, measure_stages
-from microclip_deploy.bench.subject import subject_of
 from microclip_deploy.errors import UsageError
 from microclip_deploy.export.probes import made_up_photos
 from microclip_deploy.exported import FULL, read_export
@@ -67,11 +67,20 @@ def test_work_is_counted_as_by_hand(tiny_export: Path) -> None:
     assert work.bytes == pytest.approx(weights + moved, rel=0.05)
 
 
-def test_integer_products_have_no_floor(tmp_path: Path) -> None:
-    with subject_of("tiny", "int8") as subject:
-        parts = {each.stage: each for each in open_parts(subject.export, tmp_path, 1)}
-        assert parts[BACKBONE].work(2, (100, 32)).flop is None
-        assert (parts[K3_HEAD].work(2, (100, 32)).flop or 0) > 0
+@pytest.mark.parametrize(("operator", "flop"), [("MatMulInteger", None), ("MatMul", 2 * 4 * 8 * 5)])
+def test_integer_products_have_no_floor(operator: str, flop: int | None) -> None:
+    integer = operator == "MatMulInteger"
+    kinds = (TensorProto.UINT8, TensorProto.INT32) if integer else (TensorProto.FLOAT,) * 2
+    value, weights = helper.make_tensor_value_info, np.ones((8, 5), np.int8 if integer else "f4")
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["x", "w"], ["y"])],
+        "product",
+        [value("x", kinds[0], ["batch", 8])],
+        [value("y", kinds[1], ["batch", 5])],
+        [numpy_helper.from_array(weights, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    assert work_of(model, {"x": (4, 8)}, ("y",)).flop == flop
 
 
 def test_every_stage_of_a_request_is_timed(
