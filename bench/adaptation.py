@@ -77,7 +77,7 @@ def run_adaptation_bench(request: AdaptationRequest, notes: Console) -> Adaptati
         VerificationError: product and plain algorithm compute different losses.
     """
     _require_possible(request)
-    machine = environment()  # before this run is what it is at work with
+    machine = environment()  # first: its load is that of others
     device, start = resolve_device(request.device), time.monotonic()
     with _photos(request.photos) as (source, photos):
         facts = _photo_facts(source, photos)

@@ -222,9 +222,8 @@ def _settings(threads: int | None) -> onnxruntime.SessionOptions:
     Threads spin between operators, as ONNX Runtime does by itself: that measured 4 to 10 % faster
     than letting them sleep.
 
-    Where x86 processors lack VNNI, products of uint8 and int8 add up in 16 bits and saturate: [CLS]
-    of a ViT-B/32 was off by a sixth of its length. The setting makes them exact there, and does
-    nothing elsewhere.
+    Where x86 processors lack VNNI, products of uint8 and int8 add up in 16 bits and saturate, down
+    to half of a sum. The setting makes them exact there, and does nothing elsewhere.
     """
     settings = onnxruntime.SessionOptions()
     settings.add_session_config_entry("session.x64quantprecision", "1")

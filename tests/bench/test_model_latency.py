@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -18,7 +19,7 @@ from microclip_deploy.bench import contestants, model_latency, stages
 from microclip_deploy.bench import subject as subject_module
 from microclip_deploy.bench.cls_encoder import write_cls_graph
 from microclip_deploy.bench.contestants import BACKENDS, PEERS, Contestants, contestants_of
-from microclip_deploy.bench.latency import Plan
+from microclip_deploy.bench.latency import Plan, measure
 from microclip_deploy.bench.latency_report import IMAGE_TO_LOGITS, JPEG_TO_LOGITS, Report
 from microclip_deploy.bench.latency_tables import as_json
 from microclip_deploy.bench.model_latency import LatencyRequest, run_latency_bench
@@ -28,7 +29,9 @@ from microclip_deploy.checkpoint import load_model, read_checkpoint
 from microclip_deploy.cli import main
 from microclip_deploy.errors import EnvironmentProblem, UsageError, VerificationError
 from microclip_deploy.export.probes import made_up_photos
+from microclip_deploy.exported import read_export
 from microclip_deploy.fusion import LOGIT_SCALE
+from microclip_deploy.serving.onnx_backend import OnnxSession
 from microclip_deploy.serving.onnx_graph import OnnxGraph
 
 QUIET = Console(quiet=True)
@@ -83,13 +86,13 @@ def test_the_rest_of_a_report_is_there(report: Report) -> None:
 
 
 def test_the_same_target_agrees_with_itself_within_its_spread(tiny_export: Path) -> None:
-    plan = Plan(warmup_s=0.2, duration_s=0.9, stable=0.3, most_windows=10)
-    one, other = (
-        run_latency_bench(request(tiny_export, batches=(2,), plan=plan), QUIET).rows[0]
-        for _ in range(2)
-    )
-    spread = one.spread + other.spread + 0.5  # other tests run beside this one
-    assert abs(one.mean() - other.mean()) <= spread * max(one.mean(), other.mean())
+    views = made_up_photos(32).views(read_export(tiny_export).manifest.preprocess)[:4]
+    sessions = {name: OnnxSession.open(tiny_export, "cpu", threads=1) for name in ("one", "other")}
+    plan = Plan(warmup_s=0.2, duration_s=0.9, stable=0.1, most_windows=10)
+    found = measure({name: partial(each.predict, views) for name, each in sessions.items()}, plan)
+    one, other = found["one"], found["other"]
+    tolerance = 0.1 + one.spread + other.spread
+    assert np.median(one.samples_s) == pytest.approx(np.median(other.samples_s), rel=tolerance)
 
 
 def test_an_export_is_measured_without_pytorch_peers(tiny_export: Path) -> None:
