@@ -16,7 +16,11 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from microclip_deploy.adapt import Operation, Recipe, Validator
+from microclip_deploy.adapt.history import read_history
+from microclip_deploy.adapt.log import HISTORY
+from microclip_deploy.adapt.run import execute
+from microclip_deploy.adapt.run_directory import locked, make_inputs, write_inputs
+from microclip_deploy.adapt.trainer import Operation, Recipe, Validator
 from microclip_deploy.artifact import MANIFEST, read_json, write_bytes, write_json
 from microclip_deploy.backbone import BackboneSpec, load_clip
 from microclip_deploy.bench.card import environment
@@ -26,13 +30,9 @@ from microclip_deploy.demo.benchmark import RECIPE, write_benchmark
 from microclip_deploy.demo.folders import hidden_labels
 from microclip_deploy.demo.ink import mask_ink_iou
 from microclip_deploy.evaluate import evaluate
-from microclip_deploy.history import read_history
 from microclip_deploy.model import MicroCLIP
-from microclip_deploy.run import execute
-from microclip_deploy.run_directory import locked, make_inputs, write_inputs
 from microclip_deploy.serving import open_session
 from microclip_deploy.sources import list_images
-from microclip_deploy.training_log import HISTORY
 
 RECIPES = {
     "demo": "microCLIP",

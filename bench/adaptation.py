@@ -23,6 +23,8 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
+from microclip_deploy.adapt.loader import AdaptImages
+from microclip_deploy.adapt.views import ViewConfig
 from microclip_deploy.bench.adaptation_report import AdaptationReport, Case, Pipeline
 from microclip_deploy.bench.card import environment
 from microclip_deploy.bench.geometry import TINY
@@ -35,13 +37,11 @@ from microclip_deploy.bench.training_step import (
     measure_steps,
     peak_memory_mib,
 )
-from microclip_deploy.data import AdaptImages
 from microclip_deploy.errors import EnvironmentProblem, UsageError
 from microclip_deploy.images import printable, read_image
 from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.serving.torch_backend import resolve_device
 from microclip_deploy.sources import check_images, list_images
-from microclip_deploy.views import ViewConfig
 
 MADE_UP = 32
 MOST_PHOTOS = 64

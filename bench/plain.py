@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
+from microclip_deploy.adapt.train_step import AdaptConfig, Views
 from microclip_deploy.errors import UsageError
 from microclip_deploy.fusion import SOAP
-from microclip_deploy.iteration import AdaptConfig, Views
 from microclip_deploy.model import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.text import TextHeads

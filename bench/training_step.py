@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from microclip_deploy.adapt.train_step import AdaptConfig, Views, make_optimizer, train_step
 from microclip_deploy.bench.geometry import Geometry, random_geometry
 from microclip_deploy.bench.memory import forget_peak, peak_rss_bytes
 from microclip_deploy.bench.plain import PlainMicroCLIP, plain_step
 from microclip_deploy.errors import EnvironmentProblem, VerificationError
-from microclip_deploy.iteration import AdaptConfig, Views, make_optimizer, train_step
 from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.text import TextHeads
 

@@ -11,7 +11,18 @@ from rich.console import Console
 from torch import Tensor
 
 from microclip_deploy import artifact
-from microclip_deploy.adapt import Operation, Recipe, StepReport, Validator
+from microclip_deploy.adapt.run import execute
+from microclip_deploy.adapt.run_directory import (
+    INPUTS,
+    RunInputs,
+    locked,
+    make_inputs,
+    read_inputs,
+    remove_run,
+    require_replaceable,
+    write_inputs,
+)
+from microclip_deploy.adapt.trainer import Operation, Recipe, StepReport, Validator
 from microclip_deploy.backbone import BackboneSpec, Clip, load_clip
 from microclip_deploy.checkpoint import read_checkpoint
 from microclip_deploy.classes import DEFAULT_TEMPLATES, class_texts
@@ -24,17 +35,6 @@ from microclip_deploy.labelled_images import LabelledImages
 from microclip_deploy.model import MicroCLIP
 from microclip_deploy.progress import bar
 from microclip_deploy.report import REPORT
-from microclip_deploy.run import execute
-from microclip_deploy.run_directory import (
-    INPUTS,
-    RunInputs,
-    locked,
-    make_inputs,
-    read_inputs,
-    remove_run,
-    require_replaceable,
-    write_inputs,
-)
 from microclip_deploy.serving.torch_backend import TorchSession, resolve_device
 from microclip_deploy.sources import check_images, list_images
 

@@ -18,7 +18,7 @@ from microclip_deploy.cuda_source import TOKEN_TYPES, CudaSource, TokenType
 from microclip_deploy.ncut.layout import Device, KernelLayout
 from microclip_deploy.ncut.spec import NCutSpec
 
-TABLE = Path(__file__).parent / "data" / "kernel-builds.json"
+TABLE = Path(__file__).parent / "vectors" / "kernel-builds.json"
 SHARED_BYTES = {
     75: 65536,
     80: 166912,

@@ -243,7 +243,7 @@ def test_nan_loss_stops_and_keeps_the_last_good_state(
 ) -> None:
     diverging = ["--lr", "0.99", "--set", "adapt.weight_decay=0.99", "--epochs", "1"]
     wild = ["--set", "adapt.fairness_weight=100", "--batch-size", "2", "--save-every", "1"]
-    import microclip_deploy.iteration as module
+    import microclip_deploy.adapt.train_step as module
 
     original = module.cross_entropy  # type: ignore[attr-defined]  # the name the loop calls
     calls = iter(range(1000))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from microclip_deploy.adapt import Recipe
+from microclip_deploy.adapt.trainer import Recipe
 from microclip_deploy.config import parse_override, resolve, shipped_recipes
 from microclip_deploy.errors import UsageError
 

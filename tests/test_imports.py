@@ -23,7 +23,7 @@ LIGHT = [
     "microclip_deploy.commands",
     "microclip_deploy.evaluate",
     "microclip_deploy.exported",
-    "microclip_deploy.history",
+    "microclip_deploy.adapt.history",
     "microclip_deploy.predict",
     "microclip_deploy.saliency_warning",
     "microclip_deploy.serving",

@@ -15,7 +15,7 @@ from microclip_deploy.model import MicroCLIP, Output
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.text import TextHeads
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "vectors"
 FAMILIES = ("g7", "g14", "h2")
 
 # The reference itself is float32; its tolerances are stated in docs/numerics.md section 9.

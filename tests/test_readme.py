@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from microclip_deploy.adapt import Recipe
+from microclip_deploy.adapt.trainer import Recipe
 from microclip_deploy.cli import app
 from microclip_deploy.config import resolve
 

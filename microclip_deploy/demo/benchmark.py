@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from microclip_deploy.adapt.history import read_history
+from microclip_deploy.adapt.log import HISTORY
 from microclip_deploy.adapt_command import AdaptRequest, run_adapt
 from microclip_deploy.artifact import write_json
 from microclip_deploy.commands import PredictRequest, run_evaluate, run_predict
@@ -18,8 +20,6 @@ from microclip_deploy.errors import VerificationError
 from microclip_deploy.evaluate import Evaluation
 from microclip_deploy.export.command import ExportRequest, run_export
 from microclip_deploy.export.verify import VerifyRequest, require_proven, run_verify, table
-from microclip_deploy.history import read_history
-from microclip_deploy.training_log import HISTORY
 
 if TYPE_CHECKING:
     from rich.table import Table

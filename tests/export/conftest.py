@@ -27,7 +27,7 @@ from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.text import TextHeads
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parent.parent / "vectors"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 

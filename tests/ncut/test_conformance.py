@@ -28,7 +28,7 @@ from microclip_deploy.ncut.steps import (
     well_posed,
 )
 
-CASES = np.load(Path(__file__).parent.parent / "data" / "ncut_cases.npz")
+CASES = np.load(Path(__file__).parent.parent / "vectors" / "ncut_cases.npz")
 SIZES = (49, 196, 256, 576)
 SPEC = NCutSpec()
 

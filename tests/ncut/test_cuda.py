@@ -31,7 +31,7 @@ cupy = pytest.importorskip("cupy", reason="needs CuPy: pip install cupy-cuda13x"
 cuda = pytest.importorskip("microclip_deploy.ncut.cuda")
 device_arrays = pytest.importorskip("microclip_deploy.device_arrays")
 
-CASES = np.load(Path(__file__).parent.parent / "data" / "ncut_cases.npz")
+CASES = np.load(Path(__file__).parent.parent / "vectors" / "ncut_cases.npz")
 SIZES = (49, 196, 256, 576)
 SPEC = NCutSpec()
 GRAPHS_A_FAMILY = 6

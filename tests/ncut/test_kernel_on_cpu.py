@@ -23,7 +23,7 @@ from tests.ncut.kernels_on_cpu import (
     unpacked,
 )
 
-CASES = np.load(Path(__file__).parent.parent / "data" / "ncut_cases.npz")
+CASES = np.load(Path(__file__).parent.parent / "vectors" / "ncut_cases.npz")
 SIZES = (49, 196, 256, 576)
 SPEC = NCutSpec()
 HOPPER = Device(90, 232448)

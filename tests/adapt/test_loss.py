@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from microclip_deploy.loss import cross_entropy, fairness
+from microclip_deploy.adapt.loss import cross_entropy, fairness
 
 
 def test_fairness_is_least_for_a_uniform_prediction() -> None:

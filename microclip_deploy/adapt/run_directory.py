@@ -12,7 +12,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from microclip_deploy import artifact
-from microclip_deploy.adapt import STATE, Recipe
+from microclip_deploy.adapt.log import BOARD, HISTORY, METRICS
+from microclip_deploy.adapt.trainer import STATE, Recipe
 from microclip_deploy.backbone import BackboneSpec, Clip
 from microclip_deploy.checkpoint import WEIGHTS
 from microclip_deploy.classes import ClassTexts
@@ -21,7 +22,6 @@ from microclip_deploy.directory_lock import LOCK, exclusive
 from microclip_deploy.errors import CheckpointError, DataError, UsageError
 from microclip_deploy.images import printable
 from microclip_deploy.sources import BadFile
-from microclip_deploy.training_log import BOARD, HISTORY, METRICS
 
 INPUTS = "inputs.json"
 CONFIG = "config.json"

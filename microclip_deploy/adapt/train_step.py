@@ -11,10 +11,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from microclip_deploy.adapt.dka import aggregate, multi_view_prior
+from microclip_deploy.adapt.loss import cross_entropy, fairness
 from microclip_deploy.fusion import LOGIT_SCALE, fused_embedding
-from microclip_deploy.loss import cross_entropy, fairness
 from microclip_deploy.model import MicroCLIP, Output, Pooling, is_layer_norm
-from microclip_deploy.pseudo_labels import aggregate, multi_view_prior
 
 
 class AdaptConfig(BaseModel):

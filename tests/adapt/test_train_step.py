@@ -9,8 +9,7 @@ import open_clip
 import pytest
 import torch
 
-from microclip_deploy.backbone import VisionBackbone
-from microclip_deploy.iteration import (
+from microclip_deploy.adapt.train_step import (
     AdaptConfig,
     Step,
     Views,
@@ -18,11 +17,12 @@ from microclip_deploy.iteration import (
     make_optimizer,
     train_step,
 )
+from microclip_deploy.backbone import VisionBackbone
 from microclip_deploy.model import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.text import heads_from_embeddings
 
-GOLDEN = Path(__file__).parent / "data" / "train_step.npz"
+GOLDEN = Path(__file__).parent.parent / "vectors" / "train_step.npz"
 
 # Spec tolerances. A float32 run is compared with the reference's float32 run.
 LOSS_RTOL = 1e-5

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from microclip_deploy.adapt.history import read_history
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.history import read_history
 
 
 @pytest.fixture

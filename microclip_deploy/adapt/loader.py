@@ -27,10 +27,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from microclip_deploy.adapt.views import ViewConfig, Views, make_views, view_generator
 from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError
 from microclip_deploy.images import MAX_PIXELS, BadImage, printable, read_image
 from microclip_deploy.preprocess import Preprocess
-from microclip_deploy.views import ViewConfig, Views, make_views, view_generator
 
 
 class Batch(NamedTuple):

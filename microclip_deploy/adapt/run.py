@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from microclip_deploy import artifact
-from microclip_deploy.adapt import Adapted, Operation, StepReport, Validator, adapt
+from microclip_deploy.adapt.loader import AdaptImages
+from microclip_deploy.adapt.run_directory import LABELS, RunInputs
+from microclip_deploy.adapt.trainer import Adapted, Operation, StepReport, Validator, adapt
 from microclip_deploy.backbone import Clip
 from microclip_deploy.checkpoint import build_model, write_checkpoint
-from microclip_deploy.data import AdaptImages
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.images import printable
-from microclip_deploy.run_directory import LABELS, RunInputs
 from microclip_deploy.saliency_warning import saliency_warning
 from microclip_deploy.text import text_heads
 

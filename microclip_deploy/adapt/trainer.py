@@ -16,9 +16,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from microclip_deploy.data import AdaptImages, Batch
-from microclip_deploy.errors import Interrupted, VerificationError
-from microclip_deploy.iteration import (
+from microclip_deploy.adapt.loader import AdaptImages, Batch
+from microclip_deploy.adapt.log import TrainingLog
+from microclip_deploy.adapt.state import TrainingState
+from microclip_deploy.adapt.stop_signal import StopSignal
+from microclip_deploy.adapt.train_step import (
     AdaptConfig,
     Losses,
     Step,
@@ -27,12 +29,10 @@ from microclip_deploy.iteration import (
     make_optimizer,
     train_step,
 )
+from microclip_deploy.adapt.views import ViewConfig
+from microclip_deploy.errors import Interrupted, VerificationError
 from microclip_deploy.model import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.stop_signal import StopSignal
-from microclip_deploy.training_log import TrainingLog
-from microclip_deploy.training_state import TrainingState
-from microclip_deploy.views import ViewConfig
 
 TALLY = (
     "images",

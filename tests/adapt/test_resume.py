@@ -144,7 +144,7 @@ def test_resume_with_other_settings_is_refused(
 def test_a_second_run_in_the_directory_is_refused(
     tmp_path: Path, run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from microclip_deploy.run_directory import locked
+    from microclip_deploy.adapt.run_directory import locked
 
     with locked(tmp_path / "run"):
         assert main(run) == 2

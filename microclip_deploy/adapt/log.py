@@ -12,8 +12,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from microclip_deploy import artifact
+from microclip_deploy.adapt.history import read_history
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.history import read_history
 
 METRICS = "metrics.jsonl"
 HISTORY = "history.jsonl"

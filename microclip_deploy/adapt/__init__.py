@@ -1,0 +1,1 @@
+"""Training: unlabeled photos -> views -> pseudo-labels -> adapted model."""
