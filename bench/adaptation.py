@@ -37,11 +37,11 @@ from microclip_deploy.bench.training_step import (
     measure_steps,
     peak_memory_mib,
 )
+from microclip_deploy.data.decode import printable, read_image
+from microclip_deploy.data.preprocess import Preprocess
+from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import EnvironmentProblem, UsageError
-from microclip_deploy.images import printable, read_image
-from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.serving.torch_backend import resolve_device
-from microclip_deploy.sources import check_images, list_images
 
 MADE_UP = 32
 MOST_PHOTOS = 64

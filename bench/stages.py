@@ -35,9 +35,9 @@ from microclip_deploy.bench.latency_report import (
     floor_s,
 )
 from microclip_deploy.bench.photos import decoded
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.exported import read_export
 from microclip_deploy.predict import softmax
-from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.serving import open_session
 
 TIMED: Mapping[str, str] = {

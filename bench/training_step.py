@@ -24,8 +24,8 @@ from microclip_deploy.adapt.train_step import AdaptConfig, Views, make_optimizer
 from microclip_deploy.bench.geometry import Geometry, random_geometry
 from microclip_deploy.bench.memory import forget_peak, peak_rss_bytes
 from microclip_deploy.bench.plain import PlainMicroCLIP, plain_step
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import EnvironmentProblem, VerificationError
-from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.text import TextHeads
 
 PRODUCT, PLAIN = "product", "plain"

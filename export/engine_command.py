@@ -24,6 +24,7 @@ from rich.console import Console
 from microclip_deploy import artifact
 from microclip_deploy.commands import tell_skipped
 from microclip_deploy.config import validate
+from microclip_deploy.data.decode import printable
 from microclip_deploy.engines import (
     ENGINES,
     PLAN_OF,
@@ -47,7 +48,6 @@ from microclip_deploy.export.probes import Photos, Reference, made_up_photos, wi
 from microclip_deploy.export.trtexec import trtexec_commands
 from microclip_deploy.export.verify import stored_limits
 from microclip_deploy.exported import PARITY, PROBES, Export, read_export
-from microclip_deploy.images import printable
 from microclip_deploy.progress import bar
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from microclip_deploy.backbone import BlockWeights, TowerWeights
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.fusion import LOGIT_SCALE
 from microclip_deploy.model import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import saliency_iterative
-from microclip_deploy.preprocess import Preprocess
 
 # Pixels enter as (x - 128) / 64, which fp16 and bf16 hold exactly; folding the normalisation of raw
 # 0..255 values would cancel digits.

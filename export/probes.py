@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from microclip_deploy import artifact
+from microclip_deploy.data.decode import printable, read_image
+from microclip_deploy.data.preprocess import Preprocess
+from microclip_deploy.data.sources import BadFile, check_images, list_images
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.images import printable, read_image
 from microclip_deploy.ncut.steps import adjacency, determined
-from microclip_deploy.preprocess import Preprocess
-from microclip_deploy.sources import BadFile, check_images, list_images
 
 if TYPE_CHECKING:
     from microclip_deploy.model import MicroCLIP

@@ -10,6 +10,7 @@ from rich.console import Console
 from microclip_deploy import artifact
 from microclip_deploy.commands import tell_skipped
 from microclip_deploy.config import validate
+from microclip_deploy.data.decode import printable
 from microclip_deploy.errors import (
     CheckpointError,
     EnvironmentProblem,
@@ -21,7 +22,6 @@ from microclip_deploy.export.limits import Limits
 from microclip_deploy.export.parity import Proof, Serving, compare_pixels, prove
 from microclip_deploy.export.probes import Photos, Reference, made_up_photos, with_users
 from microclip_deploy.exported import PROBES, Export, read_export
-from microclip_deploy.images import printable
 from microclip_deploy.progress import bar
 
 if TYPE_CHECKING:

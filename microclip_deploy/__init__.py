@@ -7,7 +7,7 @@ with open_session(Path("runs/birds")) as session:
     prediction = session.predict(images)  # uint8 (B, S, S, 3)
 """
 
-from microclip_deploy.preprocess import Preprocess
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.serving import Prediction, Session, open_session
 
 __all__ = ["Prediction", "Preprocess", "Session", "open_session"]

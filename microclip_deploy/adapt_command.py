@@ -25,18 +25,18 @@ from microclip_deploy.adapt.run_directory import (
 from microclip_deploy.adapt.trainer import Operation, Recipe, StepReport, Validator
 from microclip_deploy.backbone import BackboneSpec, Clip, load_clip
 from microclip_deploy.checkpoint import read_checkpoint
-from microclip_deploy.classes import DEFAULT_TEMPLATES, class_texts
 from microclip_deploy.commands import gpu_memory, tell_skipped, update_report
 from microclip_deploy.config import merge, parse_override, read_recipe, resolve, validate
+from microclip_deploy.data.classes import DEFAULT_TEMPLATES, class_texts
+from microclip_deploy.data.decode import printable
+from microclip_deploy.data.labelled import LabelledImages
+from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import UsageError
 from microclip_deploy.evaluate import accuracy
-from microclip_deploy.images import printable
-from microclip_deploy.labelled_images import LabelledImages
 from microclip_deploy.model import MicroCLIP
 from microclip_deploy.progress import bar
 from microclip_deploy.report import REPORT
 from microclip_deploy.serving.torch_backend import TorchSession, resolve_device
-from microclip_deploy.sources import check_images, list_images
 
 DEFAULT_MODEL = "ViT-B-32"
 DEFAULT_TAG = "openai"

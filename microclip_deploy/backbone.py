@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem
-from microclip_deploy.preprocess import Preprocess
 
 DEMO_MODEL = "demo"
 """Name of the tiny model inside the package."""

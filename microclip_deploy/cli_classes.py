@@ -17,8 +17,8 @@ app = typer.Typer(
 @app.command("list")
 def list_classes(export: ExportDirectory, as_json: AsJson = False) -> None:
     """Print the classes in the order of the logits."""
+    from microclip_deploy.data.decode import printable
     from microclip_deploy.export import class_rows
-    from microclip_deploy.images import printable
 
     rows = class_rows.list_classes(export)
     if as_json:

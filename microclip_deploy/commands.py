@@ -13,13 +13,13 @@ from typing import Literal
 from rich.console import Console
 
 from microclip_deploy import artifact
+from microclip_deploy.data.decode import printable
+from microclip_deploy.data.sources import BadFile
 from microclip_deploy.errors import EnvironmentProblem
 from microclip_deploy.evaluate import EVALUATION, Evaluation, evaluate
-from microclip_deploy.images import printable
 from microclip_deploy.predict import OverlayWriter, open_writer, predict, table
 from microclip_deploy.progress import bar
 from microclip_deploy.serving import Session, is_export, open_session
-from microclip_deploy.sources import BadFile
 
 
 @contextmanager

@@ -26,9 +26,9 @@ from safetensors.numpy import load_file
 
 from microclip_deploy import artifact
 from microclip_deploy.config import validate
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import CheckpointError, UsageError
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.preprocess import Preprocess
 
 SCHEMA = "microclip.export/1"
 FULL = "full.onnx"

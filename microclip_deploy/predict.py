@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microclip_deploy import artifact
+from microclip_deploy.data.decode import BadImage, printable
+from microclip_deploy.data.sources import ImageBatch, list_images, read_batches
 from microclip_deploy.errors import DataError, UsageError
-from microclip_deploy.images import BadImage, printable
 from microclip_deploy.saliency_image import overlay
 from microclip_deploy.serving import Prediction, Session
-from microclip_deploy.sources import ImageBatch, list_images, read_batches
 
 if TYPE_CHECKING:
     from rich.table import Table

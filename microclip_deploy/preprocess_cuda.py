@@ -25,9 +25,9 @@ import PIL
 from numpy.typing import NDArray
 
 from microclip_deploy.cuda_source import CudaSource
+from microclip_deploy.data.decode import MAX_ASPECT_RATIO, MAX_PIXELS, MIN_SIDE
+from microclip_deploy.data.preprocess import Preprocess, ViewGeometry
 from microclip_deploy.errors import DataError, require
-from microclip_deploy.images import MAX_ASPECT_RATIO, MAX_PIXELS, MIN_SIDE
-from microclip_deploy.preprocess import Preprocess, ViewGeometry
 
 if TYPE_CHECKING:
     import cupy

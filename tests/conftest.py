@@ -16,9 +16,9 @@ from microclip_deploy.adapt.run_directory import make_inputs, write_inputs
 from microclip_deploy.adapt.trainer import Recipe
 from microclip_deploy.backbone import BackboneSpec, load_clip
 from microclip_deploy.checkpoint import build_model, write_checkpoint
-from microclip_deploy.classes import class_texts
+from microclip_deploy.data.classes import class_texts
+from microclip_deploy.data.sources import BadFile, list_images
 from microclip_deploy.export.command import ExportRequest, run_export
-from microclip_deploy.sources import BadFile, list_images
 from microclip_deploy.text import text_heads
 
 TINY_MODEL = {

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, UsageError, VerificationError
 from microclip_deploy.evaluate import (
     Evaluation,
@@ -20,7 +21,6 @@ from microclip_deploy.evaluate import (
     evaluate,
     score,
 )
-from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.serving import Prediction, open_session
 
 CLASSES = ("red circle", "green square", "blue stripe")

@@ -11,8 +11,8 @@ import torch
 from microclip_deploy.adapt.train_step import AdaptConfig, Views, make_optimizer, train_step
 from microclip_deploy.backbone import BackboneSpec, load_clip
 from microclip_deploy.checkpoint import build_model
-from microclip_deploy.classes import ClassTexts
 from microclip_deploy.cli import main
+from microclip_deploy.data.classes import ClassTexts
 from microclip_deploy.model import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import saliency

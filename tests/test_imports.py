@@ -28,8 +28,8 @@ LIGHT = [
     "microclip_deploy.saliency_warning",
     "microclip_deploy.serving",
     "microclip_deploy.serving.cuda_backend",
-    "microclip_deploy.sources",
-    "microclip_deploy.classes",
+    "microclip_deploy.data.sources",
+    "microclip_deploy.data.classes",
     "microclip_deploy.ncut.steps",
     "microclip_deploy.doctor",
 ]

@@ -18,8 +18,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError
-from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.preprocess_cuda import (
     MAX_BATCH,
     PRECISION_BITS,

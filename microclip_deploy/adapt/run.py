@@ -14,8 +14,8 @@ from microclip_deploy.adapt.run_directory import LABELS, RunInputs
 from microclip_deploy.adapt.trainer import Adapted, Operation, StepReport, Validator, adapt
 from microclip_deploy.backbone import Clip
 from microclip_deploy.checkpoint import build_model, write_checkpoint
+from microclip_deploy.data.decode import printable
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.images import printable
 from microclip_deploy.saliency_warning import saliency_warning
 from microclip_deploy.text import text_heads
 

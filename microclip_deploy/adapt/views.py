@@ -30,8 +30,8 @@ from timm.data.auto_augment import (
     rand_augment_transform,
 )
 
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import UsageError
-from microclip_deploy.preprocess import Preprocess
 
 _Share = Annotated[float, Field(gt=0, le=1)]
 _Ratio = Annotated[float, Field(gt=0, le=10)]

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from microclip_deploy.data.sources import list_images, read_batches
 from microclip_deploy.serving import Session
-from microclip_deploy.sources import list_images, read_batches
 
 INKED_SHARE = 0.1
 """A token counts as ink when at least this share of its pixels is covered."""

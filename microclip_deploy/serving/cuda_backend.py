@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError
-from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.serving.session import Prediction, checked_images, closed_session
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)

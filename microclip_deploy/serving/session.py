@@ -6,8 +6,8 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, UsageError
-from microclip_deploy.preprocess import Preprocess
 
 
 class Prediction(NamedTuple):

@@ -13,9 +13,9 @@ from PIL import Image
 
 from microclip_deploy.adapt.loader import AdaptImages, Batch
 from microclip_deploy.adapt.views import ViewConfig, make_views, view_generator
+from microclip_deploy.data.decode import read_image
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError
-from microclip_deploy.images import read_image
-from microclip_deploy.preprocess import Preprocess
 
 SIZE = 16
 COUNT = 11

@@ -14,8 +14,8 @@ from timm.data.auto_augment import AugmentOp, rand_augment_transform
 
 from microclip_deploy.adapt import views
 from microclip_deploy.adapt.views import ViewConfig, make_views, randaugment_names, view_generator
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import UsageError
-from microclip_deploy.preprocess import Preprocess
 
 SIZE = 32
 CLIP = Preprocess(size=SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

@@ -27,13 +27,13 @@ from microclip_deploy.bench.adaptation_report import (
     write_report,
 )
 from microclip_deploy.bench.training_step import Work, measure_steps, peak_memory_mib, require_equal
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import (
     DataError,
     EnvironmentProblem,
     UsageError,
     VerificationError,
 )
-from microclip_deploy.preprocess import Preprocess
 
 SMALL = AdaptationRequest(("tiny",), batch=4, crops=2, repeats=2)
 QUIET = Console(quiet=True)

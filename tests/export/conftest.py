@@ -20,11 +20,11 @@ from torch import nn
 
 from microclip_deploy.backbone import VisionBackbone
 from microclip_deploy.checkpoint import load_model, read_checkpoint
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.export.to_onnx import write_graphs
 from microclip_deploy.exported import Precision
 from microclip_deploy.model import MicroCLIP, Pooling
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.text import TextHeads
 
 DATA = Path(__file__).parent.parent / "vectors"

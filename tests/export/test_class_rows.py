@@ -14,8 +14,8 @@ from safetensors.numpy import save
 
 from microclip_deploy import artifact
 from microclip_deploy.backbone import BackboneSpec, load_clip
-from microclip_deploy.classes import ClassTexts
 from microclip_deploy.cli import main
+from microclip_deploy.data.classes import ClassTexts
 from microclip_deploy.errors import (
     CheckpointError,
     DataError,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microclip_deploy.images import read_image
+from microclip_deploy.data.decode import read_image
 from microclip_deploy.serving import open_session
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")

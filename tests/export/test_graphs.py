@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.export import graphs as export_graphs
 from microclip_deploy.export.graphs import (
     PIXEL_CENTER,
@@ -24,7 +25,6 @@ from microclip_deploy.export.probes import made_up_photos
 from microclip_deploy.fusion import fused_embedding
 from microclip_deploy.model import MicroCLIP, Output
 from microclip_deploy.ncut.steps import adjacency, well_posed
-from microclip_deploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from tests.export.conftest import Golden, Subject

@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.export.parity import compare_pixels
 from microclip_deploy.export.probes import made_up_photos
-from microclip_deploy.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from tests.export.conftest import Subject

@@ -12,9 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from microclip_deploy import artifact
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.exported import CLASSIFIER, FULL, SCHEMA
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.preprocess import Preprocess
 
 SIDE = 32
 CLASSES = ("red circle", "green square", "blue stripe")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError
-from microclip_deploy.preprocess import Preprocess
 from microclip_deploy.serving import Prediction, Session
 from microclip_deploy.serving.answer_block import Sizes, block_bytes, block_views
 from microclip_deploy.serving.cuda_backend import BUCKETS, CudaSession, Facts, bucket_of

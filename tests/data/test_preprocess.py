@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError
-from microclip_deploy.preprocess import Preprocess
 
 SIZE = 32
 CLIP = Preprocess(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from microclip_deploy.classes import class_texts, read_classes, read_descriptions
+from microclip_deploy.data.classes import class_texts, read_classes, read_descriptions
 from microclip_deploy.errors import DataError, UsageError
 
 NAMES = ("cat", "dog")

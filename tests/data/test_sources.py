@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microclip_deploy import sources
+from microclip_deploy.data import sources
+from microclip_deploy.data.decode import BadImage, read_image
+from microclip_deploy.data.preprocess import Preprocess
+from microclip_deploy.data.sources import bad_image_limit, check_images, list_images, read_batches
 from microclip_deploy.errors import DataError, UsageError
-from microclip_deploy.images import BadImage, read_image
-from microclip_deploy.preprocess import Preprocess
-from microclip_deploy.sources import bad_image_limit, check_images, list_images, read_batches
 
 TINY = Preprocess(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 

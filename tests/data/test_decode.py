@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microclip_deploy.images import BadImage, decode_image, printable, read_image
+from microclip_deploy.data.decode import BadImage, decode_image, printable, read_image
 
 ORIENTATION = 0x0112
 GIF_BOMB = (
@@ -113,7 +113,7 @@ def test_header_bombs_are_refused_before_memory_is_allocated(tmp_path: Path) -> 
     os.truncate(heavy, 100_000_001)
     script = (
         "import resource, sys\n"
-        "from microclip_deploy.images import BadImage, read_image\n"
+        "from microclip_deploy.data.decode import BadImage, read_image\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for name in sys.argv[1:]:\n"
         "    try: read_image(name)\n"
