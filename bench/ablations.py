@@ -22,7 +22,6 @@ from microclip_deploy.adapt.run import execute
 from microclip_deploy.adapt.run_directory import locked, make_inputs, write_inputs
 from microclip_deploy.adapt.trainer import Operation, Recipe, Validator
 from microclip_deploy.artifact import MANIFEST, read_json, write_bytes, write_json
-from microclip_deploy.backbone import BackboneSpec, load_clip
 from microclip_deploy.bench.card import environment
 from microclip_deploy.config import resolve
 from microclip_deploy.data.classes import class_texts
@@ -31,7 +30,8 @@ from microclip_deploy.demo.benchmark import RECIPE, write_benchmark
 from microclip_deploy.demo.folders import hidden_labels
 from microclip_deploy.demo.ink import mask_ink_iou
 from microclip_deploy.evaluate import evaluate
-from microclip_deploy.model import MicroCLIP
+from microclip_deploy.model.backbone import BackboneSpec, load_clip
+from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.serving import open_session
 
 RECIPES = {

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 
-from microclip_deploy.backbone import VisionBackbone
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import CheckpointError, UsageError
-from microclip_deploy.model import MicroCLIP
+from microclip_deploy.model.backbone import VisionBackbone
+from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.model.text import TextHeads
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.text import TextHeads
 
 CLASSES = 100
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from microclip_deploy.adapt.train_step import AdaptConfig, Views
 from microclip_deploy.errors import UsageError
-from microclip_deploy.fusion import SOAP
-from microclip_deploy.model import MicroCLIP
+from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.model.soap import SOAP
+from microclip_deploy.model.text import TextHeads
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.text import TextHeads
 
 SPEC = NCutSpec()
 """The constants are the product's; the algorithm below is not."""

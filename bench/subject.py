@@ -20,7 +20,7 @@ from microclip_deploy.exported import CLASSIFIER, FULL, HEAD_WEIGHTS, SCHEMA, Pr
 from microclip_deploy.serving import is_export
 
 if TYPE_CHECKING:
-    from microclip_deploy.model import MicroCLIP
+    from microclip_deploy.model.microclip import MicroCLIP
 
 
 class Subject(NamedTuple):
@@ -111,7 +111,7 @@ def _of_export(name: str, directory: Path, model: "MicroCLIP | None", folder: Pa
 
 def _of_run(directory: Path) -> tuple["MicroCLIP", Preprocess, tuple[str, ...]]:
     require("torch", "adapt")
-    from microclip_deploy.checkpoint import load_model, read_checkpoint
+    from microclip_deploy.model.checkpoint import load_model, read_checkpoint
 
     checkpoint = read_checkpoint(directory)
     return load_model(checkpoint), checkpoint.manifest.preprocess, checkpoint.manifest.classes

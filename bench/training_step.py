@@ -26,7 +26,7 @@ from microclip_deploy.bench.memory import forget_peak, peak_rss_bytes
 from microclip_deploy.bench.plain import PlainMicroCLIP, plain_step
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import EnvironmentProblem, VerificationError
-from microclip_deploy.text import TextHeads
+from microclip_deploy.model.text import TextHeads
 
 PRODUCT, PLAIN = "product", "plain"
 LABELLING, STRONG, OPTIMISER = "labelling", "strong view", "optimiser"

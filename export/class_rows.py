@@ -176,9 +176,9 @@ def _text_rows(
     export: Export, texts: ClassTexts, moved: tuple[str | None, str | None]
 ) -> NDArray[np.float32]:
     """Encode texts with the CLIP behind the export: float32 (new classes, E), unit rows."""
-    require("microclip_deploy.text", "adapt")  # names whichever package below it is missing
-    from microclip_deploy.backbone import BackboneSpec, load_clip
-    from microclip_deploy.text import text_heads
+    require("microclip_deploy.model.text", "adapt")  # names whichever package below it is missing
+    from microclip_deploy.model.backbone import BackboneSpec, load_clip
+    from microclip_deploy.model.text import text_heads
 
     parent = export.manifest.parent
     model, pretrained = moved

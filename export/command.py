@@ -24,8 +24,6 @@ from rich.console import Console
 from safetensors.numpy import save
 
 from microclip_deploy import artifact
-from microclip_deploy.backbone import BackboneSpec
-from microclip_deploy.checkpoint import Checkpoint, load_model, read_checkpoint
 from microclip_deploy.commands import tell_skipped
 from microclip_deploy.directory_lock import LOCK
 from microclip_deploy.engines import ENGINES
@@ -46,7 +44,9 @@ from microclip_deploy.exported import (
     GraphSpec,
     Precision,
 )
-from microclip_deploy.model import MicroCLIP
+from microclip_deploy.model.backbone import BackboneSpec
+from microclip_deploy.model.checkpoint import Checkpoint, load_model, read_checkpoint
+from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.progress import bar
 from microclip_deploy.serving.onnx_graph import OnnxGraph
 

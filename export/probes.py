@@ -24,7 +24,7 @@ from microclip_deploy.errors import CheckpointError
 from microclip_deploy.ncut.steps import adjacency, determined
 
 if TYPE_CHECKING:
-    from microclip_deploy.model import MicroCLIP
+    from microclip_deploy.model.microclip import MicroCLIP
 
 COUNT = 24
 """Made-up photos: more than the batch sizes that are tried one by one."""
@@ -63,7 +63,7 @@ class Reference(NamedTuple):
         """Ask the model, on its own device, a few images at a time."""
         import torch
 
-        from microclip_deploy.fusion import fused_embedding
+        from microclip_deploy.model.soap import fused_embedding
 
         device = next(model.parameters()).device
         parts: list[tuple[NDArray[np.generic], ...]] = []

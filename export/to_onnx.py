@@ -24,7 +24,7 @@ from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import require
 from microclip_deploy.export.graphs import BackboneGraph, Everything, FullGraph, HeadGraph
 from microclip_deploy.exported import BACKBONE, FULL, HEAD, GraphSpec, Precision, TensorSpec
-from microclip_deploy.model import MicroCLIP
+from microclip_deploy.model.microclip import MicroCLIP
 
 WEIGHTS = "weights.data"
 """File that all three graphs share where one file each would be too large."""

@@ -169,7 +169,7 @@ def stored_limits(export: Export) -> Limits:
 def _answers_of(run: Path, export: Export, photos: Photos, notes: Console) -> Reference:
     """Ask the model of a run."""
     require("torch", "adapt")
-    from microclip_deploy.checkpoint import load_model, read_checkpoint
+    from microclip_deploy.model.checkpoint import load_model, read_checkpoint
 
     checkpoint = read_checkpoint(run)
     found = artifact.sha256_file(run / artifact.MANIFEST)

@@ -299,7 +299,7 @@ def _first(bad: Sequence[BadFile]) -> str:
 
 
 def _zero_shot_heads(run_dir: Path) -> dict[str, NDArray[np.float32]]:
-    from microclip_deploy.checkpoint import read_checkpoint
+    from microclip_deploy.model.checkpoint import read_checkpoint
 
     heads = read_checkpoint(run_dir).heads()
     return {"names": heads.names.numpy(), "prior": heads.frozen.numpy()}

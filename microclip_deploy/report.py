@@ -21,10 +21,10 @@ from PIL import Image
 from microclip_deploy import artifact, svg_chart
 from microclip_deploy.adapt.history import read_history
 from microclip_deploy.adapt.run_directory import RunInputs, read_inputs
-from microclip_deploy.checkpoint import SCHEMA
 from microclip_deploy.data.decode import printable
 from microclip_deploy.errors import CheckpointError, MicroclipError
 from microclip_deploy.evaluate import EVALUATION
+from microclip_deploy.model.checkpoint import SCHEMA
 from microclip_deploy.predict import FailedImage, Guess, ImagePrediction, predict
 from microclip_deploy.saliency_image import attention_map, overlay
 from microclip_deploy.serving.torch_backend import TorchSession

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from microclip_deploy.adapt.run import manifest_content
 from microclip_deploy.adapt.run_directory import make_inputs, write_inputs
 from microclip_deploy.adapt.trainer import Recipe
-from microclip_deploy.backbone import BackboneSpec, load_clip
-from microclip_deploy.checkpoint import build_model, write_checkpoint
 from microclip_deploy.data.classes import class_texts
 from microclip_deploy.data.sources import BadFile, list_images
 from microclip_deploy.export.command import ExportRequest, run_export
-from microclip_deploy.text import text_heads
+from microclip_deploy.model.backbone import BackboneSpec, load_clip
+from microclip_deploy.model.checkpoint import build_model, write_checkpoint
+from microclip_deploy.model.text import text_heads
 
 TINY_MODEL = {
     "embed_dim": 32,

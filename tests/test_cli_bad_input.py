@@ -184,8 +184,8 @@ def test_unknown_model_and_missing_tag(
 def test_towers_that_cannot_work_are_refused(architecture: str) -> None:
     import open_clip
 
-    from microclip_deploy.backbone import VisionBackbone
     from microclip_deploy.errors import CheckpointError
+    from microclip_deploy.model.backbone import VisionBackbone
 
     with torch.device("meta"):
         clip = open_clip.create_model(

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from microclip_deploy import fusion
 from microclip_deploy.cuda_source import TOKEN_TYPES, TokenType
-from microclip_deploy.fusion import SOAP, TokenMean, fused_logits
+from microclip_deploy.model import soap
+from microclip_deploy.model.soap import SOAP, TokenMean, fused_logits
 from tests.ncut.kernels_on_cpu import build, require_compiler
 
 cupy = pytest.importorskip("cupy", reason="needs CuPy, though no device: pip install cupy-cuda13x")
@@ -124,7 +124,7 @@ def expected(head: Head) -> Found:
     pooled = head.soap(head.patches, head.mask)
     fg = F.normalize(pooled.vector @ head.projection, dim=-1)
     logits = fused_logits(head.cls, fg, head.classifier, CLS_SHARE)
-    query = fusion.masked_mean(head.patches, head.mask)
+    query = soap.masked_mean(head.patches, head.mask)
     mixed = torch.einsum("bn,bnd->bd", pooled.attention[:, :-1], head.patches)
     tensors = (query, pooled.attention, mixed, fg, logits)
     return Found(*(tensor.detach().numpy() for tensor in tensors))
@@ -205,7 +205,7 @@ def test_a_mask_of_every_token_is_the_plain_mean() -> None:
 
 
 def test_the_logit_scale_is_that_of_fusion() -> None:
-    assert fusion_cuda.LOGIT_SCALE == fusion.LOGIT_SCALE
+    assert fusion_cuda.LOGIT_SCALE == soap.LOGIT_SCALE
 
 
 @pytest.mark.parametrize("width", [16, 512, 768, 1024, 1280])

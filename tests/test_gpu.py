@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from microclip_deploy.adapt.train_step import AdaptConfig, Views, make_optimizer, train_step
-from microclip_deploy.backbone import BackboneSpec, load_clip
-from microclip_deploy.checkpoint import build_model
 from microclip_deploy.cli import main
 from microclip_deploy.data.classes import ClassTexts
-from microclip_deploy.model import MicroCLIP
+from microclip_deploy.model.backbone import BackboneSpec, load_clip
+from microclip_deploy.model.checkpoint import build_model
+from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.model.text import text_heads
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import saliency
-from microclip_deploy.text import text_heads
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from microclip_deploy.adapt.dka import aggregate, multi_view_prior
 from microclip_deploy.adapt.loss import cross_entropy, fairness
-from microclip_deploy.fusion import LOGIT_SCALE, fused_embedding
-from microclip_deploy.model import MicroCLIP, Output, Pooling, is_layer_norm
+from microclip_deploy.model.microclip import MicroCLIP, Output, Pooling, is_layer_norm
+from microclip_deploy.model.soap import LOGIT_SCALE, fused_embedding
 
 
 class AdaptConfig(BaseModel):

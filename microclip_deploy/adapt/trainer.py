@@ -31,7 +31,7 @@ from microclip_deploy.adapt.train_step import (
 )
 from microclip_deploy.adapt.views import ViewConfig
 from microclip_deploy.errors import Interrupted, VerificationError
-from microclip_deploy.model import MicroCLIP
+from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
 
 TALLY = (

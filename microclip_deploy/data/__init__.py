@@ -1,1 +1,1 @@
-"""What a user gives: photos, labels for measuring, class names; and the one way to the pixels of a network."""
+"""What a user gives: photos, labels to measure with, class names; and the way to pixels."""

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from microclip_deploy.backbone import VisionBackbone
 from microclip_deploy.demo.glyphs import CLASS_CHARACTERS, descriptions, glyph_name
 from microclip_deploy.demo.pool import ImagePool
-from microclip_deploy.fusion import SOAP
+from microclip_deploy.model.backbone import VisionBackbone
+from microclip_deploy.model.soap import SOAP
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import Saliency, saliency
 

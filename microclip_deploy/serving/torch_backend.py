@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from microclip_deploy.checkpoint import initial_model, load_model, read_checkpoint
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import EnvironmentProblem, UsageError
-from microclip_deploy.model import MicroCLIP
+from microclip_deploy.model.checkpoint import initial_model, load_model, read_checkpoint
+from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.serving.session import Prediction
 
 

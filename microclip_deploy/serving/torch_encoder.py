@@ -8,10 +8,10 @@ import cupy
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from microclip_deploy.backbone import VisionBackbone
-from microclip_deploy.checkpoint import load_model, read_checkpoint
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.model import MicroCLIP
+from microclip_deploy.model.backbone import VisionBackbone
+from microclip_deploy.model.checkpoint import load_model, read_checkpoint
+from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.serving.cuda_backend import CudaSession, Facts
 from microclip_deploy.serving.cuda_pipeline import (
     CudaPipeline,

@@ -17,10 +17,10 @@ from microclip_deploy.adapt.train_step import (
     make_optimizer,
     train_step,
 )
-from microclip_deploy.backbone import VisionBackbone
-from microclip_deploy.model import MicroCLIP
+from microclip_deploy.model.backbone import VisionBackbone
+from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.model.text import heads_from_embeddings
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.text import heads_from_embeddings
 
 GOLDEN = Path(__file__).parent.parent / "vectors" / "train_step.npz"
 

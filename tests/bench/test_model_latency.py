@@ -25,12 +25,12 @@ from microclip_deploy.bench.latency_tables import as_json
 from microclip_deploy.bench.model_latency import LatencyRequest, run_latency_bench
 from microclip_deploy.bench.option_text import parse_names
 from microclip_deploy.bench.subject import subject_of
-from microclip_deploy.checkpoint import load_model, read_checkpoint
 from microclip_deploy.cli import main
 from microclip_deploy.errors import EnvironmentProblem, UsageError, VerificationError
 from microclip_deploy.export.probes import made_up_photos
 from microclip_deploy.exported import read_export
-from microclip_deploy.fusion import LOGIT_SCALE
+from microclip_deploy.model.checkpoint import load_model, read_checkpoint
+from microclip_deploy.model.soap import LOGIT_SCALE
 from microclip_deploy.serving.onnx_backend import OnnxSession
 from microclip_deploy.serving.onnx_graph import OnnxGraph
 

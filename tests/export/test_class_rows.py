@@ -13,7 +13,6 @@ from filelock import FileLock
 from safetensors.numpy import save
 
 from microclip_deploy import artifact
-from microclip_deploy.backbone import BackboneSpec, load_clip
 from microclip_deploy.cli import main
 from microclip_deploy.data.classes import ClassTexts
 from microclip_deploy.errors import (
@@ -25,8 +24,9 @@ from microclip_deploy.errors import (
 )
 from microclip_deploy.export.class_rows import ClassRow, add_classes, list_classes, remove_classes
 from microclip_deploy.exported import CLASSIFIER, FULL, SCHEMA, read_export
+from microclip_deploy.model.backbone import BackboneSpec, load_clip
+from microclip_deploy.model.text import text_heads
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.text import text_heads
 
 CLASSES = ("red circle", "green square", "blue stripe")
 TEMPLATES = ("a photo of a {}.", "a drawing of a {}.")

@@ -22,8 +22,8 @@ from microclip_deploy.export.graphs import (
     unit,
 )
 from microclip_deploy.export.probes import made_up_photos
-from microclip_deploy.fusion import fused_embedding
-from microclip_deploy.model import MicroCLIP, Output
+from microclip_deploy.model.microclip import MicroCLIP, Output
+from microclip_deploy.model.soap import fused_embedding
 from microclip_deploy.ncut.steps import adjacency, well_posed
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from microclip_deploy import artifact
-from microclip_deploy.checkpoint import read_checkpoint
 from microclip_deploy.cli import main
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.export import to_onnx
@@ -34,6 +33,7 @@ from microclip_deploy.exported import (
     read_export,
     read_head_weights,
 )
+from microclip_deploy.model.checkpoint import read_checkpoint
 from microclip_deploy.serving import open_session
 
 if TYPE_CHECKING:

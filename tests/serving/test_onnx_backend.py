@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from microclip_deploy.errors import CheckpointError, DataError, UsageError
-from microclip_deploy.fusion import LOGIT_SCALE
+from microclip_deploy.model.soap import LOGIT_SCALE
 from microclip_deploy.serving import Prediction, Session
 from microclip_deploy.serving import onnx_backend as backend
 from microclip_deploy.serving.onnx_backend import OnnxSession

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from microclip_deploy import checkpoint, exported, serving
+from microclip_deploy import exported, serving
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, MicroclipError, UsageError
+from microclip_deploy.model import checkpoint
 from microclip_deploy.serving import is_export, onnx_graph, open_session, torch_backend
 from microclip_deploy.serving.onnx_backend import OnnxSession
 from microclip_deploy.serving.torch_backend import TorchSession

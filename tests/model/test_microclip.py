@@ -9,13 +9,13 @@ import open_clip
 import pytest
 import torch
 
-from microclip_deploy.backbone import VisionBackbone
-from microclip_deploy.fusion import SOAP
-from microclip_deploy.model import MicroCLIP, Output
+from microclip_deploy.model.backbone import VisionBackbone
+from microclip_deploy.model.microclip import MicroCLIP, Output
+from microclip_deploy.model.soap import SOAP
+from microclip_deploy.model.text import TextHeads
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.text import TextHeads
 
-DATA = Path(__file__).parent / "vectors"
+DATA = Path(__file__).parent.parent / "vectors"
 FAMILIES = ("g7", "g14", "h2")
 
 # The reference itself is float32; its tolerances are stated in docs/numerics.md section 9.

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from microclip_deploy.backbone import VisionBackbone
-from microclip_deploy.fusion import SOAP, TokenMean, fused_logits
+from microclip_deploy.model.backbone import VisionBackbone
+from microclip_deploy.model.soap import SOAP, TokenMean, fused_logits
+from microclip_deploy.model.text import TextHeads
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import Saliency, saliency
-from microclip_deploy.text import TextHeads
 
 Pooling = Literal["soap", "mean"]
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from microclip_deploy.backbone import TextEncoder
 from microclip_deploy.data.classes import ClassTexts
+from microclip_deploy.model.backbone import TextEncoder
 
 
 class TextHeads(NamedTuple):

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from microclip_deploy import artifact
-from microclip_deploy.backbone import BackboneSpec, Clip, load_clip
 from microclip_deploy.config import validate
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import CheckpointError, UsageError
-from microclip_deploy.model import MicroCLIP, Pooling
+from microclip_deploy.model.backbone import BackboneSpec, Clip, load_clip
+from microclip_deploy.model.microclip import MicroCLIP, Pooling
+from microclip_deploy.model.text import TextHeads
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.text import TextHeads
 
 SCHEMA = "microclip.checkpoint/1"
 WEIGHTS = "weights.safetensors"

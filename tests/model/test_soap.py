@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from microclip_deploy.fusion import SOAP, TokenMean, fused_logits, masked_mean
+from microclip_deploy.model.soap import SOAP, TokenMean, fused_logits, masked_mean
 
 
 def definition(soap: SOAP, patches: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
