@@ -31,7 +31,7 @@ check: setup    ## Lint, format check, types, import layers
 format: setup   ## Reformat the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i microclip_deploy/*.cu* microclip_deploy/ncut/*.cu tests/ncut/on_cpu/*
+	$(BIN)/clang-format -i microclip_deploy/cuda/*.cu* tests/cuda/on_cpu/*
 
 bench: setup    ## Time a model, its stages and peers, and a training step on this CPU (under five minutes)
 	$(BIN)/microclip-deploy bench ViT-B-32 --batches 1,8 --warmup 1s --duration 3s --until-stable 10% --out $(RESULTS)

@@ -6,8 +6,8 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.fusion_cuda import CudaFusion
-from microclip_deploy.ncut.cuda import NCutKernels
+from microclip_deploy.cuda.ncut import NCutKernels
+from microclip_deploy.cuda.soap import CudaFusion
 from microclip_deploy.ncut.spec import NCutSpec
 
 EMBEDDING, CLASSES, CLS_SHARE = 512, 200, 0.5

@@ -41,8 +41,8 @@ from microclip_deploy.bench.kernel_report import (
 )
 from microclip_deploy.bench.peers import TooSlow, time_peer
 from microclip_deploy.bench.tokens import exact_values, stored, vit_tokens
-from microclip_deploy.fusion_cuda import CudaFusion
-from microclip_deploy.ncut.cuda import NCutKernels
+from microclip_deploy.cuda.ncut import NCutKernels
+from microclip_deploy.cuda.soap import CudaFusion
 from microclip_deploy.ncut.steps import adjacency, saliency_iterative
 
 LARGER_THAN_L2 = 2

@@ -11,7 +11,7 @@ import cupy
 
 from microclip_deploy.bench.cuda_inputs import SPECS, device_tokens, make_buffers, random_fusion
 from microclip_deploy.bench.tokens import DTYPES, stored, vit_tokens
-from microclip_deploy.ncut.cuda import NCutKernels
+from microclip_deploy.cuda.ncut import NCutKernels
 
 TOKENS = (49, 196)
 BATCH, WIDTH = 2, 768

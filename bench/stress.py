@@ -36,8 +36,8 @@ from microclip_deploy.bench.cuda_inputs import (
 from microclip_deploy.bench.exact_masks import exact_masks
 from microclip_deploy.bench.kernel import width_of
 from microclip_deploy.bench.tokens import DTYPES, exact_values, stored, vit_tokens
-from microclip_deploy.fusion_cuda import CudaFusion
-from microclip_deploy.ncut.cuda import NCutKernels
+from microclip_deploy.cuda.ncut import NCutKernels
+from microclip_deploy.cuda.soap import CudaFusion
 from microclip_deploy.ncut.spec import NCutSpec
 
 TOKENS = (49, 100, 196, 256, 576)

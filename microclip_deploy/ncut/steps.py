@@ -91,7 +91,7 @@ def saliency(tokens: Array, spec: NCutSpec) -> Saliency:
     """
     place = device(tokens).type if is_torch_array(tokens) else "cpu"
     if is_cupy_array(tokens) or (place == "cuda" and _has_cupy()):
-        from microclip_deploy.ncut.cuda import saliency_cuda, takes
+        from microclip_deploy.cuda.ncut import saliency_cuda, takes
 
         return saliency_cuda(tokens, spec) if takes(tokens) else saliency_iterative(tokens, spec)
     return saliency_exact(tokens, spec) if place == "cpu" else saliency_iterative(tokens, spec)

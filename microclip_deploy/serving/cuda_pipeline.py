@@ -18,12 +18,12 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
+from microclip_deploy.cuda.ncut import NCutKernels
+from microclip_deploy.cuda.preprocess import CudaTestView
+from microclip_deploy.cuda.soap import CudaFusion
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import EnvironmentProblem
-from microclip_deploy.fusion_cuda import CudaFusion
-from microclip_deploy.ncut.cuda import NCutKernels
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.preprocess_cuda import CudaTestView
 from microclip_deploy.serving.answer_block import Sizes, block_bytes, block_views
 from microclip_deploy.serving.session import Prediction
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from microclip_deploy.cuda_source import TOKEN_TYPES, TokenType
+from microclip_deploy.cuda.layout import Device, KernelLayout, check_shape
+from microclip_deploy.cuda.source import TOKEN_TYPES, TokenType
 from microclip_deploy.errors import UsageError
-from microclip_deploy.ncut.layout import Device, KernelLayout, check_shape
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import Saliency, adjacency, similarities
-from tests.ncut.float64_cut import compare
-from tests.ncut.graphs import FAMILIES, Bools, layer_norm_tokens
-from tests.ncut.kernels_on_cpu import (
+from tests.cuda.float64_cut import compare
+from tests.cuda.kernels_on_cpu import (
     Facts,
     affinity,
     cut_bits,
@@ -23,6 +22,7 @@ from tests.ncut.kernels_on_cpu import (
     require_compiler,
     unpacked,
 )
+from tests.ncut.graphs import FAMILIES, Bools, layer_norm_tokens
 
 SPEC = NCutSpec()
 DEVICES = {

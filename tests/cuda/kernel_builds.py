@@ -1,7 +1,7 @@
 """What NVRTC makes of every kernel, for every architecture: registers, spills, shared memory.
 
-NVRTC compiles for any architecture without a device or driver. `python -m tests.kernel_builds`
-writes tests/data/kernel-builds.json, which test_cuda_builds.py compares with.
+NVRTC compiles for any architecture without a device or driver. `python -m tests.cuda.kernel_builds`
+writes tests/vectors/kernel-builds.json, which test_builds.py compares with.
 """
 
 import importlib.metadata
@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from microclip_deploy.cuda_source import TOKEN_TYPES, CudaSource, TokenType
-from microclip_deploy.ncut.layout import Device, KernelLayout
+from microclip_deploy.cuda.layout import Device, KernelLayout
+from microclip_deploy.cuda.source import TOKEN_TYPES, CudaSource, TokenType
 from microclip_deploy.ncut.spec import NCutSpec
 
-TABLE = Path(__file__).parent / "vectors" / "kernel-builds.json"
+TABLE = Path(__file__).parent.parent / "vectors" / "kernel-builds.json"
 SHARED_BYTES = {
     75: 65536,
     80: 166912,
@@ -105,8 +105,8 @@ def _affinity_jobs(device: Device) -> Iterator[Job]:
 
 
 def _head_jobs(capability: int) -> Iterator[Job]:
-    from microclip_deploy.fusion_cuda import fusion_source, product_source
-    from microclip_deploy.preprocess_cuda import cuda_source
+    from microclip_deploy.cuda.preprocess import cuda_source
+    from microclip_deploy.cuda.soap import fusion_source, product_source
 
     yield Job("preprocess 224", cuda_source(224), capability, {})
     larger = [(1024, "float32")] if capability == 90 else []

@@ -9,12 +9,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from microclip_deploy.cuda_source import TOKEN_TYPES, TokenType
-from microclip_deploy.ncut.layout import Device, KernelLayout
+from microclip_deploy.cuda.layout import Device, KernelLayout
+from microclip_deploy.cuda.source import TOKEN_TYPES, TokenType
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import Saliency, saliency_exact
-from tests.ncut.graphs import FAMILIES, layer_norm_tokens
-from tests.ncut.kernels_on_cpu import (
+from tests.cuda.kernels_on_cpu import (
     Facts,
     affinity,
     cut_bits,
@@ -22,6 +21,7 @@ from tests.ncut.kernels_on_cpu import (
     require_compiler,
     unpacked,
 )
+from tests.ncut.graphs import FAMILIES, layer_norm_tokens
 
 CASES = np.load(Path(__file__).parent.parent / "vectors" / "ncut_cases.npz")
 SIZES = (49, 196, 256, 576)

@@ -5,7 +5,7 @@
 // once a block, and one image needs no more than that.
 
 #if !defined(PRODUCT_WIDTH)
-#error "fusion_cuda.py gives all constants: nothing is chosen here"
+#error "cuda/soap.py gives all constants: nothing is chosen here"
 #endif
 
 constexpr int K = PRODUCT_WIDTH;  // a multiple of 4

@@ -1,6 +1,6 @@
 """Every kernel compiles for every architecture, and is what it was: registers, spills, memory.
 
-After a deliberate change run `python -m tests.kernel_builds` and look at the difference.
+After a deliberate change run `python -m tests.cuda.kernel_builds` and look at the difference.
 """
 
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import microclip_deploy
-from tests.kernel_builds import (
+from tests.cuda.kernel_builds import (
     SHARED_BYTES,
     Build,
     Compiled,
@@ -26,7 +26,7 @@ OTHER_NVRTC = 8
 """Registers by which another NVRTC may differ: its allocator works in steps of 8."""
 SPILL_FREE = 256
 """Tokens up to which the cut must keep everything in registers."""
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CUDA_FILES = sorted(
     path
     for folder in (Path(microclip_deploy.__file__).parent, ROOT / "tests")
@@ -42,7 +42,7 @@ def compiled() -> Compiled:
 
 def test_builds_are_those_of_the_table(compiled: Compiled) -> None:
     version, expected = read_table()
-    remedy = "run `python -m tests.kernel_builds` if this is meant"
+    remedy = "run `python -m tests.cuda.kernel_builds` if this is meant"
     assert compiled.builds.keys() == expected.keys(), remedy
     allowed = 0 if version == nvrtc_version() else OTHER_NVRTC
     other = {

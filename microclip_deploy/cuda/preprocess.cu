@@ -7,7 +7,7 @@
 //
 // Which axis comes first changes the rounding, so each photo says it. One thread makes one output
 // byte and meets no other, blockIdx.y is the photo. All arithmetic is on integers: the result is
-// the same on every device, and equal to Pillow's byte for byte. The host (preprocess_cuda.py)
+// the same on every device, and equal to Pillow's byte for byte. The host (cuda/preprocess.py)
 // makes the weights and uploads only the pixels that the crop needs.
 //
 // photos: int64 (B, FIELDS), one row a photo, columns FIELD_*:
@@ -23,15 +23,15 @@
 // A column, not a row, is a position: neighbouring threads then read neighbouring weights.
 
 #if !defined(SIDE) || !defined(CHANNELS) || !defined(PRECISION_BITS) || !defined(VALUE_MAX)
-#error "define SIDE, CHANNELS, PRECISION_BITS and VALUE_MAX; preprocess_cuda.py does"
+#error "define SIDE, CHANNELS, PRECISION_BITS and VALUE_MAX; cuda/preprocess.py does"
 #endif
 #if !defined(FIELDS) || !defined(FIELD_PIXELS) || !defined(FIELD_ROWS) ||         \
     !defined(FIELD_COLUMNS) || !defined(FIELD_LINES) || !defined(FIELD_ACROSS) || \
     !defined(FIELD_DOWN) || !defined(FIELD_DOWN_FIRST)
-#error "define FIELDS and every FIELD_*; preprocess_cuda.py does"
+#error "define FIELDS and every FIELD_*; cuda/preprocess.py does"
 #endif
 #if !defined(ROW_FIRST) || !defined(ROW_COUNT) || !defined(ROW_WEIGHTS)
-#error "define every ROW_*; preprocess_cuda.py does"
+#error "define every ROW_*; cuda/preprocess.py does"
 #endif
 
 // Returns the weighted sum of source pixels `step` bytes apart, rounded to a byte.

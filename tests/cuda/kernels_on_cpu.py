@@ -14,12 +14,12 @@ import pytest
 from numpy.typing import NDArray
 
 import microclip_deploy
-from microclip_deploy.cuda_source import CudaSource
-from microclip_deploy.ncut.layout import KernelLayout
+from microclip_deploy.cuda.layout import KernelLayout
+from microclip_deploy.cuda.source import CudaSource
 from microclip_deploy.ncut.steps import Saliency
 
 HERE = Path(__file__).parent / "on_cpu"
-SOURCES = Path(microclip_deploy.__file__).parent
+SOURCES = Path(microclip_deploy.__file__).parent / "cuda"
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing")
 
 _builds = tempfile.TemporaryDirectory(prefix="ncut-on-cpu-")
@@ -54,7 +54,6 @@ def build(driver: str, source: CudaSource) -> ctypes.CDLL:
         "-shared",
         "-fPIC",
         f"-I{SOURCES}",
-        f"-I{SOURCES / 'ncut'}",
         f"-I{HERE}",
         *defines,
     ]

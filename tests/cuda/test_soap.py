@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from microclip_deploy.cuda_source import TOKEN_TYPES, TokenType
+from microclip_deploy.cuda.source import TOKEN_TYPES, TokenType
 from microclip_deploy.model import soap
 from microclip_deploy.model.soap import SOAP, TokenMean, fused_logits
-from tests.ncut.kernels_on_cpu import build, require_compiler
+from tests.cuda.kernels_on_cpu import build, require_compiler
 
 cupy = pytest.importorskip("cupy", reason="needs CuPy, though no device: pip install cupy-cuda13x")
-fusion_cuda = pytest.importorskip("microclip_deploy.fusion_cuda")
+cuda_soap = pytest.importorskip("microclip_deploy.cuda.soap")
 
 Floats = NDArray[np.float32]
 CLS_SHARE = 0.3
@@ -80,11 +80,11 @@ def run_kernels(head: Head, token: TokenType, splits: int, *, order: int = 0) ->
     """Run the head as CudaFusion.run does."""
     batch, count, width = head.held.shape
     embedding = head.projection.shape[1]
-    library = build("fusion_on_cpu.cpp", fusion_cuda.fusion_source(width, token))
+    library = build("soap_on_cpu.cpp", cuda_soap.fusion_source(width, token))
     tokens = (pointer(head.held), ctypes.c_longlong(head.held.strides[0] // head.held.itemsize))
     rows, salient = listed(head.mask)
     query, pooled = empty(batch, width), empty(batch, width)
-    blocks = math.ceil(width / fusion_cuda._COLUMNS)
+    blocks = math.ceil(width / cuda_soap._COLUMNS)
     chosen = (pointer(salient), pointer(rows))
     library.masked_mean_on_cpu(blocks, batch, *tokens, count, *chosen, pointer(query), order)
     soap = head.soap
@@ -111,11 +111,11 @@ def run_kernels(head: Head, token: TokenType, splits: int, *, order: int = 0) ->
 
 
 def product(x: Floats, matrix: Floats, order: int) -> Floats:
-    """Run product.cu as fusion_cuda._product does; blocks of two images, the last of one."""
+    """Run product.cu as cuda_soap._product does; blocks of two images, the last of one."""
     (batch, width), rows, images = x.shape, len(matrix), 2
     y = empty(batch, rows)
-    library = build("product_on_cpu.cpp", fusion_cuda.product_source(width))
-    grid = (math.ceil(rows / fusion_cuda._PRODUCT_ROWS), math.ceil(batch / images))
+    library = build("product_on_cpu.cpp", cuda_soap.product_source(width))
+    grid = (math.ceil(rows / cuda_soap._PRODUCT_ROWS), math.ceil(batch / images))
     library.product_on_cpu(*grid, batch, images, rows, *map(pointer, (x, matrix, y)), order)
     return y
 
@@ -205,10 +205,10 @@ def test_a_mask_of_every_token_is_the_plain_mean() -> None:
 
 
 def test_the_logit_scale_is_that_of_fusion() -> None:
-    assert fusion_cuda.LOGIT_SCALE == soap.LOGIT_SCALE
+    assert cuda_soap.LOGIT_SCALE == soap.LOGIT_SCALE
 
 
 @pytest.mark.parametrize("width", [16, 512, 768, 1024, 1280])
 def test_shared_memory_of_products_needs_no_opt_in(width: int) -> None:
-    images = max(1, min(16, fusion_cuda._PRODUCT_BYTES // (4 * width)))
+    images = max(1, min(16, cuda_soap._PRODUCT_BYTES // (4 * width)))
     assert 4 * width * images <= 48 * 1024

@@ -18,9 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.errors import DataError
-from microclip_deploy.preprocess_cuda import (
+from microclip_deploy.cuda.preprocess import (
     MAX_BATCH,
     PRECISION_BITS,
     THREADS,
@@ -29,6 +27,8 @@ from microclip_deploy.preprocess_cuda import (
     plan_views,
     resampling,
 )
+from microclip_deploy.data.preprocess import Preprocess
+from microclip_deploy.errors import DataError
 
 Photo = NDArray[np.uint8]
 Runner = Callable[[Preprocess, Sequence[Photo]], Photo]

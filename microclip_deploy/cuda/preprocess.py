@@ -24,7 +24,7 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from microclip_deploy.cuda_source import CudaSource
+from microclip_deploy.cuda.source import CudaSource
 from microclip_deploy.data.decode import MAX_ASPECT_RATIO, MAX_PIXELS, MIN_SIDE
 from microclip_deploy.data.preprocess import Preprocess, ViewGeometry
 from microclip_deploy.errors import DataError, require

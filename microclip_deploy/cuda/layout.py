@@ -7,7 +7,7 @@ for the compiler and for the CPU on which the tests run the kernels.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from microclip_deploy.cuda_source import TOKEN_TYPES, CudaSource, TokenType
+from microclip_deploy.cuda.source import TOKEN_TYPES, CudaSource, TokenType
 from microclip_deploy.errors import UsageError
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import MIN_TOKENS
@@ -141,7 +141,7 @@ class KernelLayout:
             "NCUT_FIRST_CHECK": self.first_check,
             "NCUT_EDGES_SHARED": self.edges_in_shared,
         }
-        return CudaSource.of("ncut/ncut.cu", constants)
+        return CudaSource.of("ncut.cu", constants)
 
     def _affinity(self, affinity: str, token: TokenType) -> CudaSource:
         constants: dict[str, int | float | bool] = {
@@ -154,7 +154,7 @@ class KernelLayout:
             "NCUT_STAGES": self.stages,
             "NCUT_CENTRED": affinity == "centered_cosine",
         }
-        return CudaSource.of("ncut/affinity.cu", constants)
+        return CudaSource.of("affinity.cu", constants)
 
     def _row(self) -> int:
         """Floats from one row of the basis to the next: ROW in ncut.cu."""

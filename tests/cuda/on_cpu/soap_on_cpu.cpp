@@ -1,7 +1,7 @@
-// fusion.cu as functions of NumPy arrays.
+// soap.cu as functions of NumPy arrays.
 #include "token_on_cpu.h"
 //
-#include "fusion.cu"
+#include "soap.cu"
 
 extern "C" void masked_mean_on_cpu(unsigned blocks, unsigned images, const Token* tokens,
                                    long long stride, int count, const int* salient, const u16* rows,

@@ -6,12 +6,12 @@
 //   fuse          [FG] to unit length, mixed with [CLS], scaled: what the classes are compared with
 //
 // Wk^T Wq / sqrt(D) is one matrix on the query, Wv^T P another on the pooled token
-// (fusion_cuda.py), so that no matrix is applied to all tokens.
+// (cuda/soap.py), so that no matrix is applied to all tokens.
 
 #include "token.cuh"
 
 #if !defined(SOAP_WIDTH) || !defined(SOAP_LOGIT_SCALE)
-#error "fusion_cuda.py gives all constants: nothing is chosen here"
+#error "cuda/soap.py gives all constants: nothing is chosen here"
 #endif
 
 typedef unsigned int u32;

@@ -20,14 +20,14 @@ TokenType = Literal["float16", "bfloat16", "float32"]
 TOKEN_TYPES: tuple[TokenType, ...] = get_args(TokenType)
 """In the order of TOKEN_TYPE in token.cuh."""
 
-_FILES = resources.files("microclip_deploy")
+_FILES = resources.files("microclip_deploy.cuda")
 
 
 class CudaSource(NamedTuple):
     """A .cu file of this package with the constants it is compiled with."""
 
     file: str
-    """Path below the package, such as "ncut/ncut.cu"."""
+    """Name in this folder, such as "ncut.cu"."""
     defines: tuple[tuple[str, str], ...]
 
     @classmethod

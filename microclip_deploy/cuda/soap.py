@@ -1,6 +1,6 @@
 """SOAP, TokenFusion and the classifier on CuPy arrays: what `fusion.py` says, folded for serving.
 
-Three matrix products in float32 (product.cu) and small kernels between them (fusion.cu). With
+Three matrix products in float32 (product.cu) and small kernels between them (soap.cu). With
 outputs made before, nothing is allocated and nothing waits: all of it can be captured in a graph.
 """
 
@@ -11,10 +11,10 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.cuda_source import TOKEN_TYPES, CudaSource
-from microclip_deploy.device_arrays import pointer, readable, type_name
+from microclip_deploy.cuda.arrays import pointer, readable, type_name
+from microclip_deploy.cuda.ncut import Cut
+from microclip_deploy.cuda.source import TOKEN_TYPES, CudaSource
 from microclip_deploy.errors import UsageError
-from microclip_deploy.ncut.cuda import Cut
 
 LOGIT_SCALE = 100.0
 """As in fusion.py, which needs PyTorch; a test holds them together."""
@@ -172,7 +172,7 @@ def fusion_source(width: int, token: str) -> CudaSource:
         "SOAP_LOGIT_SCALE": LOGIT_SCALE,
         "TOKEN_TYPE": TOKEN_TYPES.index(token),
     }
-    return CudaSource.of("fusion.cu", constants)
+    return CudaSource.of("soap.cu", constants)
 
 
 def _masked_mean(module: Any, tokens: tuple[Any, ...], salient: tuple[int, int], out: Any) -> None:

@@ -26,7 +26,7 @@ pytestmark = [
     ),
 ]
 
-CASES = Path(__file__).parent / "vectors" / "ncut_cases.npz"
+CASES = Path(__file__).parent.parent / "vectors" / "ncut_cases.npz"
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from microclip_deploy.ncut.layout import Device, KernelLayout
+from microclip_deploy.cuda.layout import Device, KernelLayout
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import determined, fiedler_exact, well_posed
-from tests.ncut.float64_cut import Comparison, compare, exact_cut
+from tests.cuda.float64_cut import Comparison, compare, exact_cut
+from tests.cuda.kernels_on_cpu import cut_edges, require_compiler
 from tests.ncut.graphs import FAMILIES, multiple_graphs, shuffled, tied_graphs
-from tests.ncut.kernels_on_cpu import cut_edges, require_compiler
 
 GRAPHS = int(os.environ.get("NCUT_GRAPHS", "2200"))
 """Random graphs in all; `make verify-kernel` sets it."""

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import cupy
 
-from microclip_deploy.cuda_source import TokenType
-from microclip_deploy.device_arrays import (
+from microclip_deploy.cuda.arrays import (
     Allocator,
     Array,
     current,
@@ -24,8 +23,9 @@ from microclip_deploy.device_arrays import (
     readable,
     type_name,
 )
+from microclip_deploy.cuda.layout import Device, KernelLayout, check_shape
+from microclip_deploy.cuda.source import TokenType
 from microclip_deploy.errors import UsageError
-from microclip_deploy.ncut.layout import Device, KernelLayout, check_shape
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import Saliency
 

@@ -9,7 +9,7 @@ import torch
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from microclip_deploy.ncut.layout import KernelLayout
+from microclip_deploy.cuda.layout import KernelLayout
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import (
     WELL_POSED_GAP,
@@ -22,7 +22,7 @@ from microclip_deploy.ncut.steps import (
     _one_thread,
     _pairs_joined,
 )
-from tests.ncut.kernels_on_cpu import Facts, cut_edges
+from tests.cuda.kernels_on_cpu import Facts, cut_edges
 
 Bools = NDArray[np.bool_]
 

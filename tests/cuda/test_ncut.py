@@ -13,11 +13,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from microclip_deploy.cuda_source import TOKEN_TYPES, TokenType
+from microclip_deploy.cuda.source import TOKEN_TYPES, TokenType
 from microclip_deploy.errors import UsageError
 from microclip_deploy.ncut.spec import NCutSpec
+from tests.cuda.kernels_on_cpu import affinity, cut_bits, packed, require_compiler
 from tests.ncut.graphs import FAMILIES, Bools
-from tests.ncut.kernels_on_cpu import affinity, cut_bits, packed, require_compiler
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,8 +28,8 @@ pytestmark = [
 ]
 
 cupy = pytest.importorskip("cupy", reason="needs CuPy: pip install cupy-cuda13x")
-cuda = pytest.importorskip("microclip_deploy.ncut.cuda")
-device_arrays = pytest.importorskip("microclip_deploy.device_arrays")
+cuda = pytest.importorskip("microclip_deploy.cuda.ncut")
+device_arrays = pytest.importorskip("microclip_deploy.cuda.arrays")
 
 CASES = np.load(Path(__file__).parent.parent / "vectors" / "ncut_cases.npz")
 SIZES = (49, 196, 256, 576)
