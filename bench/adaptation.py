@@ -41,7 +41,7 @@ from microclip_deploy.data.decode import printable, read_image
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import EnvironmentProblem, UsageError
-from microclip_deploy.serving.torch_backend import resolve_device
+from microclip_deploy.serving.torch_session import resolve_device
 
 MADE_UP = 32
 MOST_PHOTOS = 64

@@ -18,7 +18,7 @@ from microclip_deploy import artifact
 from microclip_deploy.bench.latency_report import COPY, PRODUCT
 from microclip_deploy.environment_probe import usable_cpus
 from microclip_deploy.errors import UsageError, require
-from microclip_deploy.exported import Precision
+from microclip_deploy.serving.exported import Precision
 
 COPY_BYTES = 256 << 20
 """Larger than the last cache of all but a few servers."""

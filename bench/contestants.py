@@ -17,7 +17,7 @@ from microclip_deploy.bench.device_time import answer_eagerly
 from microclip_deploy.bench.subject import Subject, write_export
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, require
 from microclip_deploy.serving import Session
-from microclip_deploy.serving.cuda_backend import CudaSession
+from microclip_deploy.serving.cuda_session import CudaSession
 
 Answer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 """Views -> logits (B, C)."""
@@ -159,7 +159,7 @@ def _torch_session(subject: Subject, device: str) -> Session:
     if subject.model is None:
         raise UsageError(NO_MODEL)
     if device == "cpu":
-        from microclip_deploy.serving.torch_backend import TorchSession
+        from microclip_deploy.serving.torch_session import TorchSession
 
         model = _copied(subject.model)
         return TorchSession(model, _classes(subject), subject.preprocess, device)
@@ -187,7 +187,7 @@ def _classes(subject: Subject) -> tuple[str, ...]:
 
 
 def _onnx_session(subject: Subject, device: str, threads: int | None) -> Session:
-    from microclip_deploy.serving.onnx_backend import OnnxSession
+    from microclip_deploy.serving.onnx_session import OnnxSession
 
     return OnnxSession.open(subject.export, device, threads=threads)
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microclip_deploy.serving import Prediction, Session
-from microclip_deploy.serving.cuda_backend import CudaSession, fill
+from microclip_deploy.serving.cuda_session import CudaSession, fill
 
 SAMPLES = 30
 

@@ -21,7 +21,7 @@ from microclip_deploy.export.limits import LIMITS
 from microclip_deploy.export.parity import Serving, Stage, compare_pixels, prove
 from microclip_deploy.export.probes import Reference, made_up_photos
 from microclip_deploy.export.to_onnx import write_graphs
-from microclip_deploy.exported import FULL, Precision
+from microclip_deploy.serving.exported import FULL, Precision
 
 GEOMETRIES = "tiny,ViT-B-32,ViT-B-16,ViT-L-14-336"
 PRECISIONS = "fp32,fp16,bf16,int8"

@@ -21,8 +21,8 @@ from onnx.utils import Extractor
 
 from microclip_deploy.bench.latency_report import BACKBONE, K1, K2, K3_HEAD, SALIENCY
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.exported import BACKBONE as BACKBONE_FILE
-from microclip_deploy.exported import FULL, HEAD
+from microclip_deploy.serving.exported import BACKBONE as BACKBONE_FILE
+from microclip_deploy.serving.exported import FULL, HEAD
 from microclip_deploy.serving.onnx_graph import OnnxGraph
 
 PATCHES, CUT = "patches", ("mask", "complete")

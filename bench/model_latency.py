@@ -41,9 +41,9 @@ from microclip_deploy.bench.subject import Subject, subject_of
 from microclip_deploy.bench.table_text import percent
 from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import MicroclipError, VerificationError, require
-from microclip_deploy.exported import Precision
 from microclip_deploy.serving import Session
-from microclip_deploy.serving.cuda_backend import CudaSession
+from microclip_deploy.serving.cuda_session import CudaSession
+from microclip_deploy.serving.exported import Precision
 
 PHOTOS = 32
 """So many take part, of the user's as many as the largest batch."""

@@ -36,9 +36,9 @@ from microclip_deploy.bench.latency_report import (
 )
 from microclip_deploy.bench.photos import decoded
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.exported import read_export
 from microclip_deploy.predict import softmax
 from microclip_deploy.serving import open_session
+from microclip_deploy.serving.exported import read_export
 
 TIMED: Mapping[str, str] = {
     DECODE: "encoded photos in memory -> RGB images, one after the other",

@@ -16,8 +16,15 @@ from safetensors.numpy import save
 from microclip_deploy import artifact
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import UsageError, require
-from microclip_deploy.exported import CLASSIFIER, FULL, HEAD_WEIGHTS, SCHEMA, Precision, read_export
 from microclip_deploy.serving import is_export
+from microclip_deploy.serving.exported import (
+    CLASSIFIER,
+    FULL,
+    HEAD_WEIGHTS,
+    SCHEMA,
+    Precision,
+    read_export,
+)
 
 if TYPE_CHECKING:
     from microclip_deploy.model.microclip import MicroCLIP

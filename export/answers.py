@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from microclip_deploy.artifact import write_problem
 from microclip_deploy.errors import CheckpointError, require
 from microclip_deploy.export.probes import Reference
-from microclip_deploy.exported import BACKBONE, FULL, HEAD, Precision
+from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, Precision
 from microclip_deploy.serving.onnx_graph import OnnxGraph
 
 Array = NDArray[Any]

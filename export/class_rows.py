@@ -26,7 +26,7 @@ from microclip_deploy import artifact
 from microclip_deploy.data.classes import ClassTexts, clean_name, read_descriptions
 from microclip_deploy.directory_lock import exclusive
 from microclip_deploy.errors import CheckpointError, UsageError, require
-from microclip_deploy.exported import CLASSIFIER, SCHEMA, Export, read_export
+from microclip_deploy.serving.exported import CLASSIFIER, SCHEMA, Export, read_export
 
 # The names this module gives, for what an interrupted change left behind.
 _REPLACED = f"classifier-{'[0-9a-f]' * 8}.safetensors"

@@ -26,7 +26,6 @@ from safetensors.numpy import save
 from microclip_deploy import artifact
 from microclip_deploy.commands import tell_skipped
 from microclip_deploy.directory_lock import LOCK
-from microclip_deploy.engines import ENGINES
 from microclip_deploy.errors import CheckpointError, UsageError
 from microclip_deploy.export.graphs import HeadGraph
 from microclip_deploy.export.limits import LIMITS, Limits
@@ -34,7 +33,12 @@ from microclip_deploy.export.parity import Proof, Serving, Stage, compare_pixels
 from microclip_deploy.export.probes import Photos, Reference, made_up_photos, with_users
 from microclip_deploy.export.to_onnx import OPSET, WEIGHTS, write_graphs
 from microclip_deploy.export.verify import VERIFIED, require_one_device, require_proven
-from microclip_deploy.exported import (
+from microclip_deploy.model.backbone import BackboneSpec
+from microclip_deploy.model.checkpoint import Checkpoint, load_model, read_checkpoint
+from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.progress import bar
+from microclip_deploy.serving.engines import ENGINES
+from microclip_deploy.serving.exported import (
     CLASSIFIER,
     FULL,
     HEAD_WEIGHTS,
@@ -44,10 +48,6 @@ from microclip_deploy.exported import (
     GraphSpec,
     Precision,
 )
-from microclip_deploy.model.backbone import BackboneSpec
-from microclip_deploy.model.checkpoint import Checkpoint, load_model, read_checkpoint
-from microclip_deploy.model.microclip import MicroCLIP
-from microclip_deploy.progress import bar
 from microclip_deploy.serving.onnx_graph import OnnxGraph
 
 AUTO_BATCHES = (1, 8)

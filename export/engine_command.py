@@ -25,17 +25,6 @@ from microclip_deploy import artifact
 from microclip_deploy.commands import tell_skipped
 from microclip_deploy.config import validate
 from microclip_deploy.data.decode import printable
-from microclip_deploy.engines import (
-    ENGINES,
-    PLAN_OF,
-    SCHEMA,
-    BuildOptions,
-    EngineManifest,
-    Hardware,
-    PlanSpec,
-    Span,
-    Target,
-)
 from microclip_deploy.errors import (
     CheckpointError,
     EnvironmentProblem,
@@ -47,8 +36,19 @@ from microclip_deploy.export.parity import Proof
 from microclip_deploy.export.probes import Photos, Reference, made_up_photos, with_users
 from microclip_deploy.export.trtexec import trtexec_commands
 from microclip_deploy.export.verify import stored_limits
-from microclip_deploy.exported import PARITY, PROBES, Export, read_export
 from microclip_deploy.progress import bar
+from microclip_deploy.serving.engines import (
+    ENGINES,
+    PLAN_OF,
+    SCHEMA,
+    BuildOptions,
+    EngineManifest,
+    Hardware,
+    PlanSpec,
+    Span,
+    Target,
+)
+from microclip_deploy.serving.exported import PARITY, PROBES, Export, read_export
 
 if TYPE_CHECKING:
     import cupy
@@ -364,9 +364,9 @@ def _subject(
     folder: Path, export: Export, manifest: EngineManifest, stream: "cupy.cuda.Stream"
 ) -> "Subject":
     """Load what is proven from the very bytes that will be served."""
-    from microclip_deploy.engines import BACKBONE_PLAN
     from microclip_deploy.export.engine_parity import Subject
-    from microclip_deploy.serving.tensorrt_backend import session_of
+    from microclip_deploy.serving.engines import BACKBONE_PLAN
+    from microclip_deploy.serving.tensorrt_encoder import session_of
     from microclip_deploy.serving.tensorrt_engine import Engine
 
     data = {plan: (folder / plan).read_bytes() for plan in manifest.plans}

@@ -16,7 +16,6 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.engines import BACKBONE_PLAN, FULL_PLAN, EngineManifest, PlanSpec
 from microclip_deploy.export.answers import Answers, Array, open_graph
 from microclip_deploy.export.limits import LIMITS, Limits
 from microclip_deploy.export.parity import (
@@ -35,8 +34,9 @@ from microclip_deploy.export.parity import (
     share_of,
 )
 from microclip_deploy.export.probes import Reference
-from microclip_deploy.exported import BACKBONE, FULL, Export, Precision
 from microclip_deploy.ncut.steps import adjacency, determined
+from microclip_deploy.serving.engines import BACKBONE_PLAN, FULL_PLAN, EngineManifest, PlanSpec
+from microclip_deploy.serving.exported import BACKBONE, FULL, Export, Precision
 from microclip_deploy.serving.session import Prediction, Session
 
 if TYPE_CHECKING:

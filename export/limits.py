@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict
 
-from microclip_deploy.exported import Precision
+from microclip_deploy.serving.exported import Precision
 
 NEAR_TAU = 1.5
 """A similarity counts as near tau within this many times the largest difference seen."""

@@ -27,10 +27,10 @@ from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.export.answers import Answers, Array, Asked, Progress, ask
 from microclip_deploy.export.limits import LIMITS, NEAR_TAU, OTHER_CUT, PARTS, Limits
 from microclip_deploy.export.probes import Reference
-from microclip_deploy.exported import BACKBONE, FULL, Precision
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import adjacency, determined, saliency_exact, similarities
-from microclip_deploy.serving.onnx_backend import LOGIT_SCALE
+from microclip_deploy.serving.exported import BACKBONE, FULL, Precision
+from microclip_deploy.serving.onnx_session import LOGIT_SCALE
 
 Measured = Annotated[float, PlainSerializer(lambda x: x if math.isfinite(x) else None)]
 """What is no number is null in JSON."""

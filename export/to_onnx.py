@@ -23,8 +23,8 @@ from microclip_deploy import artifact
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import require
 from microclip_deploy.export.graphs import BackboneGraph, Everything, FullGraph, HeadGraph
-from microclip_deploy.exported import BACKBONE, FULL, HEAD, GraphSpec, Precision, TensorSpec
 from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, GraphSpec, Precision, TensorSpec
 
 WEIGHTS = "weights.data"
 """File that all three graphs share where one file each would be too large."""

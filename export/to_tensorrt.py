@@ -16,8 +16,8 @@ import onnx
 import tensorrt as trt
 
 from microclip_deploy import artifact
-from microclip_deploy.engines import BuildOptions, Hardware, Span
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem
+from microclip_deploy.serving.engines import BuildOptions, Hardware, Span
 from microclip_deploy.serving.tensorrt_engine import LOG
 
 Progress = Callable[[int, int, str], None]

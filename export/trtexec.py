@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from microclip_deploy.engines import PLAN_OF, BuildOptions, Hardware, Span
-from microclip_deploy.exported import Export, TensorSpec
+from microclip_deploy.serving.engines import PLAN_OF, BuildOptions, Hardware, Span
+from microclip_deploy.serving.exported import Export, TensorSpec
 
 _HARDWARE: dict[Hardware, str] = {"ampere+": "ampere+", "same-cc": "sameComputeCapability"}
 

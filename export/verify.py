@@ -21,8 +21,8 @@ from microclip_deploy.errors import (
 from microclip_deploy.export.limits import Limits
 from microclip_deploy.export.parity import Proof, Serving, compare_pixels, prove
 from microclip_deploy.export.probes import Photos, Reference, made_up_photos, with_users
-from microclip_deploy.exported import PROBES, Export, read_export
 from microclip_deploy.progress import bar
+from microclip_deploy.serving.exported import PROBES, Export, read_export
 
 if TYPE_CHECKING:
     from rich.table import Table

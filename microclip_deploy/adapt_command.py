@@ -36,7 +36,7 @@ from microclip_deploy.model.checkpoint import read_checkpoint
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.progress import bar
 from microclip_deploy.report import REPORT
-from microclip_deploy.serving.torch_backend import TorchSession, resolve_device
+from microclip_deploy.serving.torch_session import TorchSession, resolve_device
 
 DEFAULT_MODEL = "ViT-B-32"
 DEFAULT_TAG = "openai"

@@ -174,7 +174,7 @@ def evaluate(
         limit = bad_image_limit(max_bad, len(images.paths))
         probes = [_Probe(adapted)]
         if zero_shot and not is_export(directory):
-            from microclip_deploy.serving.torch_backend import TorchSession
+            from microclip_deploy.serving.torch_session import TorchSession
 
             before = stack.enter_context(TorchSession.open_initial(directory, adapted.device))
             probes.append(_Probe(before, _zero_shot_heads(directory)))

@@ -27,7 +27,7 @@ from microclip_deploy.evaluate import EVALUATION
 from microclip_deploy.model.checkpoint import SCHEMA
 from microclip_deploy.predict import FailedImage, Guess, ImagePrediction, predict
 from microclip_deploy.saliency_image import attention_map, overlay
-from microclip_deploy.serving.torch_backend import TorchSession
+from microclip_deploy.serving.torch_session import TorchSession
 
 REPORT = "report.html"
 

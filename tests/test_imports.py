@@ -22,12 +22,12 @@ LIGHT = [
     "microclip_deploy.cli",
     "microclip_deploy.commands",
     "microclip_deploy.evaluate",
-    "microclip_deploy.exported",
+    "microclip_deploy.serving.exported",
     "microclip_deploy.adapt.history",
     "microclip_deploy.predict",
     "microclip_deploy.saliency_warning",
     "microclip_deploy.serving",
-    "microclip_deploy.serving.cuda_backend",
+    "microclip_deploy.serving.cuda_session",
     "microclip_deploy.data.sources",
     "microclip_deploy.data.classes",
     "microclip_deploy.ncut.steps",
@@ -44,7 +44,7 @@ def test_import_is_light(module: str) -> None:
     assert run(f"import sys, {module}; print(*sorted({HEAVY!r} & set(sys.modules)))") == ""
 
 
-@pytest.mark.parametrize("module", ["onnx_graph", "onnx_backend"])
+@pytest.mark.parametrize("module", ["onnx_graph", "onnx_session"])
 def test_an_export_is_served_by_onnxruntime_alone(module: str) -> None:
     name = f"microclip_deploy.serving.{module}"
     assert run(f"import sys, {name}; print(*sorted({HEAVY!r} & set(sys.modules)))") == "onnxruntime"

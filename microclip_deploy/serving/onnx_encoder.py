@@ -7,14 +7,19 @@ import cupy
 import numpy as np
 
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.exported import BACKBONE, ExportManifest, read_export, read_head_weights
-from microclip_deploy.serving.cuda_backend import CudaSession, Facts
 from microclip_deploy.serving.cuda_pipeline import (
     CudaPipeline,
     Head,
     Launches,
     captured,
     open_stream,
+)
+from microclip_deploy.serving.cuda_session import CudaSession, Facts
+from microclip_deploy.serving.exported import (
+    BACKBONE,
+    ExportManifest,
+    read_export,
+    read_head_weights,
 )
 from microclip_deploy.serving.onnx_graph import Buffer, OnnxGraph
 

@@ -14,9 +14,9 @@ from typing import Any
 import cupy
 import tensorrt as trt
 
-from microclip_deploy.engines import Target
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem
 from microclip_deploy.serving.cuda_pipeline import cuda_errors
+from microclip_deploy.serving.engines import Target
 
 _KEPT_LINES = 20_000
 

@@ -12,7 +12,6 @@ from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.model.backbone import VisionBackbone
 from microclip_deploy.model.checkpoint import load_model, read_checkpoint
 from microclip_deploy.model.microclip import MicroCLIP
-from microclip_deploy.serving.cuda_backend import CudaSession, Facts
 from microclip_deploy.serving.cuda_pipeline import (
     CudaPipeline,
     Head,
@@ -20,6 +19,7 @@ from microclip_deploy.serving.cuda_pipeline import (
     open_stream,
     out_of_memory,
 )
+from microclip_deploy.serving.cuda_session import CudaSession, Facts
 
 
 def open_run(path: Path, device: str) -> CudaSession:

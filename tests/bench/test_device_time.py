@@ -31,8 +31,8 @@ from microclip_deploy.bench.latency_report import (
 )  # fmt: skip
 from microclip_deploy.bench.photos import made_up_jpegs
 from microclip_deploy.bench.stages import StageRequest, measure_stages
-from microclip_deploy.exported import Export, read_export
-from microclip_deploy.serving.cuda_backend import CudaSession, Facts
+from microclip_deploy.serving.cuda_session import CudaSession, Facts
+from microclip_deploy.serving.exported import Export, read_export
 from microclip_deploy.serving.session import Prediction
 
 SIDE, CLASSES = 32, 3

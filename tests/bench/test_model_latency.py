@@ -14,7 +14,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from microclip_deploy import serving
 from microclip_deploy.bench import contestants, model_latency, stages
 from microclip_deploy.bench import subject as subject_module
 from microclip_deploy.bench.cls_encoder import write_cls_graph
@@ -28,11 +27,12 @@ from microclip_deploy.bench.subject import subject_of
 from microclip_deploy.cli import main
 from microclip_deploy.errors import EnvironmentProblem, UsageError, VerificationError
 from microclip_deploy.export.probes import made_up_photos
-from microclip_deploy.exported import read_export
 from microclip_deploy.model.checkpoint import load_model, read_checkpoint
 from microclip_deploy.model.soap import LOGIT_SCALE
-from microclip_deploy.serving.onnx_backend import OnnxSession
+from microclip_deploy.serving import opening
+from microclip_deploy.serving.exported import read_export
 from microclip_deploy.serving.onnx_graph import OnnxGraph
+from microclip_deploy.serving.onnx_session import OnnxSession
 
 QUIET = Console(quiet=True)
 SHORT = Plan(warmup_s=0.01, duration_s=0.05, stable=1.0, most_windows=3)
@@ -174,9 +174,9 @@ def test_onnx_is_measured_with_onnx_runtime_whatever_engines_there_are(
     def engines(*_: object) -> None:
         raise AssertionError("the engines were opened")
 
-    monkeypatch.setattr(serving, "has_engines", lambda path: True)
-    monkeypatch.setattr(serving, "_has", lambda package: True)
-    monkeypatch.setattr(serving, "_open_engines", engines)
+    monkeypatch.setattr(opening, "has_engines", lambda path: True)
+    monkeypatch.setattr(opening, "_has", lambda package: True)
+    monkeypatch.setattr(opening, "_open_engines", engines)
     with (
         subject_of(str(tiny_export), "fp32") as subject,
         pytest.raises(EnvironmentProblem, match="cuda"),

@@ -20,12 +20,12 @@ from torch import nn
 
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.export.to_onnx import write_graphs
-from microclip_deploy.exported import Precision
 from microclip_deploy.model.backbone import VisionBackbone
 from microclip_deploy.model.checkpoint import load_model, read_checkpoint
 from microclip_deploy.model.microclip import MicroCLIP, Pooling
 from microclip_deploy.model.text import TextHeads
 from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.serving.exported import Precision
 
 DATA = Path(__file__).parent.parent / "vectors"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

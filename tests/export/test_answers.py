@@ -13,7 +13,7 @@ import pytest
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem
 from microclip_deploy.export.answers import Answers, Asked, ask, windows
 from microclip_deploy.export.probes import Reference
-from microclip_deploy.exported import FULL, PROBES, Precision
+from microclip_deploy.serving.exported import FULL, PROBES, Precision
 
 if TYPE_CHECKING:
     from tests.export.conftest import Write

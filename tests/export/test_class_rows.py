@@ -23,10 +23,10 @@ from microclip_deploy.errors import (
     UsageError,
 )
 from microclip_deploy.export.class_rows import ClassRow, add_classes, list_classes, remove_classes
-from microclip_deploy.exported import CLASSIFIER, FULL, SCHEMA, read_export
 from microclip_deploy.model.backbone import BackboneSpec, load_clip
 from microclip_deploy.model.text import text_heads
 from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.serving.exported import CLASSIFIER, FULL, SCHEMA, read_export
 
 CLASSES = ("red circle", "green square", "blue stripe")
 TEMPLATES = ("a photo of a {}.", "a drawing of a {}.")

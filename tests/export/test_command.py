@@ -19,7 +19,8 @@ from microclip_deploy.errors import CheckpointError
 from microclip_deploy.export import command
 from microclip_deploy.export.limits import LIMITS
 from microclip_deploy.export.verify import VERIFIED
-from microclip_deploy.exported import (
+from microclip_deploy.serving import open_session
+from microclip_deploy.serving.exported import (
     BACKBONE,
     CLASSIFIER,
     FULL,
@@ -29,7 +30,6 @@ from microclip_deploy.exported import (
     PROBES,
     read_export,
 )
-from microclip_deploy.serving import open_session
 
 if TYPE_CHECKING:
     from tests.export.conftest import Remember

@@ -15,7 +15,12 @@ from rich.console import Console
 
 from microclip_deploy import artifact
 from microclip_deploy.cli import main
-from microclip_deploy.engines import (
+from microclip_deploy.errors import EnvironmentProblem, Interrupted, VerificationError
+from microclip_deploy.export import engine_command
+from microclip_deploy.export.engine_command import BUILD_LOG, EngineRequest, run_build
+from microclip_deploy.export.parity import Proof, Stage
+from microclip_deploy.serving import onnx_session
+from microclip_deploy.serving.engines import (
     BACKBONE_PLAN,
     ENGINES,
     FULL_PLAN,
@@ -24,12 +29,7 @@ from microclip_deploy.engines import (
     Target,
     find_engines,
 )
-from microclip_deploy.errors import EnvironmentProblem, Interrupted, VerificationError
-from microclip_deploy.export import engine_command
-from microclip_deploy.export.engine_command import BUILD_LOG, EngineRequest, run_build
-from microclip_deploy.export.parity import Proof, Stage
-from microclip_deploy.exported import PARITY, read_export
-from microclip_deploy.serving import onnx_backend
+from microclip_deploy.serving.exported import PARITY, read_export
 
 QUIET = Console(quiet=True)
 HERE = Target(
@@ -197,7 +197,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Built:
     module(f"{serving}.cuda_pipeline", cuda_errors=no_errors, open_stream=lambda _device: stream)
     module(f"{serving}.tensorrt_engine", target=lambda _number: HERE, Engine=Engine, LOG=log)
     session = SimpleNamespace(close=lambda: None)
-    module(f"{serving}.tensorrt_backend", session_of=lambda *_: session)
+    module(f"{serving}.tensorrt_encoder", session_of=lambda *_: session)
     module("microclip_deploy.export.to_tensorrt", build_plan=found.plan)
     module(
         "microclip_deploy.export.engine_parity",
@@ -230,7 +230,7 @@ def test_proven_engines_are_found_by_who_serves(built: Built, export: Path) -> N
     assert (engines.directory / BUILD_LOG).read_text() == "INFO: news"
     cache = export / ENGINES / f"{HERE.folder}.timing-cache"
     assert built.asked == [("backbone.onnx", cache), ("full.onnx", cache)]
-    with onnx_backend.OnnxSession.open(export) as session:  # the export itself is as it was
+    with onnx_session.OnnxSession.open(export) as session:  # the export itself is as it was
         assert session.classes
 
 

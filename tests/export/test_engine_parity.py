@@ -16,7 +16,11 @@ import pytest
 from numpy.typing import NDArray
 
 from microclip_deploy import artifact
-from microclip_deploy.engines import (
+from microclip_deploy.export.answers import open_graph
+from microclip_deploy.export.limits import LIMITS, Limits
+from microclip_deploy.export.parity import Proof
+from microclip_deploy.export.probes import Reference, made_up_photos
+from microclip_deploy.serving.engines import (
     BACKBONE_PLAN,
     FULL_PLAN,
     PLAN_OF,
@@ -26,11 +30,7 @@ from microclip_deploy.engines import (
     Span,
     Target,
 )
-from microclip_deploy.export.answers import open_graph
-from microclip_deploy.export.limits import LIMITS, Limits
-from microclip_deploy.export.parity import Proof
-from microclip_deploy.export.probes import Reference, made_up_photos
-from microclip_deploy.exported import (
+from microclip_deploy.serving.exported import (
     BACKBONE,
     FULL,
     HEAD,
@@ -42,8 +42,8 @@ from microclip_deploy.exported import (
     TensorSpec,
     read_export,
 )
-from microclip_deploy.serving.onnx_backend import OnnxSession
 from microclip_deploy.serving.onnx_graph import OnnxGraph
+from microclip_deploy.serving.onnx_session import OnnxSession
 from microclip_deploy.serving.session import Prediction
 
 if TYPE_CHECKING:

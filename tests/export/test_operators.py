@@ -15,7 +15,7 @@ from microclip_deploy.export.limits import LIMITS
 from microclip_deploy.export.parity import Serving, compare_pixels, prove
 from microclip_deploy.export.probes import Reference, made_up_photos
 from microclip_deploy.export.to_onnx import write_graphs
-from microclip_deploy.exported import BACKBONE, FULL, HEAD, Precision
+from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, Precision
 
 if TYPE_CHECKING:
     from tests.export.conftest import Graph, Read, Subject

@@ -15,9 +15,9 @@ from onnx import ModelProto, helper, numpy_helper
 from microclip_deploy.export.limits import LIMITS
 from microclip_deploy.export.parity import Proof, Serving, Stage, prove
 from microclip_deploy.export.probes import Reference, made_up_photos
-from microclip_deploy.exported import BACKBONE, FULL, HEAD, PROBES, Precision, read_export
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import similarities
+from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, PROBES, Precision, read_export
 from microclip_deploy.serving.onnx_graph import OnnxGraph
 
 if TYPE_CHECKING:

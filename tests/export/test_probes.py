@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from microclip_deploy.errors import CheckpointError, DataError
 from microclip_deploy.export.probes import COUNT, MOST, Reference, made_up_photos, with_users
-from microclip_deploy.exported import PROBES, read_export
+from microclip_deploy.serving.exported import PROBES, read_export
 
 if TYPE_CHECKING:
     from tests.export.conftest import Subject

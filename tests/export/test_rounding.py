@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 
 from microclip_deploy.export.probes import made_up_photos
 from microclip_deploy.export.rounding import in_float32
-from microclip_deploy.exported import BACKBONE
+from microclip_deploy.serving.exported import BACKBONE
 
 if TYPE_CHECKING:
     from tests.export.conftest import Read, Subject

@@ -19,7 +19,7 @@ from onnx import TensorProto
 from microclip_deploy.export import to_onnx
 from microclip_deploy.export.probes import made_up_photos
 from microclip_deploy.export.to_onnx import SINGLE_FILE_LIMIT, WEIGHTS, write_graphs
-from microclip_deploy.exported import BACKBONE, FULL, HEAD, Precision, read_export
+from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, Precision, read_export
 
 if TYPE_CHECKING:
     from tests.export.conftest import Read, Remember, Subject, Write

@@ -23,7 +23,7 @@ from microclip_deploy.export import to_onnx
 from microclip_deploy.export.class_rows import remove_classes
 from microclip_deploy.export.command import ExportRequest, run_export
 from microclip_deploy.export.verify import VERIFIED
-from microclip_deploy.exported import BACKBONE, FULL, HEAD, PARITY, PROBES, SCHEMA
+from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, PARITY, PROBES, SCHEMA
 
 if TYPE_CHECKING:
     from tests.export.conftest import Remember

@@ -21,7 +21,9 @@ from microclip_deploy.cli import main
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.export import to_onnx
 from microclip_deploy.export.limits import LIMITS, Limits
-from microclip_deploy.exported import (
+from microclip_deploy.model.checkpoint import read_checkpoint
+from microclip_deploy.serving import open_session
+from microclip_deploy.serving.exported import (
     BACKBONE,
     CLASSIFIER,
     FULL,
@@ -33,8 +35,6 @@ from microclip_deploy.exported import (
     read_export,
     read_head_weights,
 )
-from microclip_deploy.model.checkpoint import read_checkpoint
-from microclip_deploy.serving import open_session
 
 if TYPE_CHECKING:
     from tests.export.conftest import Remember, Subject

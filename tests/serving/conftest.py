@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 from microclip_deploy import artifact
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.exported import CLASSIFIER, FULL, SCHEMA
 from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.serving.exported import CLASSIFIER, FULL, SCHEMA
 
 SIDE = 32
 CLASSES = ("red circle", "green square", "blue stripe")

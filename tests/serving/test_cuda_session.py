@@ -1,184 +1,202 @@
-"""What only a CUDA device can show of the CUDA session. Run with: python -m pytest -m gpu"""
+"""Batches of any size through buckets: filled, split, cut back, and never an older image."""
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
-import torch
 from numpy.typing import NDArray
-from PIL import Image
 
-from microclip_deploy.errors import EnvironmentProblem, UsageError
-from microclip_deploy.serving import Prediction, Session, open_session
-from microclip_deploy.serving.cuda_backend import CudaSession
-from microclip_deploy.serving.torch_backend import TorchSession
+from microclip_deploy.data.preprocess import Preprocess
+from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError
+from microclip_deploy.serving import Prediction, Session
+from microclip_deploy.serving.answer_block import Sizes, block_bytes, block_views
+from microclip_deploy.serving.cuda_session import BUCKETS, CudaSession, Facts, bucket_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or find_spec("cupy") is None,
-        reason="no CUDA device, or no cupy; run `pytest -m gpu` where there are both",
-    ),
-]
-
-SIDE = 32
-
-# Logits are 100 times a cosine: 5e-5 is four units in the last place of a cosine in float32.
-LOGITS, COSINES = 5e-5, 5e-6
+SIDE = 8
+SIZES = Sizes(tokens=4, joint=3, classes=3)
 
 
-def images(count: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Return bright rectangles on noise: their graphs are cut where it is well determined."""
-    rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 80, (count, SIDE, SIDE, 3), dtype=np.uint8)
-    for image in pixels:
-        top, left = rng.integers(0, SIDE // 2, 2)
-        image[top : top + 14, left : left + 14, rng.integers(3)] += 150
-    return pixels
+class NumpyPipeline:
+    """Keeps buffers between calls as a device's does; cls is the mean colour of an image."""
 
+    device = "cuda:0"
 
-def assert_like(found: Prediction, wanted: Prediction) -> None:
-    np.testing.assert_array_equal(found.mask, wanted.mask)
-    np.testing.assert_array_equal(found.complete, wanted.complete)
-    np.testing.assert_allclose(found.logits, wanted.logits, rtol=0, atol=LOGITS)
-    for name in ("cls", "fg", "attention"):
-        one, other = getattr(found, name), getattr(wanted, name)
-        np.testing.assert_allclose(one, other, rtol=0, atol=COSINES, err_msg=name)
+    def __init__(self) -> None:
+        self.buffers: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
+        self.seen: list[NDArray[np.uint8]] = []
+        self.closed = 0
+        self.busy = threading.Lock()
+        self.memory = 1 << 30
 
+    def pixels(self, bucket: int) -> NDArray[np.uint8]:
+        if bucket > self.memory:
+            raise EnvironmentProblem("out of memory; lower --batch-size")
+        if bucket not in self.buffers:
+            pixels = np.full((bucket, SIDE, SIDE, 3), 99, np.uint8)
+            self.buffers[bucket] = pixels, np.zeros(block_bytes(bucket, SIZES), np.uint8)
+        return self.buffers[bucket][0]
 
-@pytest.fixture(autouse=True)
-def _exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let PyTorch's own session, which is the reference, compute without TF32 too."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    def run(self, bucket: int) -> Prediction:
+        assert self.busy.acquire(blocking=False), "expected one call at a time"
+        pixels, block = self.buffers[bucket]
+        self.seen.append(pixels.copy())
+        answers = block_views(block, bucket, SIZES)
+        answers.cls[:] = pixels.mean(axis=(1, 2))
+        answers.logits[:] = 2 * answers.cls
+        answers.mask[:] = pixels[:, 0, :4, 0] > 127
+        answers.complete[:] = pixels[:, 0, 0, 1] > 127
+        self.busy.release()
+        return answers
+
+    def run_photos(self, bucket: int, photos: Sequence[NDArray[np.uint8]]) -> Prediction:
+        self.buffers[bucket][0][: len(photos)] = [photo[:SIDE, :SIDE] for photo in photos]
+        return self.run(bucket)
+
+    def close(self) -> None:
+        self.closed += 1
 
 
 @pytest.fixture
-def reference(finished_run: Path) -> Iterator[TorchSession]:
-    with TorchSession.open(finished_run, "cuda") as session:
-        yield session
+def pipeline() -> NumpyPipeline:
+    return NumpyPipeline()
 
 
-@pytest.fixture(params=["run", "export"])
-def open_one(
-    request: pytest.FixtureRequest, finished_run: Path, tiny_export: Path
-) -> Callable[[], Session]:
-    """Return what opens a session of either encoder."""
-    if request.param == "run":
-        return lambda: open_session(finished_run, "cuda")
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has no CUDAExecutionProvider; install onnxruntime-gpu")
-    return lambda: open_session(tiny_export, "cuda")
+@pytest.fixture
+def make(pipeline: NumpyPipeline) -> Callable[..., CudaSession]:
+    """Return what opens a session on the pipeline."""
+    preprocess = Preprocess(size=SIDE, mean=(0.5,) * 3, std=(0.5,) * 3)
+    facts = Facts(("a", "b", "c"), frozenset({"c"}), preprocess, np.eye(3, dtype=np.float32))
+    return lambda **options: CudaSession(pipeline, facts, **options)
 
 
-def test_any_batch_is_answered_like_pytorch(
-    open_one: Callable[[], Session], reference: TorchSession
+def images(count: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def assert_right(found: Prediction, pixels: NDArray[np.uint8]) -> None:
+    assert [len(field) for field in found] == [len(pixels)] * 6
+    np.testing.assert_allclose(found.cls, pixels.mean(axis=(1, 2)), rtol=1e-6)
+    np.testing.assert_array_equal(found.logits, 2 * found.cls)
+    np.testing.assert_array_equal(found.mask, pixels[:, 0, :4, 0] > 127)
+    np.testing.assert_array_equal(found.complete, pixels[:, 0, 0, 1] > 127)
+
+
+@pytest.mark.parametrize(
+    ("count", "buckets", "bucket"),
+    [(1, BUCKETS, 1), (2, BUCKETS, 2), (3, BUCKETS, 4), (8, BUCKETS, 8), (33, BUCKETS, 64),
+     (3, (1, 3), 3), (2, (1, 4, 6), 4), (5, (1, 4, 6), 6)],
+)  # fmt: skip
+def test_a_bucket_is_the_smallest_that_holds_the_batch(
+    count: int, buckets: tuple[int, ...], bucket: int
 ) -> None:
-    with open_one() as session:
-        assert isinstance(session, CudaSession)
-        assert session.device == "cuda:0"
-        for count in (1, 3, 8, 70):
-            assert_like(session.predict(images(count)), reference.predict(images(count)))
+    assert bucket_of(count, buckets) == bucket
 
 
-def test_photos_are_answered_like_their_test_views(open_one: Callable[[], Session]) -> None:
-    rng = np.random.default_rng(0)
-    sizes = ((48, 64), (33, 32), (200, 90), (32, 32), (77, 301))
-    photos = [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
-    with open_one() as session:
-        assert isinstance(session, CudaSession)
-        views = [session.preprocess.test_view(Image.fromarray(photo)) for photo in photos]
-        assert_like(session.predict_photos(photos), session.predict(np.stack(views)))
-
-
-def test_replayed_graphs_see_new_images(
-    open_one: Callable[[], Session], reference: TorchSession
+@pytest.mark.parametrize(
+    ("count", "buckets"),
+    [(1, [1]), (3, [4]), (8, [8]), (64, [64]), (70, [64, 8]), (130, [64, 64, 2])],
+)
+def test_every_image_gets_its_answer(
+    make: Callable[..., CudaSession], pipeline: NumpyPipeline, count: int, buckets: list[int]
 ) -> None:
-    with open_one() as session:
-        for seed in range(5):
-            batch = images(4, seed)
-            assert_like(session.predict(batch), reference.predict(batch))
+    session: Session
+    with make() as session:
+        assert_right(session.predict(images(count)), images(count))
+    assert [len(batch) for batch in pipeline.seen] == buckets
 
 
-def test_the_same_work_without_a_graph_and_by_stage(
-    open_one: Callable[[], Session], reference: TorchSession
+def test_a_bucket_is_filled_with_the_last_image(
+    make: Callable[..., CudaSession], pipeline: NumpyPipeline
 ) -> None:
-    batch = images(4)
-    with open_one() as session:
-        assert isinstance(session, CudaSession)
-        pipeline: Any = session.pipeline
-        pipeline.pixels(4)[:] = batch
-        assert_like(pipeline.run_eagerly(4), reference.predict(batch))
-        timing = pipeline.time_run(4)
-        assert 0 < timing.host < 1
-        assert 0 < timing.device < 1
-        photos = [np.zeros((48, 40, 3), np.uint8)] * 4
-        stages = pipeline.time_stages(4, photos, 3)
-        assert [*stages] == ["preprocess", "H2D", "backbone", "K1", "K2", "K3/head", "D2H"]
-        assert all(len(samples) == 3 and min(samples) > 0 for samples in stages.values())
-        assert_like(session.predict(batch), reference.predict(batch))  # nothing was left behind
+    with make() as session:
+        session.predict(images(8))
+        session.predict(images(5, seed=1))
+    np.testing.assert_array_equal(pipeline.seen[1][:5], images(5, seed=1))
+    assert (pipeline.seen[1][5:] == images(5, seed=1)[-1]).all()
 
 
-def test_two_sessions_on_two_threads_do_not_meet(
-    open_one: Callable[[], Session], reference: TorchSession
+def test_answers_stay_when_the_next_batch_comes(make: Callable[..., CudaSession]) -> None:
+    with make() as session:
+        first = session.predict(images(4))
+        session.predict(images(4, seed=1))
+    assert_right(first, images(4))
+
+
+def test_the_largest_batch_can_be_chosen(
+    make: Callable[..., CudaSession], pipeline: NumpyPipeline
 ) -> None:
-    batches = [images(1 + seed % 6, seed) for seed in range(24)]
-    with open_one() as one, open_one() as other, ThreadPoolExecutor(2) as pool:
-        found = pool.map(
-            lambda job: job[0].predict(job[1]), zip([one, other] * 12, batches, strict=True)
-        )
-        for answer, batch in zip(found, batches, strict=True):
-            assert_like(answer, reference.predict(batch))
+    with make(buckets=(1, 2, 3)) as session:
+        assert_right(session.predict(images(8)), images(8))
+    assert [len(batch) for batch in pipeline.seen] == [3, 3, 2]
 
 
-def test_one_session_serves_several_threads(
-    open_one: Callable[[], Session], reference: TorchSession
+def test_views_into_larger_arrays_are_taken_as_they_look(make: Callable[..., CudaSession]) -> None:
+    with make() as session:
+        assert_right(session.predict(images(3)[:, :, ::-1]), images(3)[:, :, ::-1])
+
+
+@pytest.mark.parametrize(
+    "wrong", [images(3).astype(np.float32), images(3)[:, :4], images(3)[0], images(3)[:0], [],
+              images(3).transpose(0, 3, 1, 2)],
+)  # fmt: skip
+def test_other_images_are_refused_before_they_reach_the_device(
+    make: Callable[..., CudaSession], pipeline: NumpyPipeline, wrong: Any
 ) -> None:
-    batches = [images(1 + seed % 6, seed) for seed in range(24)]
-    with open_one() as session:
-        with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(session.predict, batches))
-        # Graphs outlive the threads that captured them.
-        for answer, batch in zip(found, batches, strict=True):
-            assert_like(answer, reference.predict(batch))
-            assert_like(session.predict(batch), reference.predict(batch))
+    with (
+        make() as session,
+        pytest.raises(DataError, match=r"expected uint8 \(B, 8, 8, 3\).*found.*test_view"),
+    ):
+        session.predict(wrong)
+    assert not pipeline.seen
 
 
-def test_a_closed_session_keeps_no_buffers(open_one: Callable[[], Session]) -> None:
-    session = open_one()
-    assert isinstance(session, CudaSession)
-    pool = session._pipeline._pool  # type: ignore[union-attr]  # of the pipeline on a device
-    session.predict(images(64))
-    assert pool.total_bytes()
+def test_a_session_out_of_memory_answers_smaller_batches(
+    make: Callable[..., CudaSession], pipeline: NumpyPipeline
+) -> None:
+    pipeline.memory = 4
+    with make() as session:
+        with pytest.raises(EnvironmentProblem, match="lower --batch-size"):
+            session.predict(images(5))
+        assert_right(session.predict(images(4)), images(4))
+
+
+def test_one_session_serves_several_threads(make: Callable[..., CudaSession]) -> None:
+    batches = [images(1 + seed % 5, seed) for seed in range(48)]
+    with make(buckets=(1, 2, 4)) as session, ThreadPoolExecutor(4) as pool:
+        for found, batch in zip(pool.map(session.predict, batches), batches, strict=True):
+            assert_right(found, batch)
+
+
+def test_a_closed_session_says_so(
+    make: Callable[..., CudaSession], pipeline: NumpyPipeline
+) -> None:
+    session = make()
     session.close()
     session.close()
-    assert not pool.total_bytes()
+    assert pipeline.closed == 1
     with pytest.raises(UsageError, match="found it closed"):
         session.predict(images(1))
 
 
-def test_a_session_survives_a_full_device(
-    open_one: Callable[[], Session], reference: TorchSession
-) -> None:
-    with open_one() as session:
-        assert isinstance(session, CudaSession)
-        first = session.predict(images(1))
-        pool = session._pipeline._pool  # type: ignore[union-attr]  # of the pipeline on a device
-        pool.set_limit(size=pool.total_bytes())
-        with pytest.raises(EnvironmentProblem, match=r"out of memory.*lower --batch-size"):
-            session.predict(images(64))
-        np.testing.assert_array_equal(session.predict(images(1)).logits, first.logits)
-        pool.set_limit(size=0)
-        assert_like(session.predict(images(64)), reference.predict(images(64)))
+def test_a_session_tells_about_its_model(make: Callable[..., CudaSession]) -> None:
+    with make() as session:
+        assert session.classes == ("a", "b", "c")
+        assert session.unadapted == {"c"}
+        assert (session.device, session.preprocess.size) == ("cuda:0", SIDE)
+        with pytest.raises(ValueError, match="read-only"):
+            session.classifier()[0] = 0
 
 
-def test_tf32_is_as_it_was(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open_session(finished_run, "cuda") as session:
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # loading switches it off
-        session.predict(images(1))
-        assert torch.backends.cudnn.allow_tf32
+def test_photos_of_any_size_are_answered_in_order(make: Callable[..., CudaSession]) -> None:
+    photos = [np.full((SIDE + i, SIDE + 2, 3), 10 * i, np.uint8) for i in range(7)]
+    with make(buckets=(1, 2, 4)) as session:
+        found = session.predict_photos(photos)
+    np.testing.assert_array_equal(found.cls[:, 0], [10 * i for i in range(7)])
+
+
+def test_no_photo_is_refused(make: Callable[..., CudaSession]) -> None:
+    with make() as session, pytest.raises(DataError, match="at least one"):
+        session.predict_photos([])

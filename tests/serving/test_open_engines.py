@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from microclip_deploy import artifact, serving
-from microclip_deploy.engines import ENGINES
+from microclip_deploy import artifact
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
-from microclip_deploy.serving import Session, open_session
-from microclip_deploy.serving.onnx_backend import OnnxSession
+from microclip_deploy.serving import Session, open_session, opening
+from microclip_deploy.serving.engines import ENGINES
+from microclip_deploy.serving.onnx_session import OnnxSession
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def engines(monkeypatch: pytest.MonkeyPatch, export: Path) -> Engines:
                 raise problem
             return OnnxSession.open(path)
 
-        monkeypatch.setattr(serving, "_has", lambda package: package == "tensorrt")
-        monkeypatch.setattr(serving, "_open_engines", opened)
+        monkeypatch.setattr(opening, "_has", lambda package: package == "tensorrt")
+        monkeypatch.setattr(opening, "_open_engines", opened)
         return asked
 
     return install

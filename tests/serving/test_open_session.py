@@ -11,12 +11,18 @@ from typing import Any
 
 import pytest
 
-from microclip_deploy import exported, serving
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, MicroclipError, UsageError
 from microclip_deploy.model import checkpoint
-from microclip_deploy.serving import is_export, onnx_graph, open_session, torch_backend
-from microclip_deploy.serving.onnx_backend import OnnxSession
-from microclip_deploy.serving.torch_backend import TorchSession
+from microclip_deploy.serving import (
+    exported,
+    is_export,
+    onnx_graph,
+    open_session,
+    opening,
+    torch_session,
+)
+from microclip_deploy.serving.onnx_session import OnnxSession
+from microclip_deploy.serving.torch_session import TorchSession
 
 
 def manifest(directory: Path, content: str) -> Path:
@@ -106,10 +112,10 @@ class Machine:
     problem: MicroclipError | None = None
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(serving, "_has", lambda package: package == "cupy" and self.cupy)
+        patch.setattr(opening, "_has", lambda package: package == "cupy" and self.cupy)
         patch.setattr(onnx_graph, "has_cuda", lambda: True)
         patch.setattr(
-            torch_backend, "resolve_device", lambda device: device.replace("auto", "cuda")
+            torch_session, "resolve_device", lambda device: device.replace("auto", "cuda")
         )
         for encoder, opener in (("torch_encoder", "open_run"), ("onnx_encoder", "open_export")):
             module = SimpleNamespace(**{opener: self._kernels})

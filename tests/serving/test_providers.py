@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from microclip_deploy.serving.onnx_backend import OnnxSession
+from microclip_deploy.serving.onnx_session import OnnxSession
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "openvino": "OpenVINOExecutionProvider"}
 

@@ -13,7 +13,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from microclip_deploy import artifact
-from microclip_deploy.engines import (
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem
+from microclip_deploy.export.command import ExportRequest, run_export
+from microclip_deploy.export.engine_command import EngineRequest, run_build
+from microclip_deploy.serving import open_session
+from microclip_deploy.serving.engines import (
     BACKBONE_PLAN,
     ENGINES,
     BuildOptions,
@@ -21,15 +25,11 @@ from microclip_deploy.engines import (
     find_engines,
     read_engines,
 )
-from microclip_deploy.errors import CheckpointError, EnvironmentProblem
-from microclip_deploy.export.command import ExportRequest, run_export
-from microclip_deploy.export.engine_command import EngineRequest, run_build
-from microclip_deploy.exported import Precision, read_export
-from microclip_deploy.serving import open_session
-from microclip_deploy.serving.onnx_backend import OnnxSession
+from microclip_deploy.serving.exported import Precision, read_export
+from microclip_deploy.serving.onnx_session import OnnxSession
 
 if TYPE_CHECKING:
-    from microclip_deploy.serving.cuda_backend import CudaSession
+    from microclip_deploy.serving.cuda_session import CudaSession
 
 pytestmark = [
     pytest.mark.trt,

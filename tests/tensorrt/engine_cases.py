@@ -19,7 +19,10 @@ import pytest
 import tensorrt as trt
 from onnx import TensorProto, helper, numpy_helper
 
-from microclip_deploy.engines import (
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem
+from microclip_deploy.export import to_tensorrt
+from microclip_deploy.serving import cuda_pipeline, tensorrt_encoder, tensorrt_engine
+from microclip_deploy.serving.engines import (
     BACKBONE_PLAN,
     BuildOptions,
     EngineManifest,
@@ -27,10 +30,7 @@ from microclip_deploy.engines import (
     Span,
     Target,
 )
-from microclip_deploy.errors import CheckpointError, EnvironmentProblem
-from microclip_deploy.export import to_tensorrt
-from microclip_deploy.exported import GraphSpec, TensorSpec
-from microclip_deploy.serving import cuda_pipeline, tensorrt_backend, tensorrt_engine
+from microclip_deploy.serving.exported import GraphSpec, TensorSpec
 from tests.tensorrt.fake import Call, Fake, HostMemory, Scenario, install
 
 PLAN = b"a plan"
@@ -477,7 +477,7 @@ def test_the_encoder_is_captured_with_what_follows(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cuda_pipeline, "cupy", fake_cupy)
     _, log = install(engine_answers())
     stream: Any = Stream(log)
-    encoder = tensorrt_backend.TensorRTEncoder(
+    encoder = tensorrt_encoder.TensorRTEncoder(
         tensorrt_engine.Engine(PLAN, stream, BACKBONE_PLAN), MANIFEST, stream
     )
     assert encoder.tokens == 16

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = "export/to_tensorrt.py"
 RUN = "microclip_deploy/serving/tensorrt_engine.py"
-ENCODER = "microclip_deploy/serving/tensorrt_backend.py"
+ENCODER = "microclip_deploy/serving/tensorrt_encoder.py"
 CAPTURE = "microclip_deploy/serving/cuda_pipeline.py"
 
 # What an ended session leaves to the garbage collector is not a mistake of the next one.
@@ -27,7 +27,7 @@ OPTIONS = ("-x", "-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:unrai
 MODULES = {
     CAPTURE: "microclip_deploy.serving.cuda_pipeline",
     RUN: "microclip_deploy.serving.tensorrt_engine",
-    ENCODER: "microclip_deploy.serving.tensorrt_backend",
+    ENCODER: "microclip_deploy.serving.tensorrt_encoder",
     BUILD: "microclip_deploy.export.to_tensorrt",
 }
 """In the order in which they import one another."""

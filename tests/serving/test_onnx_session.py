@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from microclip_deploy.errors import CheckpointError, DataError, UsageError
 from microclip_deploy.model.soap import LOGIT_SCALE
 from microclip_deploy.serving import Prediction, Session
-from microclip_deploy.serving import onnx_backend as backend
-from microclip_deploy.serving.onnx_backend import OnnxSession
-from microclip_deploy.serving.torch_backend import TorchSession
+from microclip_deploy.serving import onnx_session as backend
+from microclip_deploy.serving.onnx_session import OnnxSession
+from microclip_deploy.serving.torch_session import TorchSession
 
 SIDE = 32
 

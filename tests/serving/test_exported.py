@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from microclip_deploy import artifact
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.exported import (
+from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.serving.exported import (
     CLASSIFIER,
     FULL,
     HEAD_WEIGHTS,
@@ -22,7 +23,6 @@ from microclip_deploy.exported import (
     read_export,
     read_head_weights,
 )
-from microclip_deploy.ncut.spec import NCutSpec
 
 CLASSES = ("robin", "wren", "owl")
 MATRIX = np.eye(3, 8, dtype=np.float32)
@@ -184,7 +184,7 @@ def test_reading_needs_neither_torch_nor_onnx(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'onnx', 'onnxruntime')))\n"
         "from pathlib import Path\n"
-        "from microclip_deploy.exported import read_export\n"
+        "from microclip_deploy.serving.exported import read_export\n"
         "print(read_export(Path(sys.argv[1])).manifest.model_dump_json())"
     )
     call = [sys.executable, "-c", code, str(tmp_path)]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.exported import FULL, Export, ExportManifest, read_export
+from microclip_deploy.serving.exported import FULL, Export, ExportManifest, read_export
 from microclip_deploy.serving.onnx_graph import Input, OnnxGraph
 from microclip_deploy.serving.session import Prediction, checked_images, closed_session
 

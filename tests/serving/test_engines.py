@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from safetensors.numpy import save_file
 
 from microclip_deploy import artifact
-from microclip_deploy.engines import (
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem
+from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.serving.engines import (
     BACKBONE_PLAN,
     ENGINES,
     FULL_PLAN,
@@ -31,10 +33,15 @@ from microclip_deploy.engines import (
     has_engines,
     read_engines,
 )
-from microclip_deploy.errors import CheckpointError, EnvironmentProblem
-from microclip_deploy.exported import BACKBONE, CLASSIFIER, FULL, Export, GraphSpec, read_export
-from microclip_deploy.exported import SCHEMA as EXPORT_SCHEMA
-from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.serving.exported import (
+    BACKBONE,
+    CLASSIFIER,
+    FULL,
+    Export,
+    GraphSpec,
+    read_export,
+)
+from microclip_deploy.serving.exported import SCHEMA as EXPORT_SCHEMA
 
 HERE = Target(
     tensorrt="11.4.0.106", gpu="NVIDIA H200", compute_capability="9.0", system="Linux x86_64"

@@ -5,9 +5,6 @@ from pathlib import Path
 
 import cupy
 
-from microclip_deploy.engines import BACKBONE_PLAN, EngineManifest, find_engines
-from microclip_deploy.exported import Export, read_export, read_head_weights
-from microclip_deploy.serving.cuda_backend import CudaSession, Facts
 from microclip_deploy.serving.cuda_pipeline import (
     CudaPipeline,
     Head,
@@ -15,6 +12,9 @@ from microclip_deploy.serving.cuda_pipeline import (
     captured,
     open_stream,
 )
+from microclip_deploy.serving.cuda_session import CudaSession, Facts
+from microclip_deploy.serving.engines import BACKBONE_PLAN, EngineManifest, find_engines
+from microclip_deploy.serving.exported import Export, read_export, read_head_weights
 from microclip_deploy.serving.tensorrt_engine import Engine, target
 
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from microclip_deploy import artifact
 from microclip_deploy.config import validate
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
-from microclip_deploy.exported import BACKBONE, FULL, Export, GraphSpec, Precision
+from microclip_deploy.serving.exported import BACKBONE, FULL, Export, GraphSpec, Precision
 
 SCHEMA = "microclip.engines/1"
 ENGINES = "engines"
