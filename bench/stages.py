@@ -36,7 +36,7 @@ from microclip_deploy.bench.latency_report import (
 )
 from microclip_deploy.bench.photos import decoded
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.predict import softmax
+from microclip_deploy.evaluation.predict import softmax
 from microclip_deploy.serving import open_session
 from microclip_deploy.serving.exported import read_export
 

@@ -30,12 +30,12 @@ from microclip_deploy.data.decode import printable
 from microclip_deploy.data.labelled import LabelledImages
 from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import UsageError
-from microclip_deploy.evaluate import accuracy
+from microclip_deploy.evaluation.evaluate import accuracy
+from microclip_deploy.evaluation.report import REPORT
 from microclip_deploy.model.backbone import BackboneSpec, Clip, load_clip
 from microclip_deploy.model.checkpoint import read_checkpoint
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.progress import bar
-from microclip_deploy.report import REPORT
 from microclip_deploy.serving.torch_session import TorchSession, resolve_device
 
 DEFAULT_MODEL = "ViT-B-32"

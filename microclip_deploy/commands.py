@@ -16,8 +16,8 @@ from microclip_deploy import artifact
 from microclip_deploy.data.decode import printable
 from microclip_deploy.data.sources import BadFile
 from microclip_deploy.errors import EnvironmentProblem
-from microclip_deploy.evaluate import EVALUATION, Evaluation, evaluate
-from microclip_deploy.predict import OverlayWriter, open_writer, predict, table
+from microclip_deploy.evaluation.evaluate import EVALUATION, Evaluation, evaluate
+from microclip_deploy.evaluation.predict import OverlayWriter, open_writer, predict, table
 from microclip_deploy.progress import bar
 from microclip_deploy.serving import Session, is_export, open_session
 
@@ -118,7 +118,7 @@ def tell_skipped(bad: Sequence[BadFile], notes: Console) -> None:
 
 def update_report(directory: Path, device: str, notes: Console) -> None:
     """Write a run's report.html; the checkpoint is complete without it."""
-    from microclip_deploy.report import write_report
+    from microclip_deploy.evaluation.report import write_report
 
     write_report(directory, device=device)
     notes.print(f"report: {directory / 'report.html'}", markup=False)

@@ -41,7 +41,7 @@ def test_wheel_holds_one_package_with_its_data(tmp_path: Path) -> None:
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"microclip_deploy"}
     wanted = (
         "py.typed",
-        "report.html.j2",
+        "evaluation/report.html.j2",
         "recipes/default.toml",
         "recipes/demo.toml",
         "demo/model/open_clip_model.safetensors",

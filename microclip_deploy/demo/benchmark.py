@@ -17,7 +17,7 @@ from microclip_deploy.artifact import write_json
 from microclip_deploy.commands import PredictRequest, run_evaluate, run_predict
 from microclip_deploy.demo.folders import Split, write_class_texts, write_images
 from microclip_deploy.errors import VerificationError
-from microclip_deploy.evaluate import Evaluation
+from microclip_deploy.evaluation.evaluate import Evaluation
 from microclip_deploy.export.command import ExportRequest, run_export
 from microclip_deploy.export.verify import VerifyRequest, require_proven, run_verify, table
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from microclip_deploy.cli import main
-from microclip_deploy.evaluate import evaluate
+from microclip_deploy.evaluation.evaluate import evaluate
 
 TRAINING = ("torch", "torchvision", "open_clip", "timm", "onnx", "matplotlib", "jinja2")
 

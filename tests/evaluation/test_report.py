@@ -10,10 +10,10 @@ import pytest
 from microclip_deploy import artifact
 from microclip_deploy.adapt.run_directory import read_inputs
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.evaluate import EVALUATION, evaluate
+from microclip_deploy.evaluation.chart import column_chart, line_chart, nice_axis
+from microclip_deploy.evaluation.evaluate import EVALUATION, evaluate
+from microclip_deploy.evaluation.report import Montage, render, visible, write_report
 from microclip_deploy.model.checkpoint import SCHEMA
-from microclip_deploy.report import Montage, render, visible, write_report
-from microclip_deploy.svg_chart import column_chart, line_chart, nice_axis
 
 HOSTILE = '<script>alert("x")</script>'
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError
-from microclip_deploy.predict import (
+from microclip_deploy.evaluation.predict import (
     CsvWriter,
     FailedImage,
     Guess,

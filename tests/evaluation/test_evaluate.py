@@ -13,7 +13,7 @@ from rich.console import Console
 
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, UsageError, VerificationError
-from microclip_deploy.evaluate import (
+from microclip_deploy.evaluation.evaluate import (
     Evaluation,
     LabelledImages,
     accuracy,
@@ -243,7 +243,7 @@ def test_many_complete_graphs_warn_with_the_remedy(
     finished_run: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "microclip_deploy.evaluate.open_session", lambda *_: ColourSession(complete=True)
+        "microclip_deploy.evaluation.evaluate.open_session", lambda *_: ColourSession(complete=True)
     )
     found = evaluate(finished_run, photos, zero_shot=False)
     assert found.complete_graphs == 1.0

@@ -18,15 +18,16 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from microclip_deploy import artifact, svg_chart
+from microclip_deploy import artifact
 from microclip_deploy.adapt.history import read_history
 from microclip_deploy.adapt.run_directory import RunInputs, read_inputs
 from microclip_deploy.data.decode import printable
 from microclip_deploy.errors import CheckpointError, MicroclipError
-from microclip_deploy.evaluate import EVALUATION
+from microclip_deploy.evaluation import chart
+from microclip_deploy.evaluation.evaluate import EVALUATION
+from microclip_deploy.evaluation.overlay import attention_map, overlay
+from microclip_deploy.evaluation.predict import FailedImage, Guess, ImagePrediction, predict
 from microclip_deploy.model.checkpoint import SCHEMA
-from microclip_deploy.predict import FailedImage, Guess, ImagePrediction, predict
-from microclip_deploy.saliency_image import attention_map, overlay
 from microclip_deploy.serving.torch_session import TorchSession
 
 REPORT = "report.html"
@@ -147,7 +148,7 @@ def render(
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["percent"] = percent
-    source = (resources.files("microclip_deploy") / "report.html.j2").read_text("utf-8")
+    source = (resources.files("microclip_deploy.evaluation") / "report.html.j2").read_text("utf-8")
     return environment.from_string(source).render(
         manifest=manifest,
         history=history,
@@ -275,7 +276,7 @@ def _charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
     def chart(title: str, names: Mapping[str, str], note: str = "", *, share: bool = True) -> Chart:
         series = dict(zip(names.values(), columns(*names), strict=True))
-        return Chart(title, svg_chart.line_chart(series, percent=share), tuple(series), note)
+        return Chart(title, chart.line_chart(series, percent=share), tuple(series), note)
 
     loss = {"loss": "total", "cross_entropy": "cross-entropy", "fairness": "fairness"}
     agreement = {
@@ -302,7 +303,7 @@ def _charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
         if any(key in line for line in validation)
     }
     if measured:
-        svg = svg_chart.line_chart(measured, percent=True)
+        svg = chart.line_chart(measured, percent=True)
         note = "Top-1 on labelled images that never reach the training."
         found.insert(0, Chart("Validation accuracy", svg, tuple(measured), note))
     return [entry for entry in found if entry.svg]
@@ -327,7 +328,7 @@ def _label_counts(
         ("Most frequent", tuple(bars[:_EXTREMES])),
         ("Least frequent", tuple(bars[-_EXTREMES:])),
     )
-    profile = svg_chart.column_chart(sorted(counts, reverse=True), even, "images per class")
+    profile = chart.column_chart(sorted(counts, reverse=True), even, "images per class")
     return LabelCounts(groups, profile, even, unused)
 
 

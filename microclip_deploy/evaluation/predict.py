@@ -22,7 +22,7 @@ from microclip_deploy import artifact
 from microclip_deploy.data.decode import BadImage, printable
 from microclip_deploy.data.sources import ImageBatch, list_images, read_batches
 from microclip_deploy.errors import DataError, UsageError
-from microclip_deploy.saliency_image import overlay
+from microclip_deploy.evaluation.overlay import overlay
 from microclip_deploy.serving import Prediction, Session
 
 if TYPE_CHECKING:

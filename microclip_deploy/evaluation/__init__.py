@@ -1,0 +1,1 @@
+"""What a model is worth: accuracy, predictions, overlays and the report of a run."""
