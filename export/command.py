@@ -24,7 +24,7 @@ from rich.console import Console
 from safetensors.numpy import save
 
 from microclip_deploy import artifact
-from microclip_deploy.commands import tell_skipped
+from microclip_deploy.cli.commands import tell_skipped
 from microclip_deploy.directory_lock import LOCK
 from microclip_deploy.errors import CheckpointError, UsageError
 from microclip_deploy.export.graphs import HeadGraph

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from microclip_deploy import artifact
-from microclip_deploy.commands import tell_skipped
+from microclip_deploy.cli.commands import tell_skipped
 from microclip_deploy.config import validate
 from microclip_deploy.data.decode import printable
 from microclip_deploy.errors import (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from microclip_deploy import artifact
-from microclip_deploy.commands import tell_skipped
+from microclip_deploy.cli.commands import tell_skipped
 from microclip_deploy.config import validate
 from microclip_deploy.data.decode import printable
 from microclip_deploy.errors import (

@@ -19,8 +19,8 @@ HEAVY = {
 }
 LIGHT = [
     "microclip_deploy",
-    "microclip_deploy.cli",
-    "microclip_deploy.commands",
+    "microclip_deploy.cli.main",
+    "microclip_deploy.cli.commands",
     "microclip_deploy.evaluation.evaluate",
     "microclip_deploy.serving.exported",
     "microclip_deploy.adapt.history",
@@ -31,7 +31,7 @@ LIGHT = [
     "microclip_deploy.data.sources",
     "microclip_deploy.data.classes",
     "microclip_deploy.ncut.steps",
-    "microclip_deploy.doctor",
+    "microclip_deploy.cli.doctor",
 ]
 
 
@@ -53,7 +53,7 @@ def test_an_export_is_served_by_onnxruntime_alone(module: str) -> None:
 def test_a_missing_extra_is_named_with_its_install_line() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from microclip_deploy.cli import main\n"
+        "from microclip_deploy.cli.main import main\n"
         "sys.exit(main(['adapt', 'x', '--classes', 'y', '-o', 'z']))"
     )
     found = subprocess.run(

@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from microclip_deploy.adapt.trainer import Recipe
-from microclip_deploy.cli import app
+from microclip_deploy.cli.main import app
 from microclip_deploy.config import resolve
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from microclip_deploy import artifact
-from microclip_deploy.cli import main
+from microclip_deploy.cli.main import main
 
 SETTINGS = ["--set", "adapt.epochs=6", "--set", "adapt.batch_size=5", "--set", "views.crops=2"]
 ITERATIONS = 6 * 5  # 24 images in batches of 5

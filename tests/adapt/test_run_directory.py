@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from microclip_deploy import artifact
-from microclip_deploy.cli import main
+from microclip_deploy.cli.main import main
 
 SETTINGS = ["--set", "adapt.epochs=2", "--batch-size", "8", "--set", "views.crops=1"]
 

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from microclip_deploy.bench.peers import TooSlow, time_peer
-from microclip_deploy.cli import main
+from microclip_deploy.cli.main import main
 
 
 def no_device() -> int:

@@ -24,7 +24,7 @@ from microclip_deploy.bench.latency_tables import as_json
 from microclip_deploy.bench.model_latency import LatencyRequest, run_latency_bench
 from microclip_deploy.bench.option_text import parse_names
 from microclip_deploy.bench.subject import subject_of
-from microclip_deploy.cli import main
+from microclip_deploy.cli.main import main
 from microclip_deploy.errors import EnvironmentProblem, UsageError, VerificationError
 from microclip_deploy.export.probes import made_up_photos
 from microclip_deploy.model.checkpoint import load_model, read_checkpoint

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from microclip_deploy.adapt.train_step import AdaptConfig, Views, make_optimizer, train_step
-from microclip_deploy.cli import main
+from microclip_deploy.cli.main import main
 from microclip_deploy.data.classes import ClassTexts
 from microclip_deploy.model.backbone import BackboneSpec, load_clip
 from microclip_deploy.model.checkpoint import build_model

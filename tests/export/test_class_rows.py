@@ -13,7 +13,7 @@ from filelock import FileLock
 from safetensors.numpy import save
 
 from microclip_deploy import artifact
-from microclip_deploy.cli import main
+from microclip_deploy.cli.main import main
 from microclip_deploy.data.classes import ClassTexts
 from microclip_deploy.errors import (
     CheckpointError,
@@ -420,7 +420,7 @@ def test_only_adding_needs_torch(export: Path, arguments: list[str], code: int, 
     program = (
         "import sys\n"
         "for name in ('torch', 'open_clip', 'timm', 'torchvision'): sys.modules[name] = None\n"
-        "from microclip_deploy.cli import main\n"
+        "from microclip_deploy.cli.main import main\n"
         f"sys.exit(main({command!r}))"
     )
     found = subprocess.run(

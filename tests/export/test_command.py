@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from microclip_deploy import artifact
-from microclip_deploy.cli import main
+from microclip_deploy.cli.main import main
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.export import command
 from microclip_deploy.export.limits import LIMITS

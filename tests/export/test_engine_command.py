@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from microclip_deploy import artifact
-from microclip_deploy.cli import main
+from microclip_deploy.cli.main import main
 from microclip_deploy.errors import EnvironmentProblem, Interrupted, VerificationError
 from microclip_deploy.export import engine_command
 from microclip_deploy.export.engine_command import BUILD_LOG, EngineRequest, run_build

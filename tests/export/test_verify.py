@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from microclip_deploy import artifact
-from microclip_deploy.cli import main
+from microclip_deploy.cli.main import main
 from microclip_deploy.errors import EnvironmentProblem
 from microclip_deploy.export import to_onnx
 from microclip_deploy.export.class_rows import remove_classes
@@ -43,7 +43,7 @@ def find_spec(name, path=None, target=None):
     return None if name.partition(".")[0] in {TRAINING!r} else find(name, path, target)
 
 PathFinder.find_spec = find_spec
-from microclip_deploy.cli import main
+from microclip_deploy.cli.main import main
 status = main(sys.argv[1:])
 sys.exit(status or bool(set({TRAINING!r}) & sys.modules.keys()))
 """

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from microclip_deploy import artifact
-from microclip_deploy.cli import main
+from microclip_deploy.cli.main import main
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.export import to_onnx
 from microclip_deploy.export.limits import LIMITS, Limits
@@ -64,7 +64,15 @@ def elsewhere(
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """Return an export by another process in another folder, and what it printed."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    call = [sys.executable, "-m", "microclip_deploy.cli", "export", str(finished_run), "-o", "new"]
+    call = [
+        sys.executable,
+        "-m",
+        "microclip_deploy.cli",
+        "export",
+        str(finished_run),
+        "-o",
+        "new",
+    ]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "COLUMNS": "100"}
     told = subprocess.run(
         call, cwd=folder, env=environment, capture_output=True, text=True, check=False

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from microclip_deploy.cli import main
+from microclip_deploy.cli.main import main
 from microclip_deploy.evaluation.evaluate import evaluate
 
 TRAINING = ("torch", "torchvision", "open_clip", "timm", "onnx", "matplotlib", "jinja2")
@@ -21,7 +21,7 @@ def without(packages: tuple[str, ...], *arguments: str) -> subprocess.CompletedP
     """Run a command where these packages cannot be imported."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({packages!r}))\n"
-        "from microclip_deploy.cli import main\n"
+        "from microclip_deploy.cli.main import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     call = [sys.executable, "-c", code, *arguments]

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from microclip_deploy.adapt.history import read_history
 from microclip_deploy.adapt.log import HISTORY
-from microclip_deploy.adapt_command import AdaptRequest, run_adapt
 from microclip_deploy.artifact import write_json
-from microclip_deploy.commands import PredictRequest, run_evaluate, run_predict
+from microclip_deploy.cli.adapt import AdaptRequest, run_adapt
+from microclip_deploy.cli.commands import PredictRequest, run_evaluate, run_predict
 from microclip_deploy.demo.folders import Split, write_class_texts, write_images
 from microclip_deploy.errors import VerificationError
 from microclip_deploy.evaluation.evaluate import Evaluation

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from microclip_deploy import environment_probe
-from microclip_deploy.doctor import Diagnosis, diagnose, judge, require
+from microclip_deploy.cli.doctor import Diagnosis, diagnose, judge, require
 from microclip_deploy.environment_probe import PACKAGES, Gpu, Machine, Package, probe_package
 from microclip_deploy.errors import EnvironmentProblem, UsageError
 
@@ -177,7 +177,7 @@ def test_this_machine_is_diagnosed_and_shown() -> None:
 
 def test_the_module_loads_nothing_heavy() -> None:
     code = (
-        "import sys, microclip_deploy.doctor\n"
+        "import sys, microclip_deploy.cli.doctor\n"
         "print({'torch', 'onnxruntime', 'onnx', 'rich'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

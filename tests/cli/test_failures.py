@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from microclip_deploy import cli, terminal
-from microclip_deploy.cli import EPILOG, main
+from microclip_deploy import terminal
+from microclip_deploy.cli import main as command_line
+from microclip_deploy.cli.main import EPILOG, main
 from microclip_deploy.errors import DataError, EnvironmentProblem
 from microclip_deploy.serving import open_session
 from microclip_deploy.standard_output import ReaderGone, checked_stdout
@@ -38,7 +39,7 @@ def test_a_missing_package_comes_with_its_install_line(
     def missing(**_: object) -> None:
         raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
-    monkeypatch.setattr(cli, "app", missing)
+    monkeypatch.setattr(command_line, "app", missing)
     assert main([]) == 4
     found = capsys.readouterr().err
     assert INSTALL in found
@@ -51,7 +52,7 @@ def test_a_missing_module_of_ours_is_an_internal_error(
     def missing(**_: object) -> None:
         raise ModuleNotFoundError("No module", name="microclip_deploy.nothing")
 
-    monkeypatch.setattr(cli, "app", missing)
+    monkeypatch.setattr(command_line, "app", missing)
     assert main([]) == 1
     assert "internal error" in capsys.readouterr().err
 
@@ -108,7 +109,7 @@ def test_predictions_that_cannot_be_written_end_in_one_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ["predict", str(finished_run), str(photos), "--device", "cpu"]
-    monkeypatch.setattr(cli, "out", Console())  # it keeps what could not be written
+    monkeypatch.setattr(command_line, "out", Console())  # it keeps what could not be written
     with FULL.open("w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert main([*arguments, "--format", output_format]) == 4
@@ -167,7 +168,7 @@ def test_an_interrupt_promises_only_what_is_true(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli, "app", lambda **_: os.kill(os.getpid(), signum))
+    monkeypatch.setattr(command_line, "app", lambda **_: os.kill(os.getpid(), signum))
     previous = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         assert main([]) == code

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from microclip_deploy.commands import gpu_memory, run_evaluate
+from microclip_deploy.cli.commands import gpu_memory, run_evaluate
 from microclip_deploy.errors import EnvironmentProblem
 
 

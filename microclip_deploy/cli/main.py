@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from microclip_deploy.cli_bench import app as bench_app
-from microclip_deploy.cli_classes import app as classes_app
-from microclip_deploy.cli_options import (
+from microclip_deploy.cli.bench import app as bench_app
+from microclip_deploy.cli.classes import app as classes_app
+from microclip_deploy.cli.options import (
     Adapted,
     AsJson,
     Batch,
@@ -108,10 +108,10 @@ def adapt(
     Example: microclip-deploy adapt photos/ --classes classes.txt -o runs/birds
     """
     require("torch", "adapt")
-    from microclip_deploy import adapt_command
+    from microclip_deploy.cli import adapt
 
     shorthand = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
-    request = adapt_command.AdaptRequest(
+    request = adapt.AdaptRequest(
         out=out_dir,
         images=images,
         classes=classes,
@@ -129,7 +129,7 @@ def adapt(
         resume=resume,
         overwrite=overwrite,
     )
-    summary = adapt_command.run_adapt(request, notes)
+    summary = adapt.run_adapt(request, notes)
     if as_json:
         print_json(summary)
 
@@ -154,7 +154,7 @@ def evaluate(
     An export holds no model before adaptation, and is measured without zero-shot. Only a run
     needs PyTorch; it keeps the outcome in evaluation.json and in its report.
     """
-    from microclip_deploy import commands
+    from microclip_deploy.cli import commands
 
     result = commands.run_evaluate(
         directory,
@@ -187,7 +187,7 @@ def predict(
     batch_size: BatchSize = 64,
 ) -> None:
     """Classify images with an adapted model; only a run needs PyTorch, an export does not."""
-    from microclip_deploy import commands
+    from microclip_deploy.cli import commands
 
     request = commands.PredictRequest(
         directory, tuple(images), top_k, output_format.value, overlay, device, batch_size
@@ -322,12 +322,12 @@ def demo(
 ) -> None:
     """Run the embedded benchmark: adapt, evaluate, predict, export, verify. Three minutes."""
     _require_exporter()
-    from microclip_deploy.demo import benchmark
+    from microclip_deploy.cli import demo
 
     if write_images is not None:
-        benchmark.write_benchmark(write_images, notes)
+        demo.write_benchmark(write_images, notes)
         return
-    result = benchmark.run(
+    result = demo.run(
         out_dir, seed=seed, device=device, notes=notes, printed=notes if as_json else out
     )
     if as_json:
@@ -345,7 +345,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Show versions and devices, what will be used for what, and how to fix what is wrong."""
-    from microclip_deploy import doctor as diagnosis
+    from microclip_deploy.cli import doctor as diagnosis
 
     found = diagnosis.diagnose()
     if as_json:
@@ -432,7 +432,3 @@ def _overrides(shorthand: dict[str, Any]) -> list[str]:
 def run_main() -> None:
     """Entry point of the console script."""
     sys.exit(main())
-
-
-if __name__ == "__main__":
-    run_main()

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from microclip_deploy.cli_options import AsJson, Descriptions, ExportDirectory, Names
+from microclip_deploy.cli.options import AsJson, Descriptions, ExportDirectory, Names
 from microclip_deploy.terminal import out, print_json
 
 app = typer.Typer(

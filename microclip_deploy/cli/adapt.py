@@ -23,7 +23,7 @@ from microclip_deploy.adapt.run_directory import (
     write_inputs,
 )
 from microclip_deploy.adapt.trainer import Operation, Recipe, StepReport, Validator
-from microclip_deploy.commands import gpu_memory, tell_skipped, update_report
+from microclip_deploy.cli.commands import gpu_memory, tell_skipped, update_report
 from microclip_deploy.config import merge, parse_override, read_recipe, resolve, validate
 from microclip_deploy.data.classes import DEFAULT_TEMPLATES, class_texts
 from microclip_deploy.data.decode import printable

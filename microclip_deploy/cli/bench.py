@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from microclip_deploy.artifact import make_directory
-from microclip_deploy.cli_options import AsJson, ExportDtype
+from microclip_deploy.cli.options import AsJson, ExportDtype
 from microclip_deploy.errors import require
 from microclip_deploy.terminal import notes, out, print_json
 

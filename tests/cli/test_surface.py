@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import typer
 
-from microclip_deploy.cli import EPILOG, app, main
+from microclip_deploy.cli.main import EPILOG, app, main
 
 COMMAND = typer.main.get_command(app)
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from microclip_deploy.cli import main
+from microclip_deploy.cli.main import main
 
 FAST = ["--device", "cpu", "--set", "adapt.epochs=1", "--set", "views.crops=1"]
 
@@ -265,7 +265,7 @@ def test_full_disk_is_one_error_and_loses_nothing(tmp_path: Path, arguments: lis
     """A file size limit makes every write of the state fail, as a full disk does."""
     code = (
         "import resource, sys\n"
-        "from microclip_deploy.cli import main\n"
+        "from microclip_deploy.cli.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "sys.exit(main(sys.argv[1:]))"
     )

@@ -1,0 +1,5 @@
+"""`python -m microclip_deploy.cli`."""
+
+from microclip_deploy.cli.main import run_main
+
+run_main()
