@@ -17,9 +17,9 @@ import typer
 from microclip_deploy.artifact import write_json
 from microclip_deploy.bench.card import environment
 from microclip_deploy.bench.geometry import random_geometry
-from microclip_deploy.export.limits import LIMITS
-from microclip_deploy.export.parity import Serving, Stage, compare_pixels, prove
-from microclip_deploy.export.probes import Reference, made_up_photos
+from microclip_deploy.export.proof.limits import LIMITS
+from microclip_deploy.export.proof.parity import Serving, Stage, compare_pixels, prove
+from microclip_deploy.export.proof.probes import Reference, made_up_photos
 from microclip_deploy.export.to_onnx import write_graphs
 from microclip_deploy.serving.exported import FULL, Precision
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from microclip_deploy.data.decode import decode_image
-from microclip_deploy.export.probes import made_up_photos
+from microclip_deploy.export.proof.probes import made_up_photos
 
 SIDE = 400
 """Pixels; sides are 1.05 to 1.8 times as long, a short one about 500: what photos of a training set

@@ -28,11 +28,11 @@ from microclip_deploy.cli.commands import tell_skipped
 from microclip_deploy.directory_lock import LOCK
 from microclip_deploy.errors import CheckpointError, UsageError
 from microclip_deploy.export.graphs import HeadGraph
-from microclip_deploy.export.limits import LIMITS, Limits
-from microclip_deploy.export.parity import Proof, Serving, Stage, compare_pixels, prove
-from microclip_deploy.export.probes import Photos, Reference, made_up_photos, with_users
+from microclip_deploy.export.proof.limits import LIMITS, Limits
+from microclip_deploy.export.proof.parity import Proof, Serving, Stage, compare_pixels, prove
+from microclip_deploy.export.proof.probes import Photos, Reference, made_up_photos, with_users
+from microclip_deploy.export.proof.verify import VERIFIED, require_one_device, require_proven
 from microclip_deploy.export.to_onnx import OPSET, WEIGHTS, write_graphs
-from microclip_deploy.export.verify import VERIFIED, require_one_device, require_proven
 from microclip_deploy.model.backbone import BackboneSpec
 from microclip_deploy.model.checkpoint import Checkpoint, load_model, read_checkpoint
 from microclip_deploy.model.microclip import MicroCLIP

@@ -31,11 +31,11 @@ from microclip_deploy.errors import (
     UsageError,
     VerificationError,
 )
-from microclip_deploy.export.limits import Limits
-from microclip_deploy.export.parity import Proof
-from microclip_deploy.export.probes import Photos, Reference, made_up_photos, with_users
+from microclip_deploy.export.proof.limits import Limits
+from microclip_deploy.export.proof.parity import Proof
+from microclip_deploy.export.proof.probes import Photos, Reference, made_up_photos, with_users
+from microclip_deploy.export.proof.verify import stored_limits
 from microclip_deploy.export.trtexec import trtexec_commands
-from microclip_deploy.export.verify import stored_limits
 from microclip_deploy.progress import bar
 from microclip_deploy.serving.engines import (
     ENGINES,
@@ -53,7 +53,7 @@ from microclip_deploy.serving.exported import PARITY, PROBES, Export, read_expor
 if TYPE_CHECKING:
     import cupy
 
-    from microclip_deploy.export.engine_parity import Subject
+    from microclip_deploy.export.proof.engine_parity import Subject
 
 BUILD_LOG = "build.log"
 
@@ -326,7 +326,7 @@ def _proven(
     notes: Console,
 ) -> Proof:
     """Load the plans, compare them with ONNX Runtime, and write the proof beside them."""
-    from microclip_deploy.export.engine_parity import onnx_reference, prove_engines
+    from microclip_deploy.export.proof.engine_parity import onnx_reference, prove_engines
 
     photos, images = _images(export, request, notes)
     notes.print("asking ONNX Runtime")
@@ -364,7 +364,7 @@ def _subject(
     folder: Path, export: Export, manifest: EngineManifest, stream: "cupy.cuda.Stream"
 ) -> "Subject":
     """Load what is proven from the very bytes that will be served."""
-    from microclip_deploy.export.engine_parity import Subject
+    from microclip_deploy.export.proof.engine_parity import Subject
     from microclip_deploy.serving.engines import BACKBONE_PLAN
     from microclip_deploy.serving.tensorrt_encoder import session_of
     from microclip_deploy.serving.tensorrt_engine import Engine

@@ -19,7 +19,7 @@ from microclip_deploy.demo.folders import Split, write_class_texts, write_images
 from microclip_deploy.errors import VerificationError
 from microclip_deploy.evaluation.evaluate import Evaluation
 from microclip_deploy.export.command import ExportRequest, run_export
-from microclip_deploy.export.verify import VerifyRequest, require_proven, run_verify, table
+from microclip_deploy.export.proof.verify import VerifyRequest, require_proven, run_verify, table
 
 if TYPE_CHECKING:
     from rich.table import Table

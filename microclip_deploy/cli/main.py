@@ -58,7 +58,7 @@ from microclip_deploy.standard_output import ReaderGone, checked_stdout
 from microclip_deploy.terminal import notes, out, print_json
 
 if TYPE_CHECKING:
-    from microclip_deploy.export.parity import Proof
+    from microclip_deploy.export.proof.parity import Proof
 
 EPILOG = (
     "Exit codes: 0 ok, 1 internal error, 2 usage, 3 bad data, 4 environment, 5 verification "
@@ -232,7 +232,7 @@ def export(
     require("onnx", "export")
     require("onnxruntime", "cpu")
     from microclip_deploy.export import engine_command as engines
-    from microclip_deploy.export.verify import table
+    from microclip_deploy.export.proof.verify import table
 
     build = engines.parse_options(
         trt=trt,
@@ -297,7 +297,7 @@ def verify(
 ) -> None:
     """Prove an export again on this machine; exit 5 where it departs from PyTorch."""
     require("onnxruntime", "cpu")
-    from microclip_deploy.export import verify as verification
+    from microclip_deploy.export.proof import verify as verification
 
     request = verification.VerifyRequest(export_dir, run, images, device)
     proof = verification.run_verify(request, notes)

@@ -26,7 +26,7 @@ from microclip_deploy.bench.option_text import parse_names
 from microclip_deploy.bench.subject import subject_of
 from microclip_deploy.cli.main import main
 from microclip_deploy.errors import EnvironmentProblem, UsageError, VerificationError
-from microclip_deploy.export.probes import made_up_photos
+from microclip_deploy.export.proof.probes import made_up_photos
 from microclip_deploy.model.checkpoint import load_model, read_checkpoint
 from microclip_deploy.model.soap import LOGIT_SCALE
 from microclip_deploy.serving import opening

@@ -27,7 +27,7 @@ from microclip_deploy.bench.latency_report import (
 from microclip_deploy.bench.photos import made_up_jpegs
 from microclip_deploy.bench.stages import StageRequest, measure_stages
 from microclip_deploy.errors import UsageError
-from microclip_deploy.export.probes import made_up_photos
+from microclip_deploy.export.proof.probes import made_up_photos
 from microclip_deploy.serving.exported import FULL, read_export
 from microclip_deploy.serving.onnx_graph import OnnxGraph
 

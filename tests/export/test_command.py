@@ -17,8 +17,8 @@ from microclip_deploy import artifact
 from microclip_deploy.cli.main import main
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.export import command
-from microclip_deploy.export.limits import LIMITS
-from microclip_deploy.export.verify import VERIFIED
+from microclip_deploy.export.proof.limits import LIMITS
+from microclip_deploy.export.proof.verify import VERIFIED
 from microclip_deploy.serving import open_session
 from microclip_deploy.serving.exported import (
     BACKBONE,

@@ -18,7 +18,7 @@ from microclip_deploy.cli.main import main
 from microclip_deploy.errors import EnvironmentProblem, Interrupted, VerificationError
 from microclip_deploy.export import engine_command
 from microclip_deploy.export.engine_command import BUILD_LOG, EngineRequest, run_build
-from microclip_deploy.export.parity import Proof, Stage
+from microclip_deploy.export.proof.parity import Proof, Stage
 from microclip_deploy.serving import onnx_session
 from microclip_deploy.serving.engines import (
     BACKBONE_PLAN,
@@ -200,7 +200,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Built:
     module(f"{serving}.tensorrt_encoder", session_of=lambda *_: session)
     module("microclip_deploy.export.to_tensorrt", build_plan=found.plan)
     module(
-        "microclip_deploy.export.engine_parity",
+        "microclip_deploy.export.proof.engine_parity",
         onnx_reference=lambda *_: None,
         prove_engines=found.proof,
         Subject=lambda *parts: SimpleNamespace(session=parts[2]),

@@ -11,9 +11,9 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from microclip_deploy.export.limits import LIMITS
-from microclip_deploy.export.parity import Serving, compare_pixels, prove
-from microclip_deploy.export.probes import Reference, made_up_photos
+from microclip_deploy.export.proof.limits import LIMITS
+from microclip_deploy.export.proof.parity import Serving, compare_pixels, prove
+from microclip_deploy.export.proof.probes import Reference, made_up_photos
 from microclip_deploy.export.to_onnx import write_graphs
 from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, Precision
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.export.parity import compare_pixels
-from microclip_deploy.export.probes import made_up_photos
+from microclip_deploy.export.proof.parity import compare_pixels
+from microclip_deploy.export.proof.probes import made_up_photos
 
 if TYPE_CHECKING:
     from tests.export.conftest import Subject

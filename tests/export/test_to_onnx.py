@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from microclip_deploy.export import to_onnx
-from microclip_deploy.export.probes import made_up_photos
+from microclip_deploy.export.proof.probes import made_up_photos
 from microclip_deploy.export.to_onnx import SINGLE_FILE_LIMIT, WEIGHTS, write_graphs
 from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, Precision, read_export
 

@@ -20,7 +20,7 @@ from microclip_deploy import artifact
 from microclip_deploy.cli.main import main
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.export import to_onnx
-from microclip_deploy.export.limits import LIMITS, Limits
+from microclip_deploy.export.proof.limits import LIMITS, Limits
 from microclip_deploy.model.checkpoint import read_checkpoint
 from microclip_deploy.serving import open_session
 from microclip_deploy.serving.exported import (

@@ -16,10 +16,10 @@ import pytest
 from numpy.typing import NDArray
 
 from microclip_deploy import artifact
-from microclip_deploy.export.answers import open_graph
-from microclip_deploy.export.limits import LIMITS, Limits
-from microclip_deploy.export.parity import Proof
-from microclip_deploy.export.probes import Reference, made_up_photos
+from microclip_deploy.export.proof.answers import open_graph
+from microclip_deploy.export.proof.limits import LIMITS, Limits
+from microclip_deploy.export.proof.parity import Proof
+from microclip_deploy.export.proof.probes import Reference, made_up_photos
 from microclip_deploy.serving.engines import (
     BACKBONE_PLAN,
     FULL_PLAN,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from tests.export.conftest import Write
 
 pytest.importorskip("cupy", reason="needs CuPy, though no device: pip install cupy-cuda13x")
-engine_parity = pytest.importorskip("microclip_deploy.export.engine_parity")
+engine_parity = pytest.importorskip("microclip_deploy.export.proof.engine_parity")
 
 KERNELS = "backbone.plan + CUDA kernels"
 PHOTOS = made_up_photos(32)

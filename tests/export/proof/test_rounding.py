@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from microclip_deploy.export.probes import made_up_photos
-from microclip_deploy.export.rounding import in_float32
+from microclip_deploy.export.proof.probes import made_up_photos
+from microclip_deploy.export.proof.rounding import in_float32
 from microclip_deploy.serving.exported import BACKBONE
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from microclip_deploy.errors import (
     VerificationError,
     require,
 )
-from microclip_deploy.export.limits import Limits
-from microclip_deploy.export.parity import Proof, Serving, compare_pixels, prove
-from microclip_deploy.export.probes import Photos, Reference, made_up_photos, with_users
+from microclip_deploy.export.proof.limits import Limits
+from microclip_deploy.export.proof.parity import Proof, Serving, compare_pixels, prove
+from microclip_deploy.export.proof.probes import Photos, Reference, made_up_photos, with_users
 from microclip_deploy.progress import bar
 from microclip_deploy.serving.exported import PROBES, Export, read_export
 

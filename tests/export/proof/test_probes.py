@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from microclip_deploy.errors import CheckpointError, DataError
-from microclip_deploy.export.probes import COUNT, MOST, Reference, made_up_photos, with_users
+from microclip_deploy.export.proof.probes import COUNT, MOST, Reference, made_up_photos, with_users
 from microclip_deploy.serving.exported import PROBES, read_export
 
 if TYPE_CHECKING:

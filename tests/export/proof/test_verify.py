@@ -22,7 +22,7 @@ from microclip_deploy.errors import EnvironmentProblem
 from microclip_deploy.export import to_onnx
 from microclip_deploy.export.class_rows import remove_classes
 from microclip_deploy.export.command import ExportRequest, run_export
-from microclip_deploy.export.verify import VERIFIED
+from microclip_deploy.export.proof.verify import VERIFIED
 from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, PARITY, PROBES, SCHEMA
 
 if TYPE_CHECKING:

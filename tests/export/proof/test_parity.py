@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
 
-from microclip_deploy.export.limits import LIMITS
-from microclip_deploy.export.parity import Proof, Serving, Stage, prove
-from microclip_deploy.export.probes import Reference, made_up_photos
+from microclip_deploy.export.proof.limits import LIMITS
+from microclip_deploy.export.proof.parity import Proof, Serving, Stage, prove
+from microclip_deploy.export.proof.probes import Reference, made_up_photos
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import similarities
 from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, PROBES, Precision, read_export

@@ -11,8 +11,8 @@ import onnx
 import pytest
 
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem
-from microclip_deploy.export.answers import Answers, Asked, ask, windows
-from microclip_deploy.export.probes import Reference
+from microclip_deploy.export.proof.answers import Answers, Asked, ask, windows
+from microclip_deploy.export.proof.probes import Reference
 from microclip_deploy.serving.exported import FULL, PROBES, Precision
 
 if TYPE_CHECKING:

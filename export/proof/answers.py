@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from microclip_deploy.artifact import write_problem
 from microclip_deploy.errors import CheckpointError, require
-from microclip_deploy.export.probes import Reference
+from microclip_deploy.export.proof.probes import Reference
 from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, Precision
 from microclip_deploy.serving.onnx_graph import OnnxGraph
 
@@ -184,7 +184,7 @@ def open_graph(path: Path, precision: Precision, device: str) -> Iterator[OnnxGr
     require("onnx", "export")
     import onnx
 
-    from microclip_deploy.export.rounding import in_float32
+    from microclip_deploy.export.proof.rounding import in_float32
 
     try:
         onnx.checker.check_model(path)

@@ -16,9 +16,9 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.export.answers import Answers, Array, open_graph
-from microclip_deploy.export.limits import LIMITS, Limits
-from microclip_deploy.export.parity import (
+from microclip_deploy.export.proof.answers import Answers, Array, open_graph
+from microclip_deploy.export.proof.limits import LIMITS, Limits
+from microclip_deploy.export.proof.parity import (
     COMPARED,
     Proof,
     Serving,
@@ -33,7 +33,7 @@ from microclip_deploy.export.parity import (
     share,
     share_of,
 )
-from microclip_deploy.export.probes import Reference
+from microclip_deploy.export.proof.probes import Reference
 from microclip_deploy.ncut.steps import adjacency, determined
 from microclip_deploy.serving.engines import BACKBONE_PLAN, FULL_PLAN, EngineManifest, PlanSpec
 from microclip_deploy.serving.exported import BACKBONE, FULL, Export, Precision
