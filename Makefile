@@ -41,7 +41,7 @@ export-parity: setup ## Hold exported graphs of well-known sizes against PyTorch
 	$(BIN)/python -m microclip_deploy.bench.export_parity --geometries tiny,ViT-B-32,ViT-B-16
 
 ablations: setup ## Rerun the ablation table on the embedded benchmark (about an hour on two cores)
-	$(BIN)/python -m microclip_deploy.bench.ablations
+	$(BIN)/python -m microclip_deploy.bench.training.ablations
 
 verify-kernel: setup ## Compare 20,000 graphs with float64, and print a table (some minutes)
 	NCUT_GRAPHS=20000 $(BIN)/python -m pytest -q -s tests/ncut/test_kernel_families.py

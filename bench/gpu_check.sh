@@ -35,19 +35,19 @@ skip() {
 # The limits add up to nine minutes; what is compiled once stays compiled on disk.
 step machine 30 "$PYTHON" -c 'import json
 from microclip_deploy.bench.card import environment
-from microclip_deploy.bench.kernel import require_cuda
+from microclip_deploy.bench.kernel.run import require_cuda
 print(json.dumps(environment(), indent=1)); print(require_cuda())'
-step variants 60 "$PYTHON" -m microclip_deploy.bench.sanitize
+step variants 60 "$PYTHON" -m microclip_deploy.bench.kernel.sanitize
 step pytest 120 "$PYTHON" -m pytest -m gpu -p no:cacheprovider \
   --junitxml="$OUT/gpu-check-pytest.xml"
 step kernel 130 "$PYTHON" -m microclip_deploy.cli bench ncut --out "$OUT"
-step stress $((STRESS_S + 20)) "$PYTHON" -m microclip_deploy.bench.stress \
+step stress $((STRESS_S + 20)) "$PYTHON" -m microclip_deploy.bench.kernel.stress \
   --out "$OUT/gpu-check-stress.json"
 sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)"
 for tool in memcheck racecheck; do
   if [ -n "$sanitizer" ]; then
     step "$tool" 60 "$sanitizer" --tool "$tool" --error-exitcode 99 \
-      "$PYTHON" -m microclip_deploy.bench.sanitize
+      "$PYTHON" -m microclip_deploy.bench.kernel.sanitize
   else
     skip "$tool" "compute-sanitizer is not installed (it comes with the CUDA toolkit)"
   fi

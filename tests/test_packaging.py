@@ -53,7 +53,7 @@ def test_wheel_holds_one_package_with_its_data(tmp_path: Path) -> None:
         "cuda/product.cu",
         "cuda/preprocess.cu",
         "cuda/token.cuh",
-        "bench/model_latency.py",
+        "bench/latency/run.py",
         "export/__init__.py",
     )
     assert {f"microclip_deploy/{path}" for path in wanted} <= set(names)

@@ -12,7 +12,7 @@ from microclip_deploy.errors import require
 from microclip_deploy.terminal import notes, out, print_json
 
 if TYPE_CHECKING:
-    from microclip_deploy.bench.latency_report import Report
+    from microclip_deploy.bench.latency.report import Report
 
 _MODEL = "model"
 """Name of the command that a target stands for."""
@@ -97,12 +97,13 @@ def bench_model(
     Example: microclip-deploy bench exports/birds --batches 1,8 --slo p99=50ms
     """
     require("onnxruntime", "cpu")
-    from microclip_deploy.bench import limits, option_text
-    from microclip_deploy.bench.contestants import BACKENDS, PEERS
-    from microclip_deploy.bench.latency import Plan
-    from microclip_deploy.bench.latency_page import write_report
-    from microclip_deploy.bench.latency_report import read_report
-    from microclip_deploy.bench.model_latency import LatencyRequest, run_latency_bench
+    from microclip_deploy.bench import option_text
+    from microclip_deploy.bench.latency import limits
+    from microclip_deploy.bench.latency.contestants import BACKENDS, PEERS
+    from microclip_deploy.bench.latency.page import write_report
+    from microclip_deploy.bench.latency.report import read_report
+    from microclip_deploy.bench.latency.run import LatencyRequest, run_latency_bench
+    from microclip_deploy.bench.latency.windows import Plan
 
     plan = Plan(
         option_text.parse_seconds("--warmup", warmup),
@@ -140,8 +141,8 @@ def bench_model(
 
 
 def _show(report: "Report", *, as_json: bool) -> None:
-    from microclip_deploy.bench.latency_tables import as_json as plain_values
-    from microclip_deploy.bench.latency_tables import plain
+    from microclip_deploy.bench.latency.tables import as_json as plain_values
+    from microclip_deploy.bench.latency.tables import plain
 
     shown = notes if as_json else out
     shown.print(plain(report), markup=False, highlight=False, soft_wrap=True)
@@ -155,8 +156,8 @@ def bench_compare(
     after: Annotated[Path, typer.Argument(help="A later one.")],
 ) -> None:
     """Compare two result files: ratios, times, and what differs between the machines."""
-    from microclip_deploy.bench.latency_report import read_report
-    from microclip_deploy.bench.limits import comparison
+    from microclip_deploy.bench.latency.limits import comparison
+    from microclip_deploy.bench.latency.report import read_report
 
     shown = comparison(read_report(before), read_report(after))
     out.print(shown, markup=False, highlight=False, soft_wrap=True)
@@ -182,21 +183,22 @@ def bench_ncut(
     The last line of stdout is one JSON document. Exit 5 where a mask is wrong.
     """
     require("torch", "adapt")
-    from microclip_deploy.bench import kernel, kernel_report, option_text
+    from microclip_deploy.bench import option_text
+    from microclip_deploy.bench.kernel import report, run
 
-    request = kernel.KernelRequest(
+    request = run.KernelRequest(
         tokens=option_text.parse_numbers("--tokens", tokens),
         batches=option_text.parse_numbers("--batches", batches),
         dtype=dtype,
         device=device,
     )
-    report = kernel.run_kernel_bench(request, notes)
+    found = run.run_kernel_bench(request, notes)
     if out_dir is not None:
-        notes.print(f"wrote {kernel_report.write_report(report, out_dir)}")
+        notes.print(f"wrote {report.write_report(found, out_dir)}")
     shown = notes if as_json else out
-    shown.print(kernel_report.plain(report), markup=False, soft_wrap=True)
-    print_json(report.to_json())
-    kernel_report.require_right(report)
+    shown.print(report.plain(found), markup=False, soft_wrap=True)
+    print_json(found.to_json())
+    report.require_right(found)
 
 
 @app.command("adapt")
@@ -223,9 +225,9 @@ def bench_adapt(
     Example: microclip-deploy bench adapt --images photos/ --workers 4
     """
     require("torch", "adapt")
-    from microclip_deploy.bench import adaptation, adaptation_report
+    from microclip_deploy.bench.training import report, run
 
-    request = adaptation.AdaptationRequest(
+    request = run.AdaptationRequest(
         geometries=tuple(name.strip() for name in geometry.split(",")),
         batch=batch_size,
         crops=crops,
@@ -237,10 +239,10 @@ def bench_adapt(
     )
     if out_dir is not None:  # before minutes of measuring
         make_directory(out_dir)
-    report = adaptation.run_adaptation_bench(request, notes)
+    found = run.run_adaptation_bench(request, notes)
     shown = notes if as_json else out
-    shown.print(adaptation_report.plain(report), markup=False, highlight=False, soft_wrap=True)
+    shown.print(report.plain(found), markup=False, highlight=False, soft_wrap=True)
     if out_dir is not None:
-        notes.print(f"wrote {adaptation_report.write_report(report, out_dir)}", markup=False)
+        notes.print(f"wrote {report.write_report(found, out_dir)}", markup=False)
     if as_json:
-        print_json(report.to_json())
+        print_json(found.to_json())

@@ -11,10 +11,10 @@ from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
 
 import microclip_deploy.demo as demo
+from microclip_deploy.bench.demo_model.pool import render_pool
+from microclip_deploy.bench.demo_model.zero_shot import Encoder, class_weights, score
 from microclip_deploy.demo.glyphs import CLASS_CHARACTERS, descriptions
-from microclip_deploy.demo.pool import render_pool
 from microclip_deploy.demo.render import SOURCE
-from microclip_deploy.demo.zero_shot import Encoder, class_weights, score
 
 MODEL = Path(demo.__file__).parent / "model"
 MAX_WEIGHTS_BYTES = 6_000_000

@@ -1,0 +1,1 @@
+"""`bench ncut`: the kernels of the normalised cut against eigensolvers."""

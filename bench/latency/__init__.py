@@ -1,0 +1,1 @@
+"""`bench TARGET`: from pixels and JPEG to logits, its stages and its peers."""
