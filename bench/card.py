@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from microclip_deploy.environment_probe import usable_cpus
+from microclip_deploy.environment import usable_cpus
 
 PACKAGES = (
     "microclip-deploy", "torch", "open_clip_torch", "timm", "numpy", "pillow", "onnxruntime",

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from microclip_deploy.data.decode import printable
+from microclip_deploy.errors import printable
 
 _LONGEST_SLUG = 45
 """Letters; five parts stay below the 255 bytes of a file's name."""

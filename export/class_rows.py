@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from microclip_deploy import artifact
+from microclip_deploy.artifact import exclusive
 from microclip_deploy.data.classes import ClassTexts, clean_name, read_descriptions
-from microclip_deploy.directory_lock import exclusive
 from microclip_deploy.errors import CheckpointError, UsageError, require
 from microclip_deploy.serving.exported import CLASSIFIER, SCHEMA, Export, read_export
 

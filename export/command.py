@@ -24,8 +24,8 @@ from rich.console import Console
 from safetensors.numpy import save
 
 from microclip_deploy import artifact
-from microclip_deploy.cli.commands import tell_skipped
-from microclip_deploy.directory_lock import LOCK
+from microclip_deploy.artifact import LOCK
+from microclip_deploy.console import bar, tell_skipped
 from microclip_deploy.errors import CheckpointError, UsageError
 from microclip_deploy.export.graphs import HeadGraph
 from microclip_deploy.export.proof.limits import LIMITS, Limits
@@ -36,7 +36,6 @@ from microclip_deploy.export.to_onnx import OPSET, WEIGHTS, write_graphs
 from microclip_deploy.model.backbone import BackboneSpec
 from microclip_deploy.model.checkpoint import Checkpoint, load_model, read_checkpoint
 from microclip_deploy.model.microclip import MicroCLIP
-from microclip_deploy.progress import bar
 from microclip_deploy.serving.engines import ENGINES
 from microclip_deploy.serving.exported import (
     CLASSIFIER,

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from microclip_deploy.data.classes import LOGIT_SCALE
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.model.backbone import BlockWeights, TowerWeights
 from microclip_deploy.model.microclip import MicroCLIP
-from microclip_deploy.model.soap import LOGIT_SCALE
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import saliency_iterative
 

@@ -2,7 +2,7 @@
 
 Every file is written to a temporary sibling, flushed to disk and renamed; the manifest comes
 last, so its presence means the directory is complete. Readers check the size and sha256 of every
-listed file. Formats: safetensors and JSON.
+listed file. Formats: safetensors and JSON. `exclusive` lets one process at a time write into one.
 """
 
 import errno
@@ -16,7 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from microclip_deploy.errors import CheckpointError, EnvironmentProblem
+from filelock import FileLock, Timeout
+
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
 
 MANIFEST = "manifest.json"
 
@@ -244,3 +246,33 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+LOCK = ".lock"
+"""File in the directory; one left behind by a killed process does not count."""
+
+
+@contextmanager
+def exclusive(directory: Path, busy: str) -> Iterator[None]:
+    """Hold a directory, or fail at once.
+
+    Args:
+        directory: made if it is not there.
+        busy: what to say where another process holds it.
+
+    Raises:
+        UsageError: another process holds it.
+        EnvironmentProblem: it cannot be made or locked.
+    """
+    lock = FileLock(directory / LOCK, timeout=0)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(f"{directory}: {busy}") from error
+    except (OSError, NotImplementedError) as error:
+        raise write_problem(directory, error) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -15,6 +15,7 @@ Every message says what was expected, what was found, and what to do.
 import importlib
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 
 EXTRA_OF: Mapping[str, str] = {
@@ -105,4 +106,14 @@ def missing_package(name: str, extra: str) -> EnvironmentProblem:
     return EnvironmentProblem(
         f"the package '{name}' is needed here and is not installed; "
         f'run: pip install "microclip-deploy[{extra}]"'
+    )
+
+
+def printable(path: Path | str) -> str:
+    """Return the path on one line, safe for a terminal, a log and UTF-8 output.
+
+    Line breaks, control characters and undecodable bytes become backslash escapes.
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(path)
     )

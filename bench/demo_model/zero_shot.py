@@ -18,9 +18,10 @@ from torch.nn import functional
 from microclip_deploy.bench.demo_model.pool import ImagePool
 from microclip_deploy.demo.glyphs import CLASS_CHARACTERS, descriptions, glyph_name
 from microclip_deploy.model.backbone import VisionBackbone
+from microclip_deploy.model.saliency import saliency
 from microclip_deploy.model.soap import SOAP
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import Saliency, saliency
+from microclip_deploy.ncut.steps import Saliency
 
 __all__ = [
     "TEMPLATES",

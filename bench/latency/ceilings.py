@@ -16,7 +16,7 @@ import numpy as np
 
 from microclip_deploy import artifact
 from microclip_deploy.bench.latency.report import COPY, PRODUCT
-from microclip_deploy.environment_probe import usable_cpus
+from microclip_deploy.environment import usable_cpus
 from microclip_deploy.errors import UsageError, require
 from microclip_deploy.serving.exported import Precision
 

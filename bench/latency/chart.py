@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from microclip_deploy.data.decode import printable
+from microclip_deploy.errors import printable
 
 WIDTH, HEIGHT = 720, 340
 COLOURS = 6

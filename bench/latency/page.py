@@ -19,7 +19,7 @@ from microclip_deploy.bench.latency.tables import (
     time_rows,
 )
 from microclip_deploy.bench.table_text import in_ms, number_columns, percent, slug
-from microclip_deploy.data.decode import printable
+from microclip_deploy.errors import printable
 
 _STYLE = """
 :root {

@@ -222,7 +222,7 @@ def _is_plain_clip(name: str) -> bool:
 def _cls_logits(subject: Subject, views: NDArray[np.uint8]) -> NDArray[np.float32]:
     import torch
 
-    from microclip_deploy.model.soap import LOGIT_SCALE
+    from microclip_deploy.data.classes import LOGIT_SCALE
 
     model = subject.model
     assert model is not None  # plain CLIP is made of it

@@ -32,7 +32,7 @@ from microclip_deploy.bench.table_text import (
     percent,
     percentile_name,
 )
-from microclip_deploy.data.decode import printable
+from microclip_deploy.errors import printable
 
 ADVICE = "what limits it"
 _STAGE_PERCENTILES = (50.0, 95.0, 99.0)

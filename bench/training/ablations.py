@@ -16,18 +16,16 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from microclip_deploy.adapt.history import read_history
-from microclip_deploy.adapt.log import HISTORY
+from microclip_deploy.adapt.log import HISTORY, read_history
 from microclip_deploy.adapt.run import execute
 from microclip_deploy.adapt.run_directory import locked, make_inputs, write_inputs
 from microclip_deploy.adapt.trainer import Operation, Recipe, Validator
 from microclip_deploy.artifact import MANIFEST, read_json, write_bytes, write_json
 from microclip_deploy.bench.card import environment
-from microclip_deploy.cli.demo import RECIPE, write_benchmark
 from microclip_deploy.config import resolve
 from microclip_deploy.data.classes import class_texts
 from microclip_deploy.data.sources import list_images
-from microclip_deploy.demo.folders import hidden_labels
+from microclip_deploy.demo.folders import RECIPE, hidden_labels, write_benchmark
 from microclip_deploy.demo.ink import mask_ink_iou
 from microclip_deploy.evaluation.evaluate import evaluate
 from microclip_deploy.model.backbone import BackboneSpec, load_clip

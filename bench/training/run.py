@@ -37,10 +37,10 @@ from microclip_deploy.bench.training.step import (
     measure_steps,
     peak_memory_mib,
 )
-from microclip_deploy.data.decode import printable, read_image
+from microclip_deploy.data.decode import read_image
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.data.sources import check_images, list_images
-from microclip_deploy.errors import EnvironmentProblem, UsageError
+from microclip_deploy.errors import EnvironmentProblem, UsageError, printable
 from microclip_deploy.serving.torch_session import resolve_device
 
 MADE_UP = 32

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from microclip_deploy import artifact
-from microclip_deploy.data.decode import printable, read_image
+from microclip_deploy.data.decode import read_image
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.data.sources import BadFile, check_images, list_images
-from microclip_deploy.errors import CheckpointError
+from microclip_deploy.errors import CheckpointError, printable
 from microclip_deploy.ncut.steps import adjacency, determined
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Reference(NamedTuple):
         """Ask the model, on its own device, a few images at a time."""
         import torch
 
-        from microclip_deploy.model.soap import fused_embedding
+        from microclip_deploy.model.token_fusion import fused_embedding
 
         device = next(model.parameters()).device
         parts: list[tuple[NDArray[np.generic], ...]] = []

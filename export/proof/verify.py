@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from microclip_deploy import artifact
-from microclip_deploy.cli.commands import tell_skipped
 from microclip_deploy.config import validate
-from microclip_deploy.data.decode import printable
+from microclip_deploy.console import bar, tell_skipped
 from microclip_deploy.errors import (
     CheckpointError,
     EnvironmentProblem,
     UsageError,
     VerificationError,
+    printable,
     require,
 )
 from microclip_deploy.export.proof.limits import Limits
 from microclip_deploy.export.proof.parity import Proof, Serving, compare_pixels, prove
 from microclip_deploy.export.proof.probes import Photos, Reference, made_up_photos, with_users
-from microclip_deploy.progress import bar
 from microclip_deploy.serving.exported import PROBES, Export, read_export
 
 if TYPE_CHECKING:

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from microclip_deploy.adapt.views import ViewConfig, Views, make_views, view_generator
-from microclip_deploy.data.decode import MAX_PIXELS, BadImage, printable, read_image
+from microclip_deploy.data.decode import MAX_PIXELS, BadImage, read_image
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError
+from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError, printable
 
 
 class Batch(NamedTuple):

@@ -7,12 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
 from microclip_deploy import artifact
-from microclip_deploy.adapt.history import read_history
 from microclip_deploy.errors import CheckpointError
 
 METRICS = "metrics.jsonl"
@@ -78,6 +73,9 @@ class _Board:
     """
 
     def __init__(self, directory: Path, iteration: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
         # One file a session; the number keeps them in TensorBoard's reading order.
         self._path = directory / f"events.out.tfevents.{int(time.time()):010d}.{iteration:09d}"
         try:
@@ -92,6 +90,9 @@ class _Board:
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """Write one number."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value)])
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
@@ -99,7 +100,7 @@ class _Board:
         """Close the file."""
         self._file.close()
 
-    def _write(self, event: Event) -> None:
+    def _write(self, event: Any) -> None:
         try:
             self._records.write(event.SerializeToString())
             self._file.flush()
@@ -121,3 +122,43 @@ def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     if path.is_file():
         kept = [line for line in read_history(path) if wanted(line)]
         artifact.write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log, oldest first; none where there is no file.
+
+    A last line without its line break was cut short by a kill while it was written, and is left
+    out.
+
+    Raises:
+        CheckpointError: the file cannot be read, or a line is no JSON object; names the line.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path}: expected one JSON object a line in UTF-8, found: {error}; restore the file"
+        ) from error
+    complete = text.split("\n")[:-1]
+    return [
+        _object(path, number, line) for number, line in enumerate(complete, start=1) if line.strip()
+    ]
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise _damaged(path, number, str(error)) from error
+    if not isinstance(value, dict):
+        raise _damaged(path, number, type(value).__name__)
+    return value
+
+
+def _damaged(path: Path, number: int, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}, line {number}: expected a JSON object, found: {found}; repair the line, or "
+        "restore the file"
+    )

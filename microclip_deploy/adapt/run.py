@@ -12,12 +12,11 @@ from microclip_deploy import artifact
 from microclip_deploy.adapt.loader import AdaptImages
 from microclip_deploy.adapt.run_directory import LABELS, RunInputs
 from microclip_deploy.adapt.trainer import Adapted, Operation, StepReport, Validator, adapt
-from microclip_deploy.data.decode import printable
-from microclip_deploy.errors import CheckpointError
+from microclip_deploy.errors import CheckpointError, printable
 from microclip_deploy.model.backbone import Clip
 from microclip_deploy.model.checkpoint import build_model, write_checkpoint
 from microclip_deploy.model.text import text_heads
-from microclip_deploy.saliency_warning import saliency_warning
+from microclip_deploy.ncut.spec import saliency_warning
 
 COLLAPSE_SHARE = 0.95
 """Above this share of all pseudo-labels one class has swallowed the others."""

@@ -14,12 +14,11 @@ from pydantic import BaseModel, ConfigDict
 from microclip_deploy import artifact
 from microclip_deploy.adapt.log import BOARD, HISTORY, METRICS
 from microclip_deploy.adapt.trainer import STATE, Recipe
+from microclip_deploy.artifact import LOCK, exclusive
 from microclip_deploy.config import validate
 from microclip_deploy.data.classes import ClassTexts
-from microclip_deploy.data.decode import printable
 from microclip_deploy.data.sources import BadFile
-from microclip_deploy.directory_lock import LOCK, exclusive
-from microclip_deploy.errors import CheckpointError, DataError, UsageError
+from microclip_deploy.errors import CheckpointError, DataError, UsageError, printable
 from microclip_deploy.model.backbone import BackboneSpec, Clip
 from microclip_deploy.model.checkpoint import WEIGHTS
 

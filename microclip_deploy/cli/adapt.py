@@ -23,19 +23,18 @@ from microclip_deploy.adapt.run_directory import (
     write_inputs,
 )
 from microclip_deploy.adapt.trainer import Operation, Recipe, StepReport, Validator
-from microclip_deploy.cli.commands import gpu_memory, tell_skipped, update_report
+from microclip_deploy.cli.commands import gpu_memory, update_report
 from microclip_deploy.config import merge, parse_override, read_recipe, resolve, validate
+from microclip_deploy.console import bar, tell_skipped
 from microclip_deploy.data.classes import DEFAULT_TEMPLATES, class_texts
-from microclip_deploy.data.decode import printable
 from microclip_deploy.data.labelled import LabelledImages
 from microclip_deploy.data.sources import check_images, list_images
-from microclip_deploy.errors import UsageError
+from microclip_deploy.errors import UsageError, printable
 from microclip_deploy.evaluation.evaluate import accuracy
 from microclip_deploy.evaluation.report import REPORT
 from microclip_deploy.model.backbone import BackboneSpec, Clip, load_clip
 from microclip_deploy.model.checkpoint import read_checkpoint
 from microclip_deploy.model.microclip import MicroCLIP
-from microclip_deploy.progress import bar
 from microclip_deploy.serving.torch_session import TorchSession, resolve_device
 
 DEFAULT_MODEL = "ViT-B-32"

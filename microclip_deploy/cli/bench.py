@@ -8,8 +8,8 @@ from typer.core import TyperGroup
 
 from microclip_deploy.artifact import make_directory
 from microclip_deploy.cli.options import AsJson, ExportDtype
+from microclip_deploy.console import notes, out, print_json
 from microclip_deploy.errors import require
-from microclip_deploy.terminal import notes, out, print_json
 
 if TYPE_CHECKING:
     from microclip_deploy.bench.latency.report import Report

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from microclip_deploy.cli.options import AsJson, Descriptions, ExportDirectory, Names
-from microclip_deploy.terminal import out, print_json
+from microclip_deploy.console import out, print_json
 
 app = typer.Typer(
     help="List, add or remove the classes of an export; its graphs stay as they are.",
@@ -17,7 +17,7 @@ app = typer.Typer(
 @app.command("list")
 def list_classes(export: ExportDirectory, as_json: AsJson = False) -> None:
     """Print the classes in the order of the logits."""
-    from microclip_deploy.data.decode import printable
+    from microclip_deploy.errors import printable
     from microclip_deploy.export import class_rows
 
     rows = class_rows.list_classes(export)

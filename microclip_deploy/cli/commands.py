@@ -4,7 +4,7 @@ PyTorch is imported where a run directory needs it; an export needs none.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,10 @@ from typing import Literal
 from rich.console import Console
 
 from microclip_deploy import artifact
-from microclip_deploy.data.decode import printable
-from microclip_deploy.data.sources import BadFile
+from microclip_deploy.console import bar, tell_skipped
 from microclip_deploy.errors import EnvironmentProblem
 from microclip_deploy.evaluation.evaluate import EVALUATION, Evaluation, evaluate
 from microclip_deploy.evaluation.predict import OverlayWriter, open_writer, predict, table
-from microclip_deploy.progress import bar
 from microclip_deploy.serving import Session, is_export, open_session
 
 
@@ -107,13 +105,6 @@ def run_predict(request: PredictRequest, out: Console, notes: Console) -> None:
                 writer.write(result)
                 if overlays:
                     overlays.write(result)
-
-
-def tell_skipped(bad: Sequence[BadFile], notes: Console) -> None:
-    """Name the files that could not be read."""
-    for file in bad:
-        place = printable(file.path)
-        notes.print(f"skipped: {place}: {file.reason}", style="yellow", markup=False)
 
 
 def update_report(directory: Path, device: str, notes: Console) -> None:

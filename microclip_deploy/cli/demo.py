@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from microclip_deploy.adapt.history import read_history
-from microclip_deploy.adapt.log import HISTORY
-from microclip_deploy.artifact import write_json
+from microclip_deploy.adapt.log import HISTORY, read_history
 from microclip_deploy.cli.adapt import AdaptRequest, run_adapt
 from microclip_deploy.cli.commands import PredictRequest, run_evaluate, run_predict
-from microclip_deploy.demo.folders import Split, write_class_texts, write_images
+from microclip_deploy.demo.folders import RECIPE, write_benchmark
 from microclip_deploy.errors import VerificationError
 from microclip_deploy.evaluation.evaluate import Evaluation
 from microclip_deploy.export.command import ExportRequest, run_export
@@ -23,13 +21,6 @@ from microclip_deploy.export.proof.verify import VerifyRequest, require_proven, 
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-SIZES = {Split.ADAPT: 3072, Split.VAL: 82 * 12, Split.TEST: 82 * 20}
-"""Images of each split; every class equally often in the labelled ones."""
-
-RECIPE = "demo"
-_WRITTEN = "complete.json"
-"""Written last into the image folder: it need not be rendered again."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +45,6 @@ class Benchmark:
         return {"adapt_s": adapt_s, "exported": exported, **self.evaluation.to_json()}
 
 
-def write_benchmark(directory: Path, notes: Console) -> None:
-    """Write the images of all splits, class names and descriptions into `directory`."""
-    if (directory / _WRITTEN).is_file():
-        notes.print(f"images: {directory} (already written)", markup=False)
-        return
-    write_class_texts(directory)
-    for split, count in SIZES.items():
-        notes.print(f"rendering {count} images: {split.name.lower()}")
-        write_images(directory, split, count)
-    write_json(directory / _WRITTEN, {split.name.lower(): count for split, count in SIZES.items()})
-    notes.print(f"images: {directory}", markup=False)
-
-
 def run(out: Path, *, seed: int, device: str, notes: Console, printed: Console) -> Benchmark:
     """Run the whole benchmark in a folder; what is already there is not done again.
 
@@ -82,7 +60,8 @@ def run(out: Path, *, seed: int, device: str, notes: Console, printed: Console) 
     request = adapt_request(images, directory, seed=seed, device=device)
     run_adapt(request, notes)
     evaluation = run_evaluate(directory, images / "test", notes, device=device, batch_size=128)
-    photos = sorted((images / "test").glob("*/*.png"))[:: SIZES[Split.TEST] // 5][:5]
+    photos = sorted((images / "test").glob("*/*.png"))
+    photos = photos[:: len(photos) // 5][:5]
     run_predict(
         PredictRequest(directory, tuple(photos), 3, "table", None, device, 64), printed, notes
     )

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from microclip_deploy.environment_probe import (
+from microclip_deploy.environment import (
     PACKAGES,
     Machine,
     Package,

@@ -46,6 +46,7 @@ from microclip_deploy.cli.options import (
     VersionCompatible,
     Workspace,
 )
+from microclip_deploy.console import ReaderGone, checked_stdout, notes, out, print_json
 from microclip_deploy.errors import (
     EXTRA_OF,
     Interrupted,
@@ -54,8 +55,6 @@ from microclip_deploy.errors import (
     require,
 )
 from microclip_deploy.serving import is_export
-from microclip_deploy.standard_output import ReaderGone, checked_stdout
-from microclip_deploy.terminal import notes, out, print_json
 
 if TYPE_CHECKING:
     from microclip_deploy.export.proof.parity import Proof
@@ -323,9 +322,10 @@ def demo(
     """Run the embedded benchmark: adapt, evaluate, predict, export, verify. Three minutes."""
     _require_exporter()
     from microclip_deploy.cli import demo
+    from microclip_deploy.demo.folders import write_benchmark
 
     if write_images is not None:
-        demo.write_benchmark(write_images, notes)
+        write_benchmark(write_images, notes)
         return
     result = demo.run(
         out_dir, seed=seed, device=device, notes=notes, printed=notes if as_json else out

@@ -1,4 +1,4 @@
-"""SOAP, TokenFusion and the classifier on CuPy arrays: what `fusion.py` says, folded for serving.
+"""SOAP, TokenFusion and the classifier on CuPy arrays, folded for serving.
 
 Three matrix products in float32 (product.cu) and small kernels between them (soap.cu). With
 outputs made before, nothing is allocated and nothing waits: all of it can be captured in a graph.
@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 from microclip_deploy.cuda.arrays import pointer, readable, type_name
 from microclip_deploy.cuda.ncut import Cut
 from microclip_deploy.cuda.source import TOKEN_TYPES, CudaSource
+from microclip_deploy.data.classes import LOGIT_SCALE
 from microclip_deploy.errors import UsageError
-
-LOGIT_SCALE = 100.0
-"""As in fusion.py, which needs PyTorch; a test holds them together."""
 
 _THREADS = 256
 _WARPS = _THREADS // 32

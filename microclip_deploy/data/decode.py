@@ -26,7 +26,7 @@ from typing import IO, cast
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from microclip_deploy.errors import DataError
+from microclip_deploy.errors import DataError, printable
 
 ACCEPTED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """Pillow's names of the formats that are decoded."""
@@ -109,16 +109,6 @@ class BadImage(DataError):
     def __reduce__(self) -> tuple[type["BadImage"], tuple[Path, str]]:
         """Rebuild from both arguments, so that the error survives a process boundary."""
         return BadImage, (self.path, self.reason)
-
-
-def printable(path: Path | str) -> str:
-    """Return the path on one line, safe for a terminal, a log and UTF-8 output.
-
-    Line breaks, control characters and undecodable bytes become backslash escapes.
-    """
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(path)
-    )
 
 
 def read_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.data.decode import printable
 from microclip_deploy.data.sources import list_images
-from microclip_deploy.errors import DataError
+from microclip_deploy.errors import DataError, printable
 
 _SHOWN = 5  # labels an error message lists
 

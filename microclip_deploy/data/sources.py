@@ -23,15 +23,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.data.decode import (
-    IMAGE_SUFFIXES,
-    MAX_PIXELS,
-    BadImage,
-    printable,
-    read_image,
-)
+from microclip_deploy.data.decode import IMAGE_SUFFIXES, MAX_PIXELS, BadImage, read_image
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.errors import DataError, UsageError
+from microclip_deploy.errors import DataError, UsageError, printable
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

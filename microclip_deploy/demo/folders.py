@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from rich.console import Console
 
 from microclip_deploy.artifact import write_bytes, write_json, write_problem
 from microclip_deploy.demo.glyphs import (
@@ -32,8 +33,6 @@ from microclip_deploy.demo.glyphs import (
 from microclip_deploy.demo.render import TARGET, RenderedGlyph, image_generator, render_glyph
 from microclip_deploy.errors import UsageError
 
-__all__ = ["Split", "hidden_labels", "target_image", "write_class_texts", "write_images"]
-
 _WORKERS = 2
 _CHUNK = 100
 
@@ -44,6 +43,27 @@ class Split(IntEnum):
     ADAPT = 0
     VAL = 1
     TEST = 2
+
+
+SIZES = {Split.ADAPT: 3072, Split.VAL: 82 * 12, Split.TEST: 82 * 20}
+"""Images of each split; every class equally often in the labelled ones."""
+
+RECIPE = "demo"
+_WRITTEN = "complete.json"
+"""Written last into the image folder: it need not be rendered again."""
+
+
+def write_benchmark(directory: Path, notes: Console) -> None:
+    """Write the images of all splits, class names and descriptions into `directory`."""
+    if (directory / _WRITTEN).is_file():
+        notes.print(f"images: {directory} (already written)", markup=False)
+        return
+    write_class_texts(directory)
+    for split, count in SIZES.items():
+        notes.print(f"rendering {count} images: {split.name.lower()}")
+        write_images(directory, split, count)
+    write_json(directory / _WRITTEN, {split.name.lower(): count for split, count in SIZES.items()})
+    notes.print(f"images: {directory}", markup=False)
 
 
 def write_class_texts(directory: Path) -> None:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.data.decode import BadImage, printable
+from microclip_deploy.data.decode import BadImage
 from microclip_deploy.data.labelled import LabelledImages
 from microclip_deploy.data.sources import BadFile, bad_image_limit, read_batches
-from microclip_deploy.errors import DataError
+from microclip_deploy.errors import DataError, printable
 from microclip_deploy.evaluation.scores import TOP, Scores, ranks_of, score, scores_of_ranks
-from microclip_deploy.saliency_warning import saliency_warning
+from microclip_deploy.ncut.spec import saliency_warning
 from microclip_deploy.serving import Prediction, Session, is_export, open_session
 
 if TYPE_CHECKING:

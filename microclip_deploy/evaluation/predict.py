@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microclip_deploy import artifact
-from microclip_deploy.data.decode import BadImage, printable
+from microclip_deploy.data.decode import BadImage
 from microclip_deploy.data.sources import ImageBatch, list_images, read_batches
-from microclip_deploy.errors import DataError, UsageError
+from microclip_deploy.errors import DataError, UsageError, printable
 from microclip_deploy.evaluation.overlay import overlay
 from microclip_deploy.serving import Prediction, Session
 

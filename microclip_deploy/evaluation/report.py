@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from microclip_deploy import artifact
-from microclip_deploy.adapt.history import read_history
+from microclip_deploy.adapt.log import read_history
 from microclip_deploy.adapt.run_directory import RunInputs, read_inputs
-from microclip_deploy.data.decode import printable
-from microclip_deploy.errors import CheckpointError, MicroclipError
-from microclip_deploy.evaluation import chart
+from microclip_deploy.errors import CheckpointError, MicroclipError, printable
+from microclip_deploy.evaluation.chart import column_chart, line_chart
 from microclip_deploy.evaluation.evaluate import EVALUATION
 from microclip_deploy.evaluation.overlay import attention_map, overlay
 from microclip_deploy.evaluation.predict import FailedImage, Guess, ImagePrediction, predict
@@ -276,7 +275,7 @@ def _charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
     def chart(title: str, names: Mapping[str, str], note: str = "", *, share: bool = True) -> Chart:
         series = dict(zip(names.values(), columns(*names), strict=True))
-        return Chart(title, chart.line_chart(series, percent=share), tuple(series), note)
+        return Chart(title, line_chart(series, percent=share), tuple(series), note)
 
     loss = {"loss": "total", "cross_entropy": "cross-entropy", "fairness": "fairness"}
     agreement = {
@@ -303,7 +302,7 @@ def _charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
         if any(key in line for line in validation)
     }
     if measured:
-        svg = chart.line_chart(measured, percent=True)
+        svg = line_chart(measured, percent=True)
         note = "Top-1 on labelled images that never reach the training."
         found.insert(0, Chart("Validation accuracy", svg, tuple(measured), note))
     return [entry for entry in found if entry.svg]
@@ -328,7 +327,7 @@ def _label_counts(
         ("Most frequent", tuple(bars[:_EXTREMES])),
         ("Least frequent", tuple(bars[-_EXTREMES:])),
     )
-    profile = chart.column_chart(sorted(counts, reverse=True), even, "images per class")
+    profile = column_chart(sorted(counts, reverse=True), even, "images per class")
     return LabelCounts(groups, profile, even, unused)
 
 

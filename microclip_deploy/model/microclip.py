@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from microclip_deploy.model.backbone import VisionBackbone
-from microclip_deploy.model.soap import SOAP, TokenMean, fused_logits
+from microclip_deploy.model.saliency import saliency
+from microclip_deploy.model.soap import SOAP, TokenMean
 from microclip_deploy.model.text import TextHeads
+from microclip_deploy.model.token_fusion import fused_logits
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import Saliency, saliency
+from microclip_deploy.ncut.steps import Saliency
 
 Pooling = Literal["soap", "mean"]
 

@@ -1,7 +1,6 @@
-"""SOAP and TokenFusion: patch tokens and their saliency -> [FG] -> fused logits.
+"""SOAP, saliency-oriented attention pooling: patch tokens and their saliency -> [FG].
 
-SOAP (saliency-oriented attention pooling) asks all patch tokens, plus one zero token, with the
-mean of the salient ones. TokenFusion averages the logits of [CLS] and [FG].
+All patch tokens, plus one zero token, are asked with the mean of the salient ones.
 """
 
 import math
@@ -10,9 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-LOGIT_SCALE = 100.0
-"""Factor on cosines before the softmax, fixed (docs/numerics.md section 5)."""
 
 
 class Pooled(NamedTuple):
@@ -68,20 +64,3 @@ def masked_mean(patches: Tensor, mask: Tensor) -> Tensor:
     weight = mask.to(patches.dtype)
     total = torch.einsum("bn,bnd->bd", weight, patches)
     return total / weight.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def class_logits(embedding: Tensor, classifier: Tensor) -> Tensor:
-    """Return 100 * cosine: float (B, E) unit rows and (C, E) unit rows -> (B, C)."""
-    return LOGIT_SCALE * embedding @ classifier.T
-
-
-def fused_logits(cls: Tensor, fg: Tensor, classifier: Tensor, cls_share: float) -> Tensor:
-    """TokenFusion: the convex combination (B, C) of the logits of both tokens."""
-    return cls_share * class_logits(cls, classifier) + (1 - cls_share) * class_logits(
-        fg, classifier
-    )
-
-
-def fused_embedding(cls: Tensor, fg: Tensor, cls_share: float) -> Tensor:
-    """Return the normalised convex combination (B, E) that pseudo-labels look at."""
-    return F.normalize(cls_share * cls + (1 - cls_share) * fg, dim=-1)

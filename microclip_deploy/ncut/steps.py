@@ -1,7 +1,8 @@
 """The normalised cut of patch tokens, written once against the array API.
 
 NumPy, torch and CuPy arrays run the same lines. Two solvers share everything but the
-eigenvector itself (a third implementation, for NVIDIA GPUs, is `ncut.cuda`):
+eigenvector itself (a third implementation, for NVIDIA GPUs, is `cuda.ncut`; `model.saliency`
+chooses):
 
 * `saliency_exact`: dense float64 eigendecomposition. The oracle, and the solver on CPUs.
 * `saliency_iterative`: float32 repeated squaring of a spectral filter. Only matrix products
@@ -15,20 +16,16 @@ vector is oriented first (largest entry positive) and thresholded second; where 
 Letters: B images, N tokens, D width.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
-from array_api_compat import array_namespace, device, is_cupy_array, is_torch_array
+from array_api_compat import array_namespace, device, is_torch_array
 
 from microclip_deploy.errors import UsageError
 from microclip_deploy.ncut.spec import NCutSpec
 
 Array: TypeAlias = Any  # the array API has no static type that covers NumPy, torch and CuPy
-
-_log = logging.getLogger(__name__)
 
 MIN_TOKENS = 4
 
@@ -69,64 +66,24 @@ class Saliency(NamedTuple):
     solver: trace / Frobenius norm - 1 of its filter. Kernel: residual / spread of the spectrum."""
 
 
-def saliency(tokens: Array, spec: NCutSpec) -> Saliency:
-    """Mark the tokens on the foreground side of the normalised cut.
-
-    CuPy arrays and torch CUDA tensors take the kernel, other accelerators the iterative solver,
-    because a dense eigendecomposition would synchronise with the host; everything else takes the
-    exact one. Where CuPy is missing, or for tokens that the kernel is not made for (N > 1024, D no
-    multiple of 16, float64), CUDA takes the iterative solver as well.
+def saliency_exact(tokens: Array, spec: NCutSpec) -> Saliency:
+    """Mark the tokens on the foreground side of the cut, by a dense float64 eigendecomposition.
 
     Args:
         tokens: float (B, N, D), N >= 4, raw (not normalised), class token removed.
         spec: constants and rules.
-
-    Returns:
-        One foreground mask an image.
 
     Raises:
         UsageError: `tokens` is not (B, N, D) floating point with N >= 4.
 
     Source: docs/numerics.md section 2.
     """
-    place = device(tokens).type if is_torch_array(tokens) else "cpu"
-    if is_cupy_array(tokens) or (place == "cuda" and _has_cupy()):
-        from microclip_deploy.cuda.ncut import saliency_cuda, takes
-
-        return saliency_cuda(tokens, spec) if takes(tokens) else saliency_iterative(tokens, spec)
-    return saliency_exact(tokens, spec) if place == "cpu" else saliency_iterative(tokens, spec)
-
-
-@lru_cache(maxsize=1)
-def _has_cupy() -> bool:
-    """Say whether CuPy works here; where it does not, tell once what it would do."""
-    try:
-        import cupy
-
-        cupy.cuda.runtime.getDeviceCount()
-    except (ImportError, OSError, RuntimeError) as error:  # CuPy's own errors are RuntimeErrors
-        _log.warning(
-            "warning: CuPy cannot be used (%s), so the normalised cut takes matrix products in "
-            'place of its kernel; run: pip install "microclip-deploy[gpu]"',
-            error,
-        )
-        return False
-    return True
-
-
-def saliency_mask(tokens: Array, spec: NCutSpec) -> Array:
-    """Return only the mask of `saliency`: bool (B, N)."""
-    return saliency(tokens, spec).mask
-
-
-def saliency_exact(tokens: Array, spec: NCutSpec) -> Saliency:
-    """As `saliency`, by a dense float64 eigendecomposition."""
     edges = adjacency(tokens, spec)
     return _bipartition(tokens, edges, fiedler_exact(edges, spec), spec.tie_tolerance, spec)
 
 
 def saliency_iterative(tokens: Array, spec: NCutSpec) -> Saliency:
-    """As `saliency`, by float32 matrix products only."""
+    """As `saliency_exact`, by float32 matrix products only."""
     edges = adjacency(tokens, spec)
     fiedler = fiedler_iterative(edges, spec)
     return _bipartition(tokens, edges, fiedler, spec.tie_tolerance_iterative, spec)

@@ -7,6 +7,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from microclip_deploy.data.classes import LOGIT_SCALE
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.serving.exported import FULL, Export, ExportManifest, read_export
 from microclip_deploy.serving.onnx_graph import Input, OnnxGraph
@@ -14,9 +15,6 @@ from microclip_deploy.serving.session import Prediction, checked_images, closed_
 
 _OUTPUTS = Prediction._fields
 """The graph's outputs have the names of a prediction's fields; others are not computed."""
-
-LOGIT_SCALE = np.float32(100.0)
-"""As in fusion.py, which needs PyTorch; a test holds them together."""
 
 
 class OnnxSession:
@@ -94,7 +92,7 @@ class OnnxSession:
         Source: docs/numerics.md section 5.
         """
         fused = self._cls_share * cls + (1 - self._cls_share) * fg
-        logits: NDArray[np.float32] = (LOGIT_SCALE * fused) @ self._classifier.T
+        logits: NDArray[np.float32] = (np.float32(LOGIT_SCALE) * fused) @ self._classifier.T
         return logits
 
     def close(self) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from microclip_deploy.cli import demo
 from microclip_deploy.cli.main import main
+from microclip_deploy.demo import folders
 from microclip_deploy.demo.folders import Split, hidden_labels, target_image
 from microclip_deploy.demo.glyphs import CLASS_CHARACTERS
 from microclip_deploy.demo.ink import inked_tokens, mask_ink_iou
@@ -16,7 +16,7 @@ from microclip_deploy.serving import open_session
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "SIZES", {Split.ADAPT: 24, Split.VAL: 82, Split.TEST: 82})
+    monkeypatch.setattr(folders, "SIZES", {Split.ADAPT: 24, Split.VAL: 82, Split.TEST: 82})
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from microclip_deploy import environment_probe
+from microclip_deploy import environment
 from microclip_deploy.cli.doctor import Diagnosis, diagnose, judge, require
-from microclip_deploy.environment_probe import PACKAGES, Gpu, Machine, Package, probe_package
+from microclip_deploy.environment import PACKAGES, Gpu, Machine, Package, probe_package
 from microclip_deploy.errors import EnvironmentProblem, UsageError
 
 GPU = Gpu("NVIDIA H100", 81559, "580.10")
@@ -145,20 +145,20 @@ def test_missing_packages_name_their_extra() -> None:
 
 def test_a_crashing_import_does_not_kill_us(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import os; os.kill(os.getpid(), 11)"
-    monkeypatch.setattr(environment_probe, "_PROBES", {"onnx": code})
+    monkeypatch.setattr(environment, "_PROBES", {"onnx": code})
     assert "crashed with signal 11" in probe_package("onnx").error
 
 
 def test_a_raising_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment_probe, "_PROBES", {"onnx": "raise OSError('no libfoo.so')"})
+    monkeypatch.setattr(environment, "_PROBES", {"onnx": "raise OSError('no libfoo.so')"})
     found = probe_package("onnx")
     assert found.error == "OSError: no libfoo.so"
     assert not found.works
 
 
 def test_a_hanging_import_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment_probe, "_PROBES", {"onnx": "import time; time.sleep(60)"})
-    monkeypatch.setattr(environment_probe, "_PROBE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(environment, "_PROBES", {"onnx": "import time; time.sleep(60)"})
+    monkeypatch.setattr(environment, "_PROBE_TIMEOUT_S", 0.2)
     assert "longer than" in probe_package("onnx").error
 
 

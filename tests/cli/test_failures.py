@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from microclip_deploy import terminal
+from microclip_deploy import console
 from microclip_deploy.cli import main as command_line
 from microclip_deploy.cli.main import EPILOG, main
+from microclip_deploy.console import ReaderGone, checked_stdout
 from microclip_deploy.errors import DataError, EnvironmentProblem
 from microclip_deploy.serving import open_session
-from microclip_deploy.standard_output import ReaderGone, checked_stdout
 
 FULL = Path("/dev/full")
 needs_full_device = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
@@ -88,7 +88,7 @@ def test_notes_nobody_reads_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     os.close(reading)
     with os.fdopen(writing, "w") as pipe:
         monkeypatch.setattr(sys, "stderr", pipe)
-        notes = type(terminal.notes)(stderr=True)
+        notes = type(console.notes)(stderr=True)
         notes.print("epoch 1")
         assert notes.quiet
 

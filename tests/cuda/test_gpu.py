@@ -14,9 +14,9 @@ from microclip_deploy.data.classes import ClassTexts
 from microclip_deploy.model.backbone import BackboneSpec, load_clip
 from microclip_deploy.model.checkpoint import build_model
 from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.model.saliency import saliency
 from microclip_deploy.model.text import text_heads
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import saliency
 
 pytestmark = [
     pytest.mark.gpu,

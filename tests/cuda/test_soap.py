@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from microclip_deploy.cuda.source import TOKEN_TYPES, TokenType
 from microclip_deploy.model import soap
-from microclip_deploy.model.soap import SOAP, TokenMean, fused_logits
+from microclip_deploy.model.soap import SOAP, TokenMean
+from microclip_deploy.model.token_fusion import fused_logits
 from tests.cuda.kernels_on_cpu import build, require_compiler
 
 cupy = pytest.importorskip("cupy", reason="needs CuPy, though no device: pip install cupy-cuda13x")
@@ -202,10 +203,6 @@ def test_a_mask_of_every_token_is_the_plain_mean() -> None:
     found = run_kernels(everything, "float32", 2)
     mean = TokenMean()(head.patches, head.mask).vector
     np.testing.assert_allclose(found.query, mean.numpy(), atol=3e-6)
-
-
-def test_the_logit_scale_is_that_of_fusion() -> None:
-    assert cuda_soap.LOGIT_SCALE == soap.LOGIT_SCALE
 
 
 @pytest.mark.parametrize("width", [16, 512, 768, 1024, 1280])

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microclip_deploy.data.decode import BadImage, decode_image, printable, read_image
+from microclip_deploy.data.decode import BadImage, decode_image, read_image
+from microclip_deploy.errors import printable
 
 ORIENTATION = 0x0112
 GIF_BOMB = (

@@ -23,7 +23,7 @@ from microclip_deploy.export.graphs import (
 )
 from microclip_deploy.export.proof.probes import made_up_photos
 from microclip_deploy.model.microclip import MicroCLIP, Output
-from microclip_deploy.model.soap import fused_embedding
+from microclip_deploy.model.token_fusion import fused_embedding
 from microclip_deploy.ncut.steps import adjacency, well_posed
 
 if TYPE_CHECKING:

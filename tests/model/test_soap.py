@@ -5,7 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from microclip_deploy.model.soap import SOAP, TokenMean, fused_logits, masked_mean
+from microclip_deploy.model.soap import SOAP, TokenMean, masked_mean
+from microclip_deploy.model.token_fusion import fused_logits
 
 
 def definition(soap: SOAP, patches: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from microclip_deploy.errors import CheckpointError, DataError, UsageError
-from microclip_deploy.model.soap import LOGIT_SCALE
 from microclip_deploy.serving import Prediction, Session
-from microclip_deploy.serving import onnx_session as backend
 from microclip_deploy.serving.onnx_session import OnnxSession
 from microclip_deploy.serving.torch_session import TorchSession
 
@@ -89,10 +87,6 @@ def test_the_class_matrix_beside_the_graph_counts(other_classes: Path, device: s
         found = session.predict(images())
         assert_equal(found, expected(images(), session.classifier()))
         assert found.logits.shape == (3, 4)
-
-
-def test_the_scale_of_logits_is_the_models() -> None:
-    assert backend.LOGIT_SCALE == LOGIT_SCALE
 
 
 def test_the_class_matrix_cannot_be_written_to(export: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from microclip_deploy.adapt.history import read_history
+from microclip_deploy.adapt.log import read_history
 from microclip_deploy.errors import CheckpointError
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from microclip_deploy.saliency_warning import UNINFORMATIVE_SHARE, saliency_warning
+from microclip_deploy.ncut.spec import UNINFORMATIVE_SHARE, saliency_warning
 
 
 @pytest.mark.parametrize("share", [0.0, UNINFORMATIVE_SHARE])
