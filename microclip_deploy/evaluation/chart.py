@@ -1,142 +1,152 @@
-"""Small line and column charts as SVG text; colours come from the page's style sheet.
+"""Charts of the reports, drawn by matplotlib as SVG that reads well on light and dark pages."""
 
-Only numbers and names from this package's code enter the markup, and names are escaped.
-"""
-
+import io
 import math
-from collections.abc import Mapping, Sequence
-from html import escape
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-WIDTH, HEIGHT = 460, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 30
+from microclip_deploy.errors import printable, require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#3f7fd6", "#d0752b", "#3a9f75", "#9a62c4", "#a58a35", "#c9527a")
+_DASHES = ("-", "--", ":", "-.")
+_GREY = "#7d8794"
+_SETTINGS: Any = {
+    "svg.fonttype": "none",  # text stays text, in the reader's own font
+    "svg.hashsalt": "chart",  # the same chart is the same bytes
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": _GREY,
+    "text.parse_math": False,  # names may hold a dollar sign
+    "axes.edgecolor": _GREY,
+    "axes.labelcolor": _GREY,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.alpha": 0.3,
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+    "legend.frameon": False,
+    "savefig.transparent": True,
+}
+
+Line = Sequence[tuple[float, float]]
+"""Points (x, y)."""
 
 
-class Axis(NamedTuple):
-    """Range and tick values of an axis."""
-
-    low: float
-    high: float
-    ticks: tuple[float, ...]
-
-
-def line_chart(
-    series: Mapping[str, Sequence[float | None]], first_x: int = 1, *, percent: bool = False
-) -> str:
-    """Draw values over whole numbers, one line a series; None leaves a gap.
+def epoch_chart(series: Mapping[str, Sequence[float | None]], *, percent: bool = False) -> str:
+    """Draw values by epoch, one line a series; None leaves a gap.
 
     Args:
-        series: values by name; all have the same length. The i-th line has the class `s{i+1}`.
-        first_x: x of the first value.
+        series: values by name, the first of epoch 1.
         percent: values are fractions from 0 to 1 and are labelled in percent.
 
     Returns:
-        An <svg> element, or '' if there is no value at all.
+        An SVG document, or '' if there is no value at all.
     """
-    values = [v for line in series.values() for v in line if v is not None and math.isfinite(v)]
-    if not values:
+    if not any(value is not None for line in series.values() for value in line):
         return ""
-    axis = nice_axis(min(values), max(values), share=percent)
-    count = max(len(line) for line in series.values())
-    parts = [*_y_grid(axis, percent), *_x_labels(first_x, count)]
-    for number, (name, line) in enumerate(series.items(), start=1):
-        points = [
-            (_x(i, count), _y(v, axis)) if v is not None and math.isfinite(v) else None
-            for i, v in enumerate(line)
-        ]
-        parts.append(f'<g class="s{number}"><title>{escape(name)}</title>{_path(points)}</g>')
-    return _svg(parts, ", ".join(series))
+    with _drawing(4.6, 2.6) as (figure, axes):
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+        for colour, (name, line) in zip(COLOURS, series.items(), strict=False):
+            values = [math.nan if value is None else value for value in line]
+            epochs = range(1, len(line) + 1)
+            axes.plot(epochs, values, color=colour, marker=".", label=printable(name))
+        axes.set_xlim(0.5, max(map(len, series.values())) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08))
+        return _svg(figure)
 
 
-def column_chart(values: Sequence[float], mark: float, name: str) -> str:
-    """Draw one thin column a value, in the given order, with a dashed line at `mark`."""
-    axis = nice_axis(0, max([*values, mark]))
-    parts = _y_grid(axis, percent=False)
-    step = (WIDTH - _LEFT - _RIGHT) / len(values)
-    floor = _y(axis.low, axis)
-    for i, value in enumerate(values):
-        top = _y(value, axis)
-        x, width = _LEFT + i * step, max(step * 0.85, 0.4)
-        parts.append(
-            f'<rect class="column" x="{x:.2f}" y="{top:.2f}" width="{width:.2f}" '
-            f'height="{max(floor - top, 0):.2f}"/>'
-        )
-    y = _y(mark, axis)
-    parts.append(
-        f'<line class="mark" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    )
-    return _svg(parts, name)
+def column_chart(values: Sequence[float], mark: float) -> str:
+    """Draw one column a value, in the given order, with a dashed line at `mark`; SVG."""
+    with _drawing(5.6, 2.2) as (figure, axes):
+        axes.bar(range(len(values)), values, color=COLOURS[0], width=0.9)
+        axes.axhline(mark, color=COLOURS[1], linestyle="--")
+        axes.set_xticks([])
+        return _svg(figure)
 
 
-def nice_axis(low: float, high: float, *, share: bool = False) -> Axis:
-    """Return an axis with four to seven round ticks that covers low..high.
+def log_chart(groups: Mapping[str, Mapping[str, Line]], *, x_label: str, y_label: str) -> str:
+    """Draw lines over two logarithmic axes; points are joined in the given order.
 
     Args:
-        low: smallest value.
-        high: largest value.
-        share: values are fractions: the axis stays within 0 to 1.
+        groups: group -> name -> line. Lines of a group share a colour, those of a name a dash.
+        x_label: below the x axis.
+        y_label: above the y axis.
+
+    Returns:
+        An SVG document, or '' if there is no point at all.
     """
-    if high - low < 1e-9 * max(abs(high), 1.0):
-        margin = 0.05 if share else max(abs(high) * 0.1, 0.5)
-        low, high = low - margin, high + margin
-    if 0 < low < high / 2:
-        low = 0.0  # a small quantity is read against nothing, not against its own minimum
-    if share:
-        low, high = max(low, 0.0), min(high, 1.0)
-    raw = (high - low) / 4
-    magnitude = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= raw)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = tuple(i * step for i in range(first, last + 1))
-    return Axis(ticks[0], ticks[-1], ticks)
+    names = list(dict.fromkeys(name for lines in groups.values() for name in lines))
+    xs = sorted({x for lines in groups.values() for line in lines.values() for x, _ in line})
+    if not xs:
+        return ""
+    with _drawing(8, 4) as (figure, axes):
+        from matplotlib.ticker import LogLocator
+
+        for number, (group, lines) in enumerate(groups.items()):
+            for name, line in lines.items():
+                colour = COLOURS[number % len(COLOURS)]
+                dash = _DASHES[names.index(name) % len(_DASHES)]
+                label = printable(f"{group}, {name}" if name else group)
+                axes.plot(*zip(*line, strict=True), dash, color=colour, marker=".", label=label)
+        axes.set(xscale="log", yscale="log", xlabel=x_label)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_title(y_label, loc="left", fontsize="medium")
+        if len(xs) <= 10:
+            axes.set_xticks(xs, [f"{x:.3g}" for x in xs])
+            axes.minorticks_off()
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return _svg(figure)
 
 
-def _x(index: int, count: int) -> float:
-    inner = WIDTH - _LEFT - _RIGHT - 16
-    return _LEFT + 8 + (inner / 2 if count == 1 else inner * index / (count - 1))
+def bar_chart(bars: Mapping[str, tuple[float, float | None, str]]) -> str:
+    """Draw horizontal bars on one linear scale.
+
+    Args:
+        bars: name -> (length, where a line marks its floor or None, what is written beside it).
+
+    Returns:
+        An SVG document, or '' if there is no bar.
+    """
+    if not bars:
+        return ""
+    with _drawing(8, 0.5 + 0.28 * len(bars)) as (figure, axes):
+        names = [printable(name) for name in bars]
+        drawn = axes.barh(names, [length for length, _, _ in bars.values()], color=COLOURS[0])
+        axes.bar_label(drawn, [printable(told) for _, _, told in bars.values()], padding=6)
+        for row, (_, floor, _) in enumerate(bars.values()):
+            if floor is not None:
+                axes.vlines(floor, row - 0.45, row + 0.45, color=COLOURS[1], linewidth=2)
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.set_xticks([])
+        return _svg(figure)
 
 
-def _y(value: float, axis: Axis) -> float:
-    share = (value - axis.low) / (axis.high - axis.low)
-    return _TOP + (HEIGHT - _TOP - _BOTTOM) * (1 - share)
+@contextmanager
+def _drawing(width: float, height: float) -> Iterator[tuple["Figure", "Axes"]]:
+    """Give an empty chart of a size in inches, drawn with this module's settings."""
+    require("matplotlib", "adapt")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=(width, height))
+        yield figure, figure.subplots()
 
 
-def _y_grid(axis: Axis, percent: bool) -> list[str]:
-    parts = []
-    for tick in axis.ticks:
-        y = _y(tick, axis)
-        text = f"{100 * tick:.4g} %" if percent else f"{tick:.6g}"
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="tick" x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>'
-        )
-    return parts
-
-
-def _x_labels(first: int, count: int) -> list[str]:
-    step = max(1, math.ceil(count / 10))
-    return [
-        f'<text class="tick" x="{_x(i, count):.1f}" y="{HEIGHT - 10}" text-anchor="middle">'
-        f"{first + i}</text>"
-        for i in range(0, count, step)
-    ]
-
-
-def _path(points: Sequence[tuple[float, float] | None]) -> str:
-    """Return connected runs of points as one path, and dots where there is room for them."""
-    commands, down = [], False
-    for point in points:
-        if point is not None:
-            commands.append(f"{'L' if down else 'M'}{point[0]:.1f} {point[1]:.1f}")
-        down = point is not None
-    present = [point for point in points if point is not None]
-    dots = present if len(points) <= 30 else []
-    circles = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in dots)
-    return f'<path d="{" ".join(commands)}"/>{circles}'
-
-
-def _svg(parts: Sequence[str], label: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(parts)}</svg>"
-    )
+def _svg(figure: "Figure") -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight", pad_inches=0.3, metadata={"Date": None})
+    return text.getvalue()

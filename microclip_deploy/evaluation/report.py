@@ -1,37 +1,30 @@
-"""report.html of a run: one file, no script, nothing loaded from elsewhere.
-
-Class names, descriptions and file names may come from anywhere. Every string is escaped by the
-template engine, control and direction-changing characters are dropped, and the page forbids
-itself scripts and connections (Content-Security-Policy).
-"""
+"""report.html of a run: what was learnt, saliency before and after, data problems, settings."""
 
 import base64
 import io
 import json
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from microclip_deploy import artifact
-from microclip_deploy.adapt.log import read_history
+from microclip_deploy.adapt.log import HISTORY, read_history
 from microclip_deploy.adapt.run_directory import RunInputs, read_inputs
 from microclip_deploy.errors import CheckpointError, MicroclipError, printable
-from microclip_deploy.evaluation.chart import column_chart, line_chart
+from microclip_deploy.evaluation import page
+from microclip_deploy.evaluation.chart import column_chart, epoch_chart
 from microclip_deploy.evaluation.evaluate import EVALUATION
 from microclip_deploy.evaluation.overlay import attention_map, overlay
+from microclip_deploy.evaluation.page import percent
 from microclip_deploy.evaluation.predict import FailedImage, Guess, ImagePrediction, predict
 from microclip_deploy.model.checkpoint import SCHEMA
 from microclip_deploy.serving.torch_session import TorchSession
 
 REPORT = "report.html"
-
-_JOINERS = "\u200c\u200d"
 
 _TILE = 208  # side of a montage picture, pixels
 _LISTED = 200  # bad images that are listed
@@ -40,12 +33,10 @@ _EXTREMES = 12  # most and least frequent classes shown beyond that
 
 
 class Chart(NamedTuple):
-    """A drawing with its legend."""
+    """A drawing."""
 
     title: str
     svg: str
-    legend: tuple[str, ...]
-    """Names of the lines, in the order of their colours."""
     note: str = ""
 
 
@@ -110,11 +101,10 @@ def write_report(run_dir: Path, *, device: str = "cpu", sample_images: int = 12)
     manifest = artifact.read_manifest(run_dir, SCHEMA)
     inputs = _inputs(run_dir)
     montage = _montage(run_dir, inputs, device, sample_images)
-    path = run_dir / REPORT
-    history = read_history(run_dir / "history.jsonl")
-    page = render(manifest, history, inputs, montage, _evaluation(run_dir))
-    artifact.write_bytes(path, page.encode())
-    return path
+    history = read_history(run_dir / HISTORY)
+    text = render(manifest, history, inputs, montage, _evaluation(run_dir))
+    artifact.write_bytes(run_dir / REPORT, text.encode())
+    return run_dir / REPORT
 
 
 def render(
@@ -133,53 +123,19 @@ def render(
         montage: pictures.
         evaluation: `Evaluation.to_json`, if the run was evaluated.
     """
-    import jinja2
-    from markupsafe import Markup
-
-    def finalize(value: Any) -> Any:
-        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-    environment = jinja2.Environment(
-        autoescape=True,
-        finalize=finalize,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["percent"] = percent
-    source = (resources.files("microclip_deploy.evaluation") / "report.html.j2").read_text("utf-8")
-    return environment.from_string(source).render(
+    return page.render(
+        "evaluation/report.html.j2",
         manifest=manifest,
-        history=history,
         inputs=inputs,
         montage=montage,
         evaluation=evaluation,
-        charts=[chart._replace(svg=Markup(chart.svg)) for chart in _charts(history)],
+        charts=_charts(history),
         labels=_label_counts(manifest["classes"], history),
         headline=_headline(manifest, history, evaluation),
         warnings=_warnings(manifest, evaluation),
         settings=_settings(manifest),
         listed=_LISTED,
-        markup=Markup,
     )
-
-
-def visible(text: str) -> str:
-    """Drop what has no place in a page: control characters, direction changes, lone surrogates.
-
-    Joiners stay: they are spelling in several scripts.
-    """
-    spaced = "".join(" " if c in "\t\n\r" else c for c in text)
-    return "".join(
-        c
-        for c in spaced
-        if c in _JOINERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-    )
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """Return a fraction as a percentage, or a dash for None."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
 
 
 def _inputs(run_dir: Path) -> RunInputs | None:
@@ -275,7 +231,7 @@ def _charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
     def chart(title: str, names: Mapping[str, str], note: str = "", *, share: bool = True) -> Chart:
         series = dict(zip(names.values(), columns(*names), strict=True))
-        return Chart(title, line_chart(series, percent=share), tuple(series), note)
+        return Chart(title, epoch_chart(series, percent=share), note)
 
     loss = {"loss": "total", "cross_entropy": "cross-entropy", "fairness": "fairness"}
     agreement = {
@@ -302,9 +258,9 @@ def _charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
         if any(key in line for line in validation)
     }
     if measured:
-        svg = line_chart(measured, percent=True)
+        svg = epoch_chart(measured, percent=True)
         note = "Top-1 on labelled images that never reach the training."
-        found.insert(0, Chart("Validation accuracy", svg, tuple(measured), note))
+        found.insert(0, Chart("Validation accuracy", svg, note))
     return [entry for entry in found if entry.svg]
 
 
@@ -327,7 +283,7 @@ def _label_counts(
         ("Most frequent", tuple(bars[:_EXTREMES])),
         ("Least frequent", tuple(bars[-_EXTREMES:])),
     )
-    profile = column_chart(sorted(counts, reverse=True), even, "images per class")
+    profile = column_chart(sorted(counts, reverse=True), even)
     return LabelCounts(groups, profile, even, unused)
 
 

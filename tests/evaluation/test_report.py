@@ -10,9 +10,10 @@ import pytest
 from microclip_deploy import artifact
 from microclip_deploy.adapt.run_directory import read_inputs
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.evaluation.chart import column_chart, line_chart, nice_axis
+from microclip_deploy.evaluation.chart import epoch_chart
 from microclip_deploy.evaluation.evaluate import EVALUATION, evaluate
-from microclip_deploy.evaluation.report import Montage, render, visible, write_report
+from microclip_deploy.evaluation.page import visible
+from microclip_deploy.evaluation.report import Montage, render, write_report
 from microclip_deploy.model.checkpoint import SCHEMA
 
 HOSTILE = '<script>alert("x")</script>'
@@ -53,21 +54,22 @@ def test_the_page_stands_alone(page: str) -> None:
     assert elements.count("script") == elements.count("link") == elements.count("iframe") == 0
     sources = [a["src"] or "" for _, a in elements.found if "src" in a]
     assert sources
-    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert all(source.startswith("data:image/") for source in sources)
     assert not any(key in a for _, a in elements.found for key in ("href", "onload", "onerror"))
     assert re.findall(r"https?://|url\(|@import", page) == []
     assert "default-src 'none'" in page
 
 
 def test_the_montage_shows_five_pictures_an_image(page: str) -> None:
-    assert Elements(page).count("img") == 3 * 5
+    pictures = [a["src"] or "" for tag, a in Elements(page).found if tag == "img"]
+    assert sum("image/jpeg" in source for source in pictures) == 3 * 5
 
 
 def test_the_page_tells_what_happened(page: str) -> None:
     for text in ("red circle", "the file is empty", "batch_size", "classes.sha256"):
         assert text in page
     assert "80.0 %" in page
-    assert Elements(page).count("svg") == 4
+    assert page.count("data:image/svg+xml") == 4
 
 
 def test_an_evaluation_gives_the_headline(finished_run: Path, photos: Path, tmp_path: Path) -> None:
@@ -102,7 +104,8 @@ def test_hostile_texts_stay_texts(manifest: dict[str, Any], finished_run: Path) 
     )
     text = render(manifest, history_of(finished_run), inputs, Montage((), HOSTILE), None)
     elements = Elements(text)
-    assert elements.count("script") == elements.count("img") == 0
+    assert elements.count("script") == 0
+    assert not any("onerror" in attributes for _, attributes in elements.found)
     assert "[31mevil.txt" in text
     assert "&lt;script&gt;" in text
     text.encode("utf-8")
@@ -160,34 +163,8 @@ def test_visible_keeps_joiners_and_drops_control() -> None:
     assert visible("a\u200cb\u200d\u202e\x07\n\u2028é") == "a\u200cb\u200d é"
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0.0, 1.0), (0.44, 0.55), (3.0, 3.0), (0.0, 0.0), (1e-9, 2e-9), (-5.0, 1e6)]
-)
-def test_axes_cover_their_values_with_few_ticks(low: float, high: float) -> None:
-    axis = nice_axis(low, high)
-    assert axis.low <= low <= high <= axis.high
-    assert 2 <= len(axis.ticks) <= 8
-
-
-def test_share_axes_stay_within_their_range() -> None:
-    assert nice_axis(0.97, 1.0, share=True).high == pytest.approx(1.0)
-    assert nice_axis(1.0, 1.0, share=True).high == pytest.approx(1.0)
-
-
-def test_a_line_breaks_at_missing_values() -> None:
-    drawn = line_chart({"a": [1.0, 2.0, None, 3.0, float("nan")]})
-    path = re.search(r'path d="([^"]+)"', drawn)
-    assert path
-    assert path.group(1).count("M") == 2
-    assert "nan" not in drawn
-
-
 def test_nothing_to_draw_is_no_chart() -> None:
-    assert line_chart({"a": [None, None]}) == ""
-
-
-def test_columns_have_no_negative_height() -> None:
-    assert 'height="-' not in column_chart([3, 2, 0], 1.5, "counts")
+    assert epoch_chart({"a": [None, None]}) == ""
 
 
 def test_measurements_other_than_accuracy_are_no_headline(
