@@ -21,7 +21,7 @@ from tests.cuda.kernels_on_cpu import (
     require_compiler,
     unpacked,
 )
-from tests.ncut.graphs import FAMILIES, layer_norm_tokens
+from tests.ncut.graphs import FAMILIES, bright_tokens, layer_norm_tokens
 
 CASES = np.load(Path(__file__).parent.parent / "vectors" / "ncut_cases.npz")
 SIZES = (49, 196, 256, 576)
@@ -88,6 +88,14 @@ def test_golden_masks(token: TokenType, size: int) -> None:
     assert found.degenerate[undefined].all()
     assert (found.residual[posed] < SPEC.lanczos_residual).all()
     assert (facts.steps[found.complete] == 0).all()
+
+
+@pytest.mark.parametrize("token", TOKEN_TYPES)
+def test_bright_tokens_are_cut_in_every_type(token: TokenType) -> None:
+    layout = KernelLayout(196, 768, token, SPEC, HOPPER)
+    bits, defects = affinity(layout, stored(bright_tokens(), token))
+    found, _ = cut_bits(layout, bits, defects)
+    np.testing.assert_array_equal(found.mask[0], np.arange(196) < 49)
 
 
 @pytest.mark.parametrize("size", SIZES)

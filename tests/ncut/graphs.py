@@ -278,6 +278,17 @@ def layer_norm_tokens(rng: Generator, batch: int, count: int, width: int) -> Flo
     return np.asarray(tokens / tokens.std(axis=2, keepdims=True) * gains)
 
 
+def bright_tokens(batch: int = 1, count: int = 196, width: int = 768) -> Floats:
+    """Return raw tokens of mean 0.5, exact in every type, whose sum float16 cannot hold.
+
+    Two groups that have nothing in common; the graph is a clique of 49 tokens and one of the rest.
+    """
+    group = np.arange(count) < count // 4
+    half = np.arange(width) < width // 2
+    alike = group[:, None] == half[None, :]
+    return np.repeat(alike[None], batch, axis=0).astype(np.float32)
+
+
 def ellipses(rng: Generator, batch: int, count: int) -> Bools:
     """Return the tokens (B, N) of a grid that lie in one ellipse an image."""
     side, y, x = _grid(count)

@@ -26,6 +26,7 @@ from microclip_deploy.ncut.steps import (
     saliency_iterative,
     well_posed,
 )
+from tests.ncut.graphs import bright_tokens
 
 CASES = np.load(Path(__file__).parent.parent / "vectors" / "ncut_cases.npz")
 SIZES = (49, 196, 256, 576)
@@ -135,6 +136,17 @@ def test_mask_ignores_the_sign_of_the_eigenvector(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("microclip_deploy.ncut.steps.fiedler_exact", flipped)
     np.testing.assert_array_equal(saliency_exact(tokens, SPEC).mask, expected)
+
+
+@pytest.mark.parametrize("solver", [saliency_exact, saliency_iterative, saliency])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_bright_tokens_are_cut_in_every_type(library: str, dtype: str, solver: Any) -> None:
+    if library == "numpy" and dtype == "bfloat16":
+        pytest.skip("NumPy has no bfloat16")
+    tokens = torch.from_numpy(bright_tokens()).to(getattr(torch, dtype))
+    found = solver(tokens if library == "torch" else tokens.numpy(), SPEC)
+    np.testing.assert_array_equal(np.asarray(found.mask)[0], np.arange(196) < 49)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
