@@ -13,9 +13,11 @@
 
 #include "token.cuh"
 
-#if !defined(NCUT_TOKENS) || !defined(NCUT_WORDS) || !defined(NCUT_TILES) || \
-    !defined(NCUT_WIDTH) || !defined(NCUT_TAU) || !defined(NCUT_STAGES) || !defined(NCUT_CENTRED)
-#error "ncut/layout.py gives all constants: nothing is chosen here"
+#if !defined(NCUT_TOKENS) || !defined(NCUT_WORDS) || !defined(NCUT_TILES) ||   \
+    !defined(NCUT_WIDTH) || !defined(NCUT_TAU) || !defined(NCUT_STAGES) ||     \
+    !defined(NCUT_CENTRED) || !defined(NCUT_TILE) || !defined(NCUT_THREADS) || \
+    !defined(NCUT_LENGTHS_THREADS)
+#error "cuda/layout.py gives all constants: nothing is chosen here"
 #endif
 
 typedef unsigned int u32;
@@ -25,8 +27,9 @@ constexpr int N = NCUT_TOKENS;
 constexpr int WORDS = NCUT_WORDS;
 constexpr int ROWS = 32 * WORDS;
 constexpr int D = NCUT_WIDTH;  // a multiple of 16, so that every row starts on 16 bytes
-constexpr int TILE = 64;
-constexpr int THREADS = 128;
+constexpr int TILE = NCUT_TILE;
+constexpr int THREADS = NCUT_THREADS;
+constexpr int LENGTHS_THREADS = NCUT_LENGTHS_THREADS;
 constexpr int STAGES = NCUT_STAGES;               // chunks on their way or in use at one time
 constexpr int OPERANDS = NCUT_TILES > 1 ? 2 : 1;  // one tile is compared with itself alone
 constexpr u32 EVERY_LANE = 0xffffffffu;
@@ -106,7 +109,7 @@ __device__ __forceinline__ void multiply(float* c, const u32* a, const u32* b) {
 
 // One block an image, a warp a token. With NCUT_CENTRED it also writes the tokens without their
 // image's mean, in float32: the products of those decide, and rounding them would move edges.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(LENGTHS_THREADS)
     ncut_lengths(const Token* __restrict__ tokens, long long image_stride,
                  float* __restrict__ lengths,    // [B][N], at least 1e-12
                  float* __restrict__ centred) {  // [B][N][D], or not used
@@ -115,14 +118,14 @@ extern "C" __global__ void __launch_bounds__(256)
 #if NCUT_CENTRED
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   float* mean = (float*)shared_bytes;  // [D]
-  for (int d = threadIdx.x; d < D; d += 256) {
+  for (int d = threadIdx.x; d < D; d += LENGTHS_THREADS) {
     float sum = 0.f;
     for (int i = 0; i < N; ++i) sum = __fadd_rn(sum, to_float(tokens[(size_t)i * D + d]));
     mean[d] = __fdiv_rn(sum, (float)N);
   }
   __syncthreads();
 #endif
-  for (int i = warp; i < N; i += 8) {
+  for (int i = warp; i < N; i += LENGTHS_THREADS / 32) {
     float square = 0.f;
     for (int d = lane; d < D; d += 32) {
       float x = to_float(tokens[(size_t)i * D + d]);

@@ -1,38 +1,42 @@
-"""Arrays on a CUDA device as kernels take them: pointers, strides and streams of torch and CuPy.
+"""Arrays as kernels take them: pointers, strides and streams of torch, CuPy and NumPy.
 
-Kernels read and write the memory of either library where it is. What they return is allocated by
-the library that asked, so that its own pool and its own graph captures see it.
+Kernels read and write the memory of either GPU library where it is. What they return is allocated
+by the library that asked, so that its own pool and its own graph captures see it. NumPy's arrays
+are for a CPU that runs the kernels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import array_api_compat
-import cupy
+import numpy as np
 
 from microclip_deploy.errors import UsageError
 
-Array: TypeAlias = Any  # a torch tensor or a CuPy array; no static type covers both
+Array: TypeAlias = Any  # of torch, CuPy or NumPy; no static type covers them
+
+Empty: TypeAlias = Callable[..., Array]
+"""(dtype name, *shape) -> an array whose contents are not defined."""
 
 _ALIGNMENT = 16  # bytes that are moved at once
 
 
-class Allocator:
-    """Makes empty arrays: CuPy's, or those of the library and device of another array."""
+def empty_like(array: Array) -> Empty:
+    """Return what allocates in the library and on the device of an array; CuPy's for None."""
+    if array is None:
+        import cupy
 
-    def __init__(self, like: Array) -> None:
-        self._xp = cupy if like is None else array_api_compat.array_namespace(like)
-        self._device = {} if like is None else {"device": array_api_compat.device(like)}
-
-    def __call__(self, dtype: str, *shape: int) -> Array:
-        """Return an array whose contents are not defined."""
-        return self._xp.empty(shape, dtype=getattr(self._xp, dtype), **self._device)
+        return lambda dtype, *shape: cupy.empty(shape, dtype)
+    xp, device = array_api_compat.array_namespace(array), array_api_compat.device(array)
+    return lambda dtype, *shape: xp.empty(shape, dtype=getattr(xp, dtype), device=device)
 
 
 @contextmanager
 def current(tokens: Array) -> Iterator[None]:
     """Make the device and the stream of the array's library CuPy's own."""
+    import cupy
+
     if array_api_compat.is_cupy_array(tokens):
         with tokens.device:
             yield
@@ -62,14 +66,15 @@ class ForeignStream:
 
 
 def type_name(dtype: Any) -> str:
-    """Return the name of a dtype of either library, such as "float32"."""
+    """Return the name of a dtype of any of the libraries, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 def pointer(array: Array) -> int:
     """Return the address of an array's first element."""
-    address: int = array.data.ptr if array_api_compat.is_cupy_array(array) else array.data_ptr()
-    return address
+    if isinstance(array, np.ndarray):
+        return int(array.ctypes.data)
+    return int(array.data.ptr if array_api_compat.is_cupy_array(array) else array.data_ptr())
 
 
 def readable(tokens: Array, width: int) -> tuple[Array, int]:
@@ -84,11 +89,7 @@ def readable(tokens: Array, width: int) -> tuple[Array, int]:
     if strides[1:] == (width, 1) and aligned:
         return tokens, strides[0]
     if torch_array:
-        return tokens.clone(memory_format=_contiguous_format()), tokens.shape[1] * width
-    return cupy.array(tokens, order="C", copy=True), tokens.shape[1] * width
+        import torch
 
-
-def _contiguous_format() -> Any:
-    import torch
-
-    return torch.contiguous_format
+        return tokens.clone(memory_format=torch.contiguous_format), tokens.shape[1] * width
+    return tokens.copy(order="C"), tokens.shape[1] * width

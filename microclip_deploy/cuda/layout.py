@@ -1,4 +1,4 @@
-"""How the kernels of the cut are built for one shape of tokens: constants and shared memory.
+"""How the kernels of the cut are built and launched for one shape of tokens.
 
 Plain arithmetic on the constants of `NCutSpec` and the limits of a device, the same for the GPU,
 for the compiler and for the CPU on which the tests run the kernels.
@@ -7,7 +7,10 @@ for the compiler and for the CPU on which the tests run the kernels.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from microclip_deploy.cuda.source import TOKEN_TYPES, CudaSource, TokenType
+import numpy as np
+
+from microclip_deploy.cuda.arrays import Array, Empty, readable
+from microclip_deploy.cuda.source import TOKEN_TYPES, CudaSource, Launch, TokenType
 from microclip_deploy.errors import UsageError
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import MIN_TOKENS
@@ -24,6 +27,8 @@ MAX_WIDTH = 12288
 TILE = 64
 """Rows and columns of the affinity that one block computes."""
 
+AFFINITY_THREADS, LENGTHS_THREADS = 128, 256  # of a block
+
 FLOAT, WORD = 4, 4  # bytes
 
 
@@ -34,6 +39,44 @@ class Device(NamedTuple):
     """Such as 90."""
     shared_bytes: int
     """Of shared memory that one block may have."""
+
+
+class Workspace(NamedTuple):
+    """What the kernels keep between them, of a batch."""
+
+    edges: Array
+    """int32 (B, WORDS, THREADS): bits, word by word."""
+    defects: Array
+    """int32 (B, TILES): 1 where tokens are no numbers."""
+    lengths: Array
+    """float32 (B, N), or empty for the dot affinity."""
+    centred: Array
+    """float32 (B, N, D), or empty unless the affinity is centred."""
+    spilled: Array
+    """float32 (B, rows, THREADS): Krylov vectors that shared memory has no room for."""
+
+
+class Cut(NamedTuple):
+    """What `ncut_cut` says about a batch. The first five are those of `Saliency`."""
+
+    mask: Array
+    """bool (B, N), never all False."""
+    vector: Array
+    """float32 (B, N), oriented, of unit length; 0 where degenerate."""
+    degenerate: Array
+    """bool (B,)."""
+    complete: Array
+    """bool (B,)."""
+    residual: Array
+    """float32 (B,): of the Ritz vector, relative to the spread of the spectrum."""
+    salient: Array
+    """int32 (B,): how many tokens are in the foreground."""
+    rows: Array
+    """int16 (B, N): their numbers, ascending, in the first `salient` places."""
+    steps: Array
+    """int32 (B,): products with the graph; 0 where no eigenvector was needed."""
+    components: Array
+    """int32 (B,): parts of the graph, isolated tokens counted."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +154,66 @@ class KernelLayout:
             return 2
         return 4 if self.tiles == 1 else 3
 
+    def workspace(self, batch: int, empty: Empty) -> Workspace:
+        """Return what the kernels keep between them."""
+        cosine, centred = (self.spec.affinity != "dot", self.spec.affinity == "centered_cosine")
+        return Workspace(
+            edges=empty("int32", batch, self.words, self.threads),
+            defects=empty("int32", batch, self.tiles),
+            lengths=empty("float32", batch if cosine else 0, self.count),
+            centred=empty("float32", batch if centred else 0, self.count, self.width),
+            spilled=empty("float32", batch, self.spilled_rows, self.threads),
+        )
+
+    def outputs(self, batch: int, empty: Empty) -> Cut:
+        """Return where the results go."""
+        return Cut(
+            mask=empty("bool", batch, self.count),
+            vector=empty("float32", batch, self.count),
+            degenerate=empty("bool", batch),
+            complete=empty("bool", batch),
+            residual=empty("float32", batch),
+            salient=empty("int32", batch),
+            rows=empty("int16", batch, self.count),
+            steps=empty("int32", batch),
+            components=empty("int32", batch),
+        )
+
+    def affinity_launches(self, tokens: Array, work: Workspace) -> tuple[Launch, ...]:
+        """K1: tokens (B, N, D) of this layout's type -> bits in the workspace."""
+        batch, dot = len(tokens), self.spec.affinity == "dot"
+        tokens, stride = readable(tokens, self.width)
+        pairs = self.tiles * (self.tiles + 1) // 2
+
+        def affinity(source: CudaSource, tokens: Array, stride: int) -> Launch:
+            lengths = np.uint64(0) if dot else work.lengths
+            arguments = (tokens, np.int64(stride), lengths, work.edges, work.defects)
+            shared = self.affinity_bytes()
+            return Launch(
+                source, "ncut_affinity", (pairs, batch), AFFINITY_THREADS, arguments, shared
+            )
+
+        if dot:
+            return (affinity(self.affinity_source(), tokens, stride),)
+        lengths = Launch(
+            self.lengths_source(),
+            "ncut_lengths",
+            (batch, 1),
+            LENGTHS_THREADS,
+            (tokens, np.int64(stride), work.lengths, work.centred),
+            self.lengths_bytes(),
+        )
+        if self.spec.affinity == "cosine":
+            return lengths, affinity(self.affinity_source(), tokens, stride)
+        centred = self.count * self.width
+        return lengths, affinity(self.centred_affinity_source(), work.centred, centred)
+
+    def cut_launch(self, work: Workspace, cut: Cut) -> Launch:
+        """K2: bits -> mask and what belongs to it."""
+        arguments = (work.edges, work.defects, work.spilled, *cut)
+        grid, shared = (len(cut.mask), 1), self.cut_bytes()
+        return Launch(self.cut_source(), "ncut_cut", grid, self.threads, arguments, shared)
+
     def affinity_source(self) -> CudaSource:
         """Return tokens -> bits."""
         return self._affinity("dot" if self.spec.affinity == "dot" else "cosine", self.token)
@@ -149,6 +252,9 @@ class KernelLayout:
             "NCUT_WORDS": self.words,
             "NCUT_TILES": self.tiles,
             "NCUT_WIDTH": self.width,
+            "NCUT_TILE": TILE,
+            "NCUT_THREADS": AFFINITY_THREADS,
+            "NCUT_LENGTHS_THREADS": LENGTHS_THREADS,
             "TOKEN_TYPE": TOKEN_TYPES.index(token),
             "NCUT_TAU": self.spec.tau,
             "NCUT_STAGES": self.stages,

@@ -16,7 +16,7 @@
     !defined(NCUT_GAP) || !defined(NCUT_RESIDUAL) || !defined(NCUT_RESTARTS) ||                  \
     !defined(NCUT_LEVEL_IS_MEAN) || !defined(NCUT_BASIS) || !defined(NCUT_BASIS_SHARED) ||       \
     !defined(NCUT_FIRST_CHECK) || !defined(NCUT_EDGES_SHARED) || !defined(NCUT_TILES)
-#error "ncut/layout.py gives all constants: nothing is chosen here"
+#error "cuda/layout.py gives all constants: nothing is chosen here"
 #endif
 
 typedef unsigned int u32;

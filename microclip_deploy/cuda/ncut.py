@@ -11,64 +11,15 @@ Nothing is compiled at import; kernels of a shape are compiled once a device, wh
 """
 
 from functools import lru_cache
-from typing import Any, NamedTuple
 
 import cupy
 
-from microclip_deploy.cuda.arrays import (
-    Allocator,
-    Array,
-    current,
-    pointer,
-    readable,
-    type_name,
-)
-from microclip_deploy.cuda.layout import Device, KernelLayout, check_shape
+from microclip_deploy.cuda.arrays import Array, current, empty_like, type_name
+from microclip_deploy.cuda.layout import Cut, Device, KernelLayout, Workspace, check_shape
 from microclip_deploy.cuda.source import TokenType
 from microclip_deploy.errors import UsageError
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import Saliency
-
-MAX_BATCH = 65535
-"""Images of one launch: the second axis of CUDA's grid ends there."""
-
-
-class Workspace(NamedTuple):
-    """What the kernels keep between them, of a batch."""
-
-    edges: Array
-    """int32 (B, WORDS, THREADS): bits, word by word."""
-    defects: Array
-    """int32 (B, TILES): 1 where tokens are no numbers."""
-    lengths: Array
-    """float32 (B, N), or empty for the dot affinity."""
-    centred: Array
-    """float32 (B, N, D), or empty unless the affinity is centred."""
-    spilled: Array
-    """float32 (B, rows, THREADS): Krylov vectors that shared memory has no room for."""
-
-
-class Cut(NamedTuple):
-    """What `ncut_cut` says about a batch. The first five are those of `Saliency`."""
-
-    mask: Array
-    """bool (B, N), never all False."""
-    vector: Array
-    """float32 (B, N), oriented, of unit length; 0 where degenerate."""
-    degenerate: Array
-    """bool (B,)."""
-    complete: Array
-    """bool (B,)."""
-    residual: Array
-    """float32 (B,): of the Ritz vector, relative to the spread of the spectrum."""
-    salient: Array
-    """int32 (B,): how many tokens are in the foreground."""
-    rows: Array
-    """int16 (B, N): their numbers, ascending, in the first `salient` places."""
-    steps: Array
-    """int32 (B,): products with the graph; 0 where no eigenvector was needed."""
-    components: Array
-    """int32 (B,): parts of the graph, isolated tokens counted."""
 
 
 def saliency_cuda(tokens: Array, spec: NCutSpec) -> Saliency:
@@ -121,18 +72,7 @@ class NCutKernels:
     """
 
     def __init__(self, layout: KernelLayout) -> None:
-        """Compile, or take from CuPy's cache."""
         self.layout = layout
-        self._affinity = layout.affinity_source().module().get_function("ncut_affinity")
-        self._lengths: Any = None
-        if layout.spec.affinity != "dot":
-            self._lengths = layout.lengths_source().module().get_function("ncut_lengths")
-        if layout.spec.affinity == "centered_cosine":
-            centred = layout.centred_affinity_source().module()
-            self._affinity = centred.get_function("ncut_affinity")
-        self._cut = layout.cut_source().module().get_function("ncut_cut")
-        self._cut.max_dynamic_shared_size_bytes = layout.cut_bytes()
-        self._affinity.max_dynamic_shared_size_bytes = layout.affinity_bytes()
 
     @staticmethod
     def of(count: int, width: int, token: str, spec: NCutSpec) -> "NCutKernels":
@@ -140,80 +80,35 @@ class NCutKernels:
 
         Raises:
             UsageError: the kernels are not made for this shape or type.
-            EnvironmentProblem: they cannot be compiled here.
         """
         return _kernels(count, width, token, spec, cupy.cuda.runtime.getDevice())
 
     def workspace(self, batch: int, like: Array = None) -> Workspace:
         """Return buffers between the kernels, in CuPy or in the library of `like`."""
-        layout = self.layout
-        empty = Allocator(like)
-        cosine, centred = (layout.spec.affinity != "dot", layout.spec.affinity == "centered_cosine")
-        return Workspace(
-            edges=empty("int32", batch, layout.words, layout.threads),
-            defects=empty("int32", batch, layout.tiles),
-            lengths=empty("float32", batch if cosine else 0, layout.count),
-            centred=empty("float32", batch if centred else 0, layout.count, layout.width),
-            spilled=empty("float32", batch, layout.spilled_rows, layout.threads),
-        )
+        return self.layout.workspace(batch, empty_like(like))
 
     def outputs(self, batch: int, like: Array = None) -> Cut:
         """Return buffers for the results, in CuPy or in the library of `like`."""
-        empty, count = Allocator(like), self.layout.count
-        return Cut(
-            mask=empty("bool", batch, count),
-            vector=empty("float32", batch, count),
-            degenerate=empty("bool", batch),
-            complete=empty("bool", batch),
-            residual=empty("float32", batch),
-            salient=empty("int32", batch),
-            rows=empty("int16", batch, count),
-            steps=empty("int32", batch),
-            components=empty("int32", batch),
-        )
+        return self.layout.outputs(batch, empty_like(like))
 
     def run(self, tokens: Array, work: Workspace, cut: Cut) -> None:
-        """Cut a batch: both kernels."""
+        """Cut a batch: both kernels.
+
+        Raises:
+            UsageError: more images than one launch can take.
+            EnvironmentProblem: a kernel cannot be compiled here.
+        """
         self.affinity(tokens, work)
         self.solve(work, cut)
 
     def affinity(self, tokens: Array, work: Workspace) -> None:
-        """K1: tokens (B, N, D) -> bits.
-
-        Raises:
-            UsageError: more images than one launch can take.
-        """
-        batch, layout = len(tokens), self.layout
-        if not batch:
-            return
-        if batch > MAX_BATCH:
-            raise UsageError(
-                f"patch tokens: expected at most {MAX_BATCH} images, found {batch}; split the batch"
-            )
-        tokens, stride = readable(tokens, layout.width)
-        lengths = work.lengths if self._lengths is not None else None
-        if self._lengths is not None:
-            lengths_of = (pointer(tokens), stride, pointer(work.lengths), pointer(work.centred))
-            self._lengths((batch,), (256,), lengths_of, shared_mem=layout.lengths_bytes())
-        if layout.spec.affinity == "centered_cosine":
-            tokens, stride = work.centred, layout.count * layout.width
-        pairs = layout.tiles * (layout.tiles + 1) // 2
-        arguments = (
-            pointer(tokens),
-            stride,
-            0 if lengths is None else pointer(lengths),
-            pointer(work.edges),
-            pointer(work.defects),
-        )
-        self._affinity((pairs, batch), (128,), arguments, shared_mem=layout.affinity_bytes())
+        """K1: tokens (B, N, D) -> bits; raises as `run`."""
+        for launch in self.layout.affinity_launches(tokens, work):
+            launch()
 
     def solve(self, work: Workspace, cut: Cut) -> None:
-        """K2: bits -> mask and what belongs to it."""
-        if not len(cut.mask):
-            return
-        layout = self.layout
-        arguments = tuple(map(pointer, (work.edges, work.defects, work.spilled, *cut)))
-        self._cut((len(cut.mask),), (layout.threads,), arguments, shared_mem=layout.cut_bytes())
+        """K2: bits -> mask and what belongs to it; raises as `run`."""
+        self.layout.cut_launch(work, cut)()
 
 
 @lru_cache(maxsize=64)

@@ -4,16 +4,17 @@
 // in registers and meets them with every row of x that its block has in shared memory: M is read
 // once a block, and one image needs no more than that.
 
-#if !defined(PRODUCT_WIDTH)
+#if !defined(PRODUCT_WIDTH) || !defined(PRODUCT_THREADS) || !defined(PRODUCT_ROWS)
 #error "cuda/soap.py gives all constants: nothing is chosen here"
 #endif
 
 constexpr int K = PRODUCT_WIDTH;  // a multiple of 4
-constexpr int THREADS = 256, WARPS = THREADS / 32, ROWS = 2;
-constexpr int PIECES = (K / 4 + 31) / 32;  // groups of 4 numbers that a lane holds of a row
+constexpr int THREADS = PRODUCT_THREADS, WARPS = THREADS / 32;
+constexpr int ROWS = PRODUCT_ROWS / WARPS;  // of M that a warp holds
+constexpr int PIECES = (K / 4 + 31) / 32;   // groups of 4 numbers that a lane holds of a row
 constexpr unsigned EVERY_LANE = 0xffffffffu;
 
-// Grid (rows of M / 16, batch / images), 256 threads.
+// Grid (rows of M / PRODUCT_ROWS, batch / images).
 extern "C" __global__ void __launch_bounds__(THREADS)
     product(int batch, int images, int rows, const float* __restrict__ x,  // [B][K]
             const float* __restrict__ matrix,                              // [rows][K]

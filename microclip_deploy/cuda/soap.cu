@@ -10,7 +10,8 @@
 
 #include "token.cuh"
 
-#if !defined(SOAP_WIDTH) || !defined(SOAP_LOGIT_SCALE)
+#if !defined(SOAP_WIDTH) || !defined(SOAP_LOGIT_SCALE) || !defined(SOAP_THREADS) || \
+    !defined(SOAP_COLUMNS)
 #error "cuda/soap.py gives all constants: nothing is chosen here"
 #endif
 
@@ -18,8 +19,8 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 
 constexpr int D = SOAP_WIDTH;  // a multiple of 16
-constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int COLUMNS = 64;                // of masked_mean's blocks
+constexpr int THREADS = SOAP_THREADS, WARPS = THREADS / 32;
+constexpr int COLUMNS = SOAP_COLUMNS;      // of masked_mean's blocks
 constexpr int PIECES = (D / 4 + 31) / 32;  // groups of 4 numbers that a lane holds of a token
 constexpr u32 EVERY_LANE = 0xffffffffu;
 
@@ -40,7 +41,7 @@ __device__ __forceinline__ float4 four(const u16* at) {
   return {to_float(h.x), to_float(h.y), to_float(h.z), to_float(h.w)};
 }
 
-// Grid (D / 64, B), 256 threads: 8 groups of rows, 32 pairs of columns. Only salient rows are read.
+// Grid (D / COLUMNS, B): a warp a group of rows, 32 pairs of columns. Only salient rows are read.
 extern "C" __global__ void __launch_bounds__(THREADS)
     masked_mean(const Token* __restrict__ tokens, long long image_stride, int tokens_an_image,
                 const int* __restrict__ count, const u16* __restrict__ rows,
@@ -75,7 +76,7 @@ struct Softmax {
   float peak, sum;
 };
 
-// Grid (splits, B), 256 threads: a warp reads a token once, scores it, and adds it to its sum.
+// Grid (splits, B): a warp reads a token once, scores it, and adds it to its sum.
 // Where a new peak appears, what was summed is scaled down.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attend(const Token* __restrict__ tokens, long long image_stride, int tokens_an_image,
@@ -148,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (threadIdx.x == 0) softmaxes[split] = all;
 }
 
-// Grid (B), 256 threads. The zero token's score is 0 and it adds nothing but weight.
+// Grid (B). The zero token's score is 0 and it adds nothing but weight.
 extern "C" __global__ void __launch_bounds__(THREADS)
     merge(int tokens_an_image, int splits, const Softmax* __restrict__ softmaxes,
           const float* __restrict__ sums, float* __restrict__ attention,
@@ -177,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     attention[i] = __fdiv_rn(expf((i < tokens_an_image ? attention[i] : 0.f) - peak), total);
 }
 
-// Grid (B), 256 threads.
+// Grid (B).
 extern "C" __global__ void __launch_bounds__(THREADS)
     fuse(int embedding, float cls_share, const float* __restrict__ cls,  // [B][E], unit rows
          const float* __restrict__ projected,                            // [B][E]

@@ -5,24 +5,26 @@ outputs made before, nothing is allocated and nothing waits: all of it can be ca
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import cupy
 import numpy as np
-from numpy.typing import NDArray
+from array_api_compat import array_namespace
 
-from microclip_deploy.cuda.arrays import pointer, readable, type_name
-from microclip_deploy.cuda.ncut import Cut
-from microclip_deploy.cuda.source import TOKEN_TYPES, CudaSource
-from microclip_deploy.data.classes import LOGIT_SCALE
+from microclip_deploy.cuda.arrays import Array, Empty, empty_like, readable, type_name
+from microclip_deploy.cuda.layout import Cut
+from microclip_deploy.cuda.source import SHARED_UNASKED, TOKEN_TYPES, CudaSource, Launch
 from microclip_deploy.errors import UsageError
+from microclip_deploy.head import LOGIT_SCALE, Head
 
 _THREADS = 256
 _WARPS = _THREADS // 32
 _COLUMNS = 64
+"""Of the query that a block of `masked_mean` makes."""
 _PRODUCT_ROWS = 16
-_PRODUCT_BYTES = 49152
-"""Shared memory for the images of a block of `product`: what every device gives unasked."""
+"""Of the matrix that a block of `product` multiplies."""
+_PRODUCT_IMAGES = 16
+"""Most images that a block of `product` multiplies them with."""
 _BLOCKS_WANTED = 264
 """Blocks of `attend` that fill a large GPU twice; smaller batches split their tokens, ..."""
 _MOST_SPLITS = 16
@@ -32,26 +34,30 @@ _MOST_SPLITS = 16
 class Fused(NamedTuple):
     """Results and what lies between them, of a batch."""
 
-    fg: Any
+    fg: Array
     """float32 (B, E), unit rows."""
-    logits: Any
+    logits: Array
     """float32 (B, C), scale 100."""
-    attention: Any
+    attention: Array
     """float32 (B, N+1); the last column is the zero token's."""
-    query: Any
+    query: Array
     """float32 (B, D): mean of the salient tokens."""
-    key: Any
+    key: Array
     """float32 (B, D)."""
-    softmaxes: Any
+    softmaxes: Array
     """float32 (B, splits, 2)."""
-    sums: Any
+    sums: Array
     """float32 (B, splits, D)."""
-    pooled: Any
+    pooled: Array
     """float32 (B, D)."""
-    projected: Any
+    projected: Array
     """float32 (B, E)."""
-    fused: Any
+    fused: Array
     """float32 (B, E): times the class matrix these are the logits."""
+    salient: Array | None = None
+    """int32 (B,): N, where the plain mean takes every token for a salient one; ..."""
+    rows: Array | None = None
+    """int16 (B, N): ... and their numbers. Kept here: a graph that was captured holds them."""
 
 
 class CudaFusion:
@@ -59,60 +65,34 @@ class CudaFusion:
 
     def __init__(
         self,
-        match: NDArray[np.float32] | None,
-        project: NDArray[np.float32],
-        classifier: NDArray[np.float32],
+        match: Array | None,
+        project: Array,
+        classifier: Array,
         cls_share: float,
     ) -> None:
-        """Upload the matrices.
-
-        Args:
-            match: float32 (D, D), Wk^T Wq / sqrt(D); None pools all tokens alike.
-            project: float32 (E, D), (Wv^T P)^T.
-            classifier: float32 (C, E), unit rows.
-            cls_share: weight of [CLS] in the fused logits, 0 to 1.
+        """Upload the float32 matrices of a `Head`.
 
         Raises:
             UsageError: D or E is not a multiple of 4; rows are read 16 bytes at a time.
         """
+        import cupy
+
         if any(size % 4 for size in project.shape):
             raise UsageError(
                 f"head: expected widths that are multiples of 4 on a GPU, found {project.shape}; "
                 "serve this model without CuPy"
             )
-        self.match = None if match is None else cupy.asarray(match, cupy.float32)
-        self.project = cupy.asarray(project, cupy.float32)
-        self.classifier = cupy.asarray(classifier, cupy.float32)
-        self.cls_share = cls_share
-        self._every_token: dict[tuple[int, int], tuple[Any, Any]] = {}
+        match, project, classifier = (
+            None if matrix is None else cupy.asarray(matrix, cupy.float32)
+            for matrix in (match, project, classifier)
+        )
+        self.head = Head(match, project, classifier, cls_share)
 
     def outputs(self, batch: int, count: int) -> Fused:
         """Return buffers for `batch` images of `count` tokens."""
-        if self.match is None:  # what the plain mean takes for the salient tokens
-            self._every_token[batch, count] = (
-                cupy.full(batch, count, cupy.int32),
-                cupy.tile(cupy.arange(count, dtype=cupy.int16), (batch, 1)),
-            )
-        embedding, width = self.project.shape
-        splits = max(1, min(_BLOCKS_WANTED // max(batch, 1), -(-count // _WARPS), _MOST_SPLITS))
+        return outputs(self.head, batch, count, empty_like(None))
 
-        def empty(*shape: int) -> Any:
-            return cupy.empty((batch, *shape), cupy.float32)
-
-        return Fused(
-            fg=empty(embedding),
-            logits=empty(len(self.classifier)),
-            attention=empty(count + 1),
-            query=empty(width),
-            key=empty(width),
-            softmaxes=empty(splits, 2),
-            sums=empty(splits, width),
-            pooled=empty(width),
-            projected=empty(embedding),
-            fused=empty(embedding),
-        )
-
-    def run(self, cls: Any, patches: Any, cut: Cut, fused: Fused) -> None:
+    def run(self, cls: Array, patches: Array, cut: Cut, fused: Fused) -> None:
         """Pool the patches by their likeness to the salient ones, fuse, and classify.
 
         Args:
@@ -120,47 +100,71 @@ class CudaFusion:
             patches: (B, N, D), float16, bfloat16 or float32.
             cut: what `NCutKernels` found in them.
             fused: where the results go.
+
+        Raises:
+            UsageError: more images than one launch can take.
         """
-        batch, count, width = patches.shape
-        module = fusion_source(width, type_name(patches.dtype)).module()
-        patches, stride = readable(patches, width)
-        tokens = (pointer(patches), np.int64(stride), np.int32(count))
-        if self.match is None:
-            self._mean(module, tokens, fused)
-        else:
-            salient = (pointer(cut.salient), pointer(cut.rows))
-            _masked_mean(module, tokens, salient, fused.query)
-            _product(fused.query, self.match, fused.key)
-            self._attend(module, tokens, fused)
-        _product(fused.pooled, self.project, fused.projected)
-        embedding = np.int32(self.project.shape[0])
-        arguments = (embedding, np.float32(self.cls_share), cls, fused.projected, fused.fg)
-        module.get_function("fuse")(
-            (batch,), (_THREADS,), (*arguments, fused.fused), shared_mem=_WARPS * 4
-        )
-        _product(fused.fused, self.classifier, fused.logits)
+        for launch in launches(self.head, cls, patches, cut, fused):
+            launch()
+        if self.head.match is None:
+            fused.attention[:, :-1] = np.float32(1 / patches.shape[1])
+            fused.attention[:, -1] = 0
 
-    def _attend(self, module: Any, tokens: tuple[Any, ...], fused: Fused) -> None:
-        batch, splits, width = fused.sums.shape
-        attend, merge = module.get_function("attend"), module.get_function("merge")
-        shared = _WARPS * (width * 4 + 8)
-        attend.max_dynamic_shared_size_bytes = shared
-        arguments = (*tokens, fused.key, fused.attention, fused.softmaxes, fused.sums)
-        attend((splits, batch), (_THREADS,), arguments, shared_mem=shared)
-        parts = (fused.softmaxes, fused.sums, fused.attention, fused.pooled)
-        merge((batch,), (_THREADS,), (tokens[2], np.int32(splits), *parts), shared_mem=4 * splits)
 
-    def _mean(self, module: Any, tokens: tuple[Any, ...], fused: Fused) -> None:
-        """Pool every token alike, as `TokenMean`."""
-        counts, rows = self._every_token[len(fused.pooled), int(tokens[2])]
-        _masked_mean(module, tokens, (pointer(counts), pointer(rows)), fused.pooled)
-        fused.attention[:, :-1] = np.float32(1 / int(tokens[2]))
-        fused.attention[:, -1] = 0
+def outputs(head: Head, batch: int, count: int, empty: Empty) -> Fused:
+    """Return buffers for `batch` images of `count` tokens."""
+    embedding, width = head.project.shape
+    splits = max(1, min(_BLOCKS_WANTED // max(batch, 1), -(-count // _WARPS), _MOST_SPLITS))
+    salient = rows = None
+    if head.match is None:
+        salient, rows = empty("int32", batch), empty("int16", batch, count)
+        salient[:] = count
+        rows[:] = array_namespace(rows).arange(count, dtype=rows.dtype)
+
+    def floats(*shape: int) -> Any:
+        return empty("float32", batch, *shape)
+
+    return Fused(
+        fg=floats(embedding),
+        logits=floats(len(head.classifier)),
+        attention=floats(count + 1),
+        query=floats(width),
+        key=floats(width),
+        softmaxes=floats(splits, 2),
+        sums=floats(splits, width),
+        pooled=floats(width),
+        projected=floats(embedding),
+        fused=floats(embedding),
+        salient=salient,
+        rows=rows,
+    )
+
+
+def launches(head: Head, cls: Array, patches: Array, cut: Cut, fused: Fused) -> Iterator[Launch]:
+    """Yield the work of `CudaFusion.run` in order; the matrices may be of any library."""
+    count, width = patches.shape[1:]
+    source = fusion_source(width, type_name(patches.dtype))
+    patches, stride = readable(patches, width)
+    tokens = (patches, np.int64(stride), np.int32(count))
+    if head.match is None:
+        yield _masked_mean(source, tokens, (fused.salient, fused.rows), fused.pooled)
+    else:
+        yield _masked_mean(source, tokens, (cut.salient, cut.rows), fused.query)
+        yield _product(fused.query, head.match, fused.key)
+        yield from _attend(source, tokens, fused)
+    yield _product(fused.pooled, head.project, fused.projected)
+    yield _fuse(source, cls, head, fused)
+    yield _product(fused.fused, head.classifier, fused.logits)
 
 
 def product_source(width: int) -> CudaSource:
     """Return the kernel of products over `width` numbers."""
-    return CudaSource.of("product.cu", {"PRODUCT_WIDTH": width})
+    constants = {
+        "PRODUCT_WIDTH": width,
+        "PRODUCT_THREADS": _THREADS,
+        "PRODUCT_ROWS": _PRODUCT_ROWS,
+    }
+    return CudaSource.of("product.cu", constants)
 
 
 def fusion_source(width: int, token: str) -> CudaSource:
@@ -168,25 +172,47 @@ def fusion_source(width: int, token: str) -> CudaSource:
     constants = {
         "SOAP_WIDTH": width,
         "SOAP_LOGIT_SCALE": LOGIT_SCALE,
+        "SOAP_THREADS": _THREADS,
+        "SOAP_COLUMNS": _COLUMNS,
         "TOKEN_TYPE": TOKEN_TYPES.index(token),
     }
     return CudaSource.of("soap.cu", constants)
 
 
-def _masked_mean(module: Any, tokens: tuple[Any, ...], salient: tuple[int, int], out: Any) -> None:
+def attend_bytes(width: int) -> int:
+    """Return the shared memory of `attend`: a sum and a softmax a warp."""
+    return _WARPS * (width * 4 + 8)
+
+
+def _masked_mean(
+    source: CudaSource, tokens: tuple[Any, ...], salient: tuple[Array, Array], out: Array
+) -> Launch:
     batch, width = out.shape
-    grid = (math.ceil(width / _COLUMNS), batch)
-    shared = _WARPS * _COLUMNS * 4
-    module.get_function("masked_mean")(
-        grid, (_THREADS,), (*tokens, *salient, pointer(out)), shared_mem=shared
-    )
+    grid, shared = (math.ceil(width / _COLUMNS), batch), _WARPS * _COLUMNS * 4
+    return Launch(source, "masked_mean", grid, _THREADS, (*tokens, *salient, out), shared)
 
 
-def _product(x: Any, matrix: Any, out: Any) -> None:
+def _attend(source: CudaSource, tokens: tuple[Any, ...], fused: Fused) -> Iterator[Launch]:
+    batch, splits, width = fused.sums.shape
+    scores = (*tokens, fused.key, fused.attention, fused.softmaxes, fused.sums)
+    yield Launch(source, "attend", (splits, batch), _THREADS, scores, attend_bytes(width))
+    parts = (fused.softmaxes, fused.sums, fused.attention, fused.pooled)
+    merged = (tokens[2], np.int32(splits), *parts)
+    yield Launch(source, "merge", (batch, 1), _THREADS, merged, 4 * splits)
+
+
+def _fuse(source: CudaSource, cls: Array, head: Head, fused: Fused) -> Launch:
+    batch, embedding = fused.projected.shape
+    numbers = (np.int32(embedding), np.float32(head.cls_share))
+    arguments = (*numbers, cls, fused.projected, fused.fg, fused.fused)
+    return Launch(source, "fuse", (batch, 1), _THREADS, arguments, _WARPS * 4)
+
+
+def _product(x: Array, matrix: Array, out: Array) -> Launch:
     """Write x (B, K) times matrix (R, K) transposed to out (B, R), float32."""
     (batch, width), rows = x.shape, len(matrix)
-    images = max(1, min(16, batch, _PRODUCT_BYTES // (4 * width)))
+    images = max(1, min(_PRODUCT_IMAGES, batch, SHARED_UNASKED // (4 * width)))
     arguments = (np.int32(batch), np.int32(images), np.int32(rows), x, matrix, out)
     grid = (math.ceil(rows / _PRODUCT_ROWS), math.ceil(batch / images))
-    product = product_source(width).module().get_function("product")
-    product(grid, (_THREADS,), arguments, shared_mem=4 * width * images)
+    shared = 4 * width * images
+    return Launch(product_source(width), "product", grid, _THREADS, arguments, shared)

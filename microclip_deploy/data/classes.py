@@ -23,10 +23,6 @@ from microclip_deploy.errors import DataError, UsageError
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 """Sentences that stand in for missing descriptions; {} is the class name."""
 
-LOGIT_SCALE = 100.0
-"""Factor on the cosines of an image with the class rows, before the softmax; never trained
-(docs/numerics.md section 5)."""
-
 # Characters that reorder the text around them; the other format characters are part of scripts.
 _BIDI_OVERRIDES = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from microclip_deploy.data.classes import LOGIT_SCALE
+from microclip_deploy.head import LOGIT_SCALE
 
 
 def class_logits(embedding: Tensor, classifier: Tensor) -> Tensor:

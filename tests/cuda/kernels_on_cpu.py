@@ -1,6 +1,7 @@
 """The CUDA kernels of the cut, compiled by g++ and run on the CPU: the unchanged .cu files."""
 
 import ctypes
+import math
 import platform
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 import microclip_deploy
 from microclip_deploy.cuda.layout import KernelLayout
-from microclip_deploy.cuda.source import CudaSource
+from microclip_deploy.cuda.source import CudaSource, Launch
 from microclip_deploy.ncut.steps import Saliency
 
 HERE = Path(__file__).parent / "on_cpu"
@@ -42,29 +43,39 @@ def require_compiler() -> None:
         pytest.skip("the fibers that stand for CUDA's threads are written for x86-64")
 
 
+def run(launch: Launch, *, order: int = 0) -> None:
+    """Run a launch of the product on the CPU; `order` permutes the threads of a block."""
+    parameters = [ctypes.create_string_buffer(each.tobytes()) for each in launch.parameters()]
+    addresses = (ctypes.c_void_p * len(parameters))(*map(ctypes.addressof, parameters))
+    kernel = getattr(build(launch.source), f"{launch.kernel}_on_cpu")
+    shared = ctypes.c_size_t(launch.shared_bytes)
+    kernel(*launch.grid, launch.threads, shared, order, addresses, len(parameters))
+
+
 @lru_cache
-def build(driver: str, source: CudaSource) -> ctypes.CDLL:
-    """Compile a driver of on_cpu/ with the source's constants."""
+def build(source: CudaSource) -> ctypes.CDLL:
+    """Compile a source with its constants behind the driver of its name in on_cpu/."""
     require_compiler()
-    target = Path(_builds.name) / f"{driver}-{abs(hash(source))}.so"
+    driver = HERE / source.file.replace(".cu", "_on_cpu.cpp")
+    target = Path(_builds.name) / f"{driver.stem}-{abs(hash(source))}.so"
     defines = [f"-D{name}={value}" for name, value in source.defines]
-    command = [
-        "g++",
-        *FLAGS,
-        "-shared",
-        "-fPIC",
-        f"-I{SOURCES}",
-        f"-I{HERE}",
-        *defines,
-    ]
-    subprocess.run([*command, str(HERE / driver), "-o", str(target)], check=True)
+    folders = [f"-I{SOURCES}", f"-I{HERE}"]
+    command = ["g++", *FLAGS, "-shared", "-fPIC", *folders, *defines, str(driver), "-o"]
+    subprocess.run([*command, str(target)], check=True)
     return ctypes.CDLL(str(target))
+
+
+def poisoned(dtype: str, *shape: int) -> NDArray[Any]:
+    """Return a NumPy array that no kernel should leave as it is."""
+    held = np.dtype(dtype)
+    size = math.prod(shape) * held.itemsize
+    return np.full(size, 0xEE, np.uint8).view(held).reshape(shape)
 
 
 def cut_edges(
     layout: KernelLayout, edges: NDArray[np.bool_], *, defects: Any = None, order: int = 0
 ) -> tuple[Saliency, Facts]:
-    """Run `ncut_cut` on bool (B, N, N) graphs; `order` permutes the threads."""
+    """Run `ncut_cut` on bool (B, N, N) graphs."""
     batch = len(edges)
     return cut_bits(
         layout,
@@ -78,29 +89,12 @@ def cut_bits(
     layout: KernelLayout, bits: NDArray[np.uint32], defects: NDArray[np.int32], order: int = 0
 ) -> tuple[Saliency, Facts]:
     """Run `ncut_cut` on bits as `ncut_affinity` writes them."""
-    library = build("ncut_on_cpu.cpp", layout.cut_source())
-    batch, count = len(bits), layout.count
-    spilled = np.full((batch, max(layout.spilled_rows, 1), layout.threads), np.nan, np.float32)
-    mask, degenerate, complete = (
-        np.full(shape, 7, np.uint8) for shape in ((batch, count), (batch,), (batch,))
-    )
-    vector = np.full((batch, count), np.nan, np.float32)
-    residual = np.full(batch, np.nan, np.float32)
-    rows = np.full((batch, count), 60000, np.uint16)
-    counts, steps, components = (np.full(batch, -1, np.int32) for _ in range(3))
-    size = library.ncut_cut_on_cpu(
-        *map(_pointer, (bits, defects)),
-        batch,
-        *map(_pointer, (spilled, mask, vector, degenerate, complete, residual, counts, rows)),
-        *map(_pointer, (steps, components)),
-        order,
-    )
-    assert size == layout.cut_bytes(), "the layout and sizeof(Shared) disagree"
-    assert set(np.unique(mask)) <= {0, 1}
-    found = Saliency(
-        mask.astype(bool), vector, degenerate.astype(bool), complete.astype(bool), residual
-    )
-    return found, Facts(counts, rows, steps, components)
+    work = layout.workspace(len(bits), poisoned)._replace(edges=bits, defects=defects)
+    cut = layout.outputs(len(bits), poisoned)
+    run(layout.cut_launch(work, cut), order=order)
+    assert set(np.unique(cut.mask.view(np.uint8))) <= {0, 1}
+    facts = Facts(cut.salient, cut.rows.view(np.uint16), cut.steps, cut.components)
+    return Saliency(*cut[: len(Saliency._fields)]), facts
 
 
 def affinity(
@@ -110,39 +104,10 @@ def affinity(
 
     Images may lie apart in memory.
     """
-    batch, count = tokens.shape[:2]
-    if tokens.strides[1:] != (layout.width * tokens.itemsize, tokens.itemsize):
-        tokens = np.ascontiguousarray(tokens)
-    stride = tokens.strides[0] // tokens.itemsize
-    lengths, source = None, layout.affinity_source()
-    if layout.spec.affinity != "dot":
-        lengths = np.full((batch, count), np.nan, np.float32)
-        centred = np.full((batch, count, layout.width), np.nan, np.float32)
-        library = build("affinity_on_cpu.cpp", layout.lengths_source())
-        library.ncut_lengths_on_cpu(
-            _pointer(tokens),
-            ctypes.c_longlong(stride),
-            batch,
-            _pointer(lengths),
-            _pointer(centred),
-            order,
-        )
-        if layout.spec.affinity == "centered_cosine":
-            tokens, source = centred, layout.centred_affinity_source()
-            stride = count * layout.width
-    bits = np.full((batch, layout.words, layout.threads), 0xEEEEEEEE, np.uint32)
-    defects = np.full((batch, layout.tiles), -1, np.int32)
-    size = build("affinity_on_cpu.cpp", source).ncut_affinity_on_cpu(
-        _pointer(tokens),
-        ctypes.c_longlong(stride),
-        batch,
-        None if lengths is None else _pointer(lengths),
-        _pointer(bits),
-        _pointer(defects),
-        order,
-    )
-    assert size == layout.affinity_bytes(), "the layout and sizeof(Shared) disagree"
-    return bits, defects
+    work = layout.workspace(len(tokens), poisoned)
+    for launch in layout.affinity_launches(tokens, work):
+        run(launch, order=order)
+    return work.edges.view(np.uint32), work.defects
 
 
 def packed(layout: KernelLayout, edges: NDArray[np.bool_]) -> NDArray[np.uint32]:
@@ -158,7 +123,3 @@ def unpacked(layout: KernelLayout, bits: NDArray[np.uint32]) -> NDArray[np.bool_
     """Return bits as bool (B, THREADS, THREADS), padding included."""
     rows = np.ascontiguousarray(bits.transpose(0, 2, 1)).view(np.uint8)
     return np.unpackbits(rows, axis=2, bitorder="little").astype(bool)
-
-
-def _pointer(array: Any) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)

@@ -1,8 +1,7 @@
-"""The kernels of the serving head against fusion.py in float64, run on the CPU."""
+"""The kernels of the serving head against SOAP and TokenFusion in float64, run on the CPU."""
 
-import ctypes
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from microclip_deploy.cuda.source import TOKEN_TYPES, TokenType
+from microclip_deploy.cuda import soap as cuda_soap
+from microclip_deploy.cuda.layout import Device, KernelLayout
+from microclip_deploy.cuda.source import MAX_GRID_Y, TOKEN_TYPES, Launch, TokenType
+from microclip_deploy.errors import UsageError
+from microclip_deploy.head import Head as Folded
 from microclip_deploy.model import soap
-from microclip_deploy.model.soap import SOAP, TokenMean
+from microclip_deploy.model.soap import SOAP
 from microclip_deploy.model.token_fusion import fused_logits
-from tests.cuda.kernels_on_cpu import build, require_compiler
-
-cupy = pytest.importorskip("cupy", reason="needs CuPy, though no device: pip install cupy-cuda13x")
-cuda_soap = pytest.importorskip("microclip_deploy.cuda.soap")
+from microclip_deploy.ncut.spec import NCutSpec
+from tests.cuda.kernels_on_cpu import poisoned, require_compiler, run
 
 Floats = NDArray[np.float32]
 CLS_SHARE = 0.3
@@ -34,11 +35,22 @@ class Head(NamedTuple):
 
     soap: SOAP
     patches: torch.Tensor
-    held: NDArray[Any]
+    held: torch.Tensor
+    """The patches in the type that kernels read."""
     mask: torch.Tensor
     cls: torch.Tensor
     projection: torch.Tensor
     classifier: torch.Tensor
+
+    def folded(self) -> Folded:
+        """Return what serving uploads."""
+        query, key, value = (
+            linear.weight.detach()
+            for linear in (self.soap.query_proj, self.soap.key_proj, self.soap.value_proj)
+        )
+        match = to_float32(key.T @ query / math.sqrt(len(query)))
+        project = to_float32(self.projection.T @ value)
+        return Folded(match, project, to_float32(self.classifier), CLS_SHARE)
 
 
 class Found(NamedTuple):
@@ -56,8 +68,10 @@ def _needs_a_compiler() -> None:
     require_compiler()
 
 
-def make_head(count: int, width: int, embedding: int, classes: int, token: TokenType) -> Head:
-    """Return three images, one with a class token in front, and random maps near the identity."""
+def make_head(
+    count: int, width: int, embedding: int, classes: int, token: TokenType, images: int = 3
+) -> Head:
+    """Return images with a class token in front of each, and random maps near the identity."""
     random = torch.Generator().manual_seed(width + count)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -66,59 +80,30 @@ def make_head(count: int, width: int, embedding: int, classes: int, token: Token
     soap = SOAP(width).double()
     for linear in (soap.query_proj, soap.key_proj, soap.value_proj):
         linear.weight.data += 0.3 / math.sqrt(width) * normal(width, width)
-    patches = (normal(3, 1, width) + normal(3, count + 1, width)).to(getattr(torch, token))
-    held = patches.view(torch.uint16) if token != "float32" else patches
-    mask = torch.rand(3, count, generator=random) < torch.tensor([[0.05], [0.5], [1.1]])
+    held = (normal(images, 1, width) + normal(images, count + 1, width)).to(getattr(torch, token))
+    share = torch.tensor([0.05, 0.5, 1.1]).repeat(images)[:images, None]
+    mask = torch.rand(images, count, generator=random) < share
     mask[:, 1] = True
-    cls, classifier = (F.normalize(normal(n, embedding), dim=-1) for n in (3, classes))
+    cls, classifier = (F.normalize(normal(n, embedding), dim=-1) for n in (images, classes))
     projection = normal(width, embedding) / math.sqrt(width)
-    return Head(
-        soap, patches.double()[:, 1:], held.numpy()[:, 1:], mask, cls, projection, classifier
-    )
+    held = held[:, 1:]
+    return Head(soap, held.double(), held, mask, cls, projection, classifier)
 
 
-def run_kernels(head: Head, token: TokenType, splits: int, *, order: int = 0) -> Found:
+def run_kernels(head: Head, splits: int, *, order: int = 0, pooling: bool = True) -> Found:
     """Run the head as CudaFusion.run does."""
     batch, count, width = head.held.shape
-    embedding = head.projection.shape[1]
-    library = build("soap_on_cpu.cpp", cuda_soap.fusion_source(width, token))
-    tokens = (pointer(head.held), ctypes.c_longlong(head.held.strides[0] // head.held.itemsize))
+    folded = head.folded() if pooling else head.folded()._replace(match=None)
+    fused = cuda_soap.outputs(folded, batch, count, poisoned)._replace(
+        softmaxes=poisoned("float32", batch, splits, 2),
+        sums=poisoned("float32", batch, splits, width),
+    )
+    layout = KernelLayout(count, 16, "float32", NCutSpec(), Device(90, 232448))
     rows, salient = listed(head.mask)
-    query, pooled = empty(batch, width), empty(batch, width)
-    blocks = math.ceil(width / cuda_soap._COLUMNS)
-    chosen = (pointer(salient), pointer(rows))
-    library.masked_mean_on_cpu(blocks, batch, *tokens, count, *chosen, pointer(query), order)
-    soap = head.soap
-    match = (soap.key_proj.weight.T @ soap.query_proj.weight / math.sqrt(width)).detach()
-    key = product(query, to_float32(match), order)
-    attention, softmaxes, sums = (
-        empty(batch, count + 1),
-        empty(batch, splits, 2),
-        empty(batch, splits, width),
-    )
-    parts = (pointer(softmaxes), pointer(sums))
-    library.attend_on_cpu(
-        splits, batch, *tokens, count, pointer(key), pointer(attention), *parts, order
-    )
-    library.merge_on_cpu(batch, count, splits, *parts, pointer(attention), pointer(pooled), order)
-    project = (head.projection.T @ soap.value_proj.weight).detach()
-    projected = product(pooled, to_float32(project), order)
-    fg, fused = empty(batch, embedding), empty(batch, embedding)
-    share, cls = ctypes.c_float(CLS_SHARE), to_float32(head.cls)
-    arguments = map(pointer, (cls, projected, fg, fused))
-    library.fuse_on_cpu(batch, embedding, share, *arguments, order)
-    logits = product(fused, to_float32(head.classifier), order)
-    return Found(query, attention, pooled, fg, logits)
-
-
-def product(x: Floats, matrix: Floats, order: int) -> Floats:
-    """Run product.cu as cuda_soap._product does; blocks of two images, the last of one."""
-    (batch, width), rows, images = x.shape, len(matrix), 2
-    y = empty(batch, rows)
-    library = build("product_on_cpu.cpp", cuda_soap.product_source(width))
-    grid = (math.ceil(rows / cuda_soap._PRODUCT_ROWS), math.ceil(batch / images))
-    library.product_on_cpu(*grid, batch, images, rows, *map(pointer, (x, matrix, y)), order)
-    return y
+    cut = layout.outputs(batch, poisoned)._replace(salient=salient, rows=rows)
+    for launch in cuda_soap.launches(folded, to_float32(head.cls), head.held, cut, fused):
+        run(launch, order=order)
+    return Found(fused.query, fused.attention, fused.pooled, fused.fg, fused.logits)
 
 
 def expected(head: Head) -> Found:
@@ -150,62 +135,64 @@ def listed(mask: torch.Tensor) -> tuple[NDArray[np.uint16], NDArray[np.int32]]:
     return rows, salient
 
 
-def empty(*shape: int) -> Floats:
-    return np.full(shape, np.nan, np.float32)
-
-
 def to_float32(tensor: torch.Tensor) -> Floats:
     return np.ascontiguousarray(tensor.numpy(), dtype=np.float32)
 
 
-def pointer(array: NDArray[Any]) -> ctypes.c_void_p:
-    return array.ctypes.data_as(ctypes.c_void_p)
-
-
 @pytest.mark.parametrize("token", TOKEN_TYPES)
 @pytest.mark.parametrize(
-    ("count", "width", "embedding", "classes", "splits"),
-    [(49, 64, 32, 3, 1), (49, 784, 36, 37, 7), (197, 144, 132, 17, 5), (4, 16, 4, 1, 1)],
+    ("images", "count", "width", "embedding", "classes", "splits"),
+    [
+        (3, 49, 64, 32, 3, 1),
+        (3, 49, 784, 36, 37, 7),
+        (3, 197, 144, 132, 17, 5),
+        (17, 4, 16, 4, 1, 1),
+    ],
 )
 def test_the_head_is_that_of_fusion(
-    count: int, width: int, embedding: int, classes: int, splits: int, token: TokenType
+    images: int,
+    count: int,
+    width: int,
+    embedding: int,
+    classes: int,
+    splits: int,
+    token: TokenType,
 ) -> None:
-    head = make_head(count, width, embedding, classes, token)
-    assert_close(run_kernels(head, token, splits), head)
+    head = make_head(count, width, embedding, classes, token, images)
+    assert_close(run_kernels(head, splits), head)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 6, 16])
 def test_any_number_of_splits_gives_the_same_head(splits: int) -> None:
     head = make_head(100, 80, 20, 5, "float16")
-    assert_close(run_kernels(head, "float16", splits), head)
+    assert_close(run_kernels(head, splits), head)
 
 
 def test_the_head_does_not_depend_on_the_order_of_threads() -> None:
     head = make_head(49, 144, 20, 5, "bfloat16")
-    first = run_kernels(head, "bfloat16", 3)
+    first = run_kernels(head, 3)
     for order in (1, 2, 3):
-        for name, values in run_kernels(head, "bfloat16", 3, order=order)._asdict().items():
+        for name, values in run_kernels(head, 3, order=order)._asdict().items():
             assert values.tobytes() == getattr(first, name).tobytes(), name
 
 
 def test_scores_far_apart_stay_finite() -> None:
     head = make_head(49, 64, 32, 3, "float32")
-    large = head._replace(patches=40 * head.patches, held=np.asarray(40 * head.held))
-    found, exact = run_kernels(large, "float32", 4), expected(large)
+    large = head._replace(patches=40 * head.patches, held=40 * head.held)
+    found, exact = run_kernels(large, 4), expected(large)
     assert np.isfinite(found.logits).all()
     # Scores of thousands lose three digits of float32; the softmax is close to one token's.
     np.testing.assert_allclose(found.attention, exact.attention, atol=0.02)
 
 
-def test_a_mask_of_every_token_is_the_plain_mean() -> None:
+def test_without_maps_the_tokens_are_pooled_alike() -> None:
     head = make_head(49, 64, 32, 3, "float32")
-    everything = head._replace(mask=torch.ones_like(head.mask))
-    found = run_kernels(everything, "float32", 2)
-    mean = TokenMean()(head.patches, head.mask).vector
-    np.testing.assert_allclose(found.query, mean.numpy(), atol=3e-6)
+    found = run_kernels(head, 2, pooling=False)
+    np.testing.assert_allclose(found.pooled, head.patches.mean(dim=1).numpy(), atol=3e-6)
 
 
-@pytest.mark.parametrize("width", [16, 512, 768, 1024, 1280])
-def test_shared_memory_of_products_needs_no_opt_in(width: int) -> None:
-    images = max(1, min(16, cuda_soap._PRODUCT_BYTES // (4 * width)))
-    assert 4 * width * images <= 48 * 1024
+def test_more_images_than_a_grid_has_are_refused() -> None:
+    pytest.importorskip("cupy", reason="needs CuPy, though no device: pip install cupy-cuda13x")
+    launch = Launch(cuda_soap.product_source(16), "product", (1, MAX_GRID_Y + 1), 256, ())
+    with pytest.raises(UsageError, match=f"at most {MAX_GRID_Y} in a batch"):
+        launch()

@@ -1,4 +1,4 @@
-// affinity.cu as functions of NumPy arrays, with its three instructions by their documented layout.
+// affinity.cu on a CPU, with its three instructions by their documented layout.
 #include "token_on_cpu.h"
 
 static void copy16(void* to, const void* from, bool valid) {
@@ -33,25 +33,5 @@ static void multiply(float* c, const uint32_t* a, const uint32_t* b) {
 
 #include "affinity.cu"
 
-extern "C" int ncut_lengths_on_cpu(const Token* tokens, long long stride, int images,
-                                   float* lengths, float* centred, unsigned order) {
-  cpu::order = order;
-  for (int image = 0; image < images; ++image) {
-    blockIdx = {(unsigned)image, 0, 0};
-    cpu::run_block(256, [&] { ncut_lengths(tokens, stride, lengths, centred); });
-  }
-  return 0;
-}
-
-extern "C" int ncut_affinity_on_cpu(const Token* tokens, long long stride, int images,
-                                    const float* lengths, u32* edges, int* defects,
-                                    unsigned order) {
-  if (sizeof(Shared) > SHARED_BYTES) return -1;
-  cpu::order = order;
-  for (int image = 0; image < images; ++image)
-    for (int pair = 0; pair < NCUT_TILES * (NCUT_TILES + 1) / 2; ++pair) {
-      blockIdx = {(unsigned)pair, (unsigned)image, 0};
-      cpu::run_block(THREADS, [&] { ncut_affinity(tokens, stride, lengths, edges, defects); });
-    }
-  return (int)sizeof(Shared);
-}
+LAUNCHED_ON_CPU(ncut_lengths)
+LAUNCHED_ON_CPU(ncut_affinity)

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -29,7 +30,8 @@ struct Index {
 };
 static Index threadIdx, blockIdx, gridDim;
 constexpr size_t SHARED_BYTES = 1 << 18;
-alignas(128) unsigned char shared_bytes[SHARED_BYTES];
+constexpr size_t GUARD_BYTES = 4096;  // behind a block's memory, to see whether it is left alone
+alignas(128) unsigned char shared_bytes[SHARED_BYTES + GUARD_BYTES];
 
 // Saves the callee's registers and stack of one fiber and takes up those of another.
 extern "C" void switch_fiber(void** from, void* to);
@@ -136,10 +138,10 @@ static bool release_barrier() {
   return true;
 }
 
-static void run_block(int threads, std::function<void()> kernel) {
+static void run_block(int threads, size_t shared, std::function<void()> kernel) {
   body = kernel;
   start(threads);
-  memset(shared_bytes, 0xA5, SHARED_BYTES);
+  memset(shared_bytes, 0xA5, shared + GUARD_BYTES);
   std::vector<int> turn(threads);
   for (int i = 0; i < threads; ++i) turn[i] = order == 1 ? threads - 1 - i : i;
   unsigned random = order;
@@ -160,19 +162,31 @@ static void run_block(int threads, std::function<void()> kernel) {
     progress |= release_collectives();
     if (std::all_of(fibers.begin(), fibers.begin() + threads,
                     [](const Fiber& fiber) { return fiber.state == DONE; }))
-      return;
+      break;
     progress |= release_barrier();
     if (!progress) fail("deadlock: threads wait for one another");
   }
+  for (size_t i = shared; i < shared + GUARD_BYTES; ++i)
+    if (shared_bytes[i] != 0xA5) fail("writes past the shared memory it is launched with");
 }
 
-// Runs all blocks of a grid, one after another.
-static void run_grid(Index grid, int threads, unsigned order_of_threads,
-                     std::function<void()> kernel) {
+template <class... A, size_t... I>
+static void call(void (*kernel)(A...), void** parameters, std::index_sequence<I...>) {
+  kernel(*(A*)parameters[I]...);
+}
+
+// Runs all blocks of a launch, one after another; parameters as cuLaunchKernel takes them.
+template <class... A>
+static void launch(void (*kernel)(A...), Index grid, int threads, size_t shared,
+                   unsigned order_of_threads, void** parameters, int count_of_parameters) {
+  if (sizeof...(A) != count_of_parameters) fail("another number of parameters");
+  if (shared > SHARED_BYTES) fail("more shared memory than there is");
   order = order_of_threads;
   gridDim = grid;
   for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block(threads, kernel);
+    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
+      run_block(threads, shared,
+                [&] { call(kernel, parameters, std::index_sequence_for<A...>{}); });
 }
 
 // Brings a value to a collective; returns what every lane of the mask brought.
@@ -196,6 +210,13 @@ static T exchange(uint32_t mask, T value, int source) {
 }
 
 }  // namespace cpu
+
+// Defines what Python calls to launch a kernel.
+#define LAUNCHED_ON_CPU(kernel)                                                      \
+  extern "C" void kernel##_on_cpu(unsigned x, unsigned y, int threads, size_t bytes, \
+                                  unsigned order, void** parameters, int count) {    \
+    cpu::launch(kernel, {x, y, 1}, threads, bytes, order, parameters, count);        \
+  }
 
 static inline void __syncthreads() { cpu::wait(cpu::AT_BARRIER); }
 static inline void __syncwarp(unsigned mask = 0xffffffffu) { cpu::meet(mask, 0); }

@@ -1,10 +1,6 @@
-// product.cu as a function of NumPy arrays.
+// product.cu on a CPU.
 #include "cuda_on_cpu.h"
 //
 #include "product.cu"
 
-extern "C" void product_on_cpu(unsigned blocks, unsigned pieces, int batch, int images, int rows,
-                               const float* x, const float* matrix, float* y, unsigned order) {
-  cpu::run_grid({blocks, pieces, 1}, THREADS, order,
-                [&] { product(batch, images, rows, x, matrix, y); });
-}
+LAUNCHED_ON_CPU(product)
