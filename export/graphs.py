@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from microclip_deploy.data.classes import LOGIT_SCALE
 from microclip_deploy.data.preprocess import Preprocess
+from microclip_deploy.head import LOGIT_SCALE
 from microclip_deploy.model.backbone import BlockWeights, TowerWeights
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
@@ -113,9 +113,11 @@ class HeadGraph(nn.Module):
     def __init__(self, model: MicroCLIP) -> None:
         super().__init__()
         self.cls_share = model.cls_share
-        match, project = model.folded_head()
-        self.project = _frozen(project, torch.float32)
-        self.match = None if match is None else _frozen(match, torch.float32)
+        head = model.head()
+        self.project = _frozen(torch.from_numpy(head.project), torch.float32)
+        self.match = (
+            None if head.match is None else _frozen(torch.from_numpy(head.match), torch.float32)
+        )
 
     def forward(self, cls: Tensor, patches: Tensor, mask: Tensor, classifier: Tensor) -> Fused:
         """Pool the patches by their likeness to the salient ones, fuse, and classify."""

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microclip_deploy.data.classes import LOGIT_SCALE
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.export.graphs import BackboneGraph, Block, LastBlock
 from microclip_deploy.export.to_onnx import OPSET
+from microclip_deploy.head import LOGIT_SCALE
 from microclip_deploy.model.backbone import BlockWeights
 from microclip_deploy.model.microclip import MicroCLIP
 

@@ -42,7 +42,6 @@ from microclip_deploy.bench.table_text import percent
 from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import MicroclipError, VerificationError, require
 from microclip_deploy.serving import Session
-from microclip_deploy.serving.cuda_session import CudaSession
 from microclip_deploy.serving.exported import Precision
 
 PHOTOS = 32
@@ -222,7 +221,7 @@ def _is_plain_clip(name: str) -> bool:
 def _cls_logits(subject: Subject, views: NDArray[np.uint8]) -> NDArray[np.float32]:
     import torch
 
-    from microclip_deploy.data.classes import LOGIT_SCALE
+    from microclip_deploy.head import LOGIT_SCALE
 
     model = subject.model
     assert model is not None  # plain CLIP is made of it
@@ -274,11 +273,8 @@ def _bound(run: Answer, views: NDArray[np.uint8]) -> Request:
 
 
 def _from_photos(session: Session, encoded: Sequence[bytes]) -> Request:
-    """Return a request as a server takes it: a CUDA session resizes on the device."""
-    test_view = session.preprocess.test_view
-    if isinstance(session, CudaSession):
-        return lambda: session.predict_photos([np.asarray(photo) for photo in decoded(encoded)])
-    return lambda: session.predict(np.stack([test_view(photo) for photo in decoded(encoded)]))
+    """Return a request as a server takes it."""
+    return lambda: session.predict_photos(decoded(encoded))
 
 
 def _row(name: str, scope: str, batch: int, clients: int, measured: Measured) -> Row:

@@ -141,7 +141,12 @@ def _on_device(request: StageRequest, photos: _Photos, classes: int) -> dict[str
     """Return seconds of each stage: launches of the session, and what the host does around them."""
     batch = len(photos.encoded)
     logits = np.zeros((batch, classes), np.float32)
-    samples = {DECODE: _samples(photos.decode), POST: _samples(partial(_best, logits))}
+    on_host: dict[str, Callable[[], object]] = {
+        DECODE: photos.decode,
+        PREPROCESS: photos.views,
+        POST: partial(_best, logits),
+    }
+    samples = {name: _samples(run) for name, run in on_host.items()}
     with open_session(request.export, request.device) as session:
         if batch not in session.buckets:  # type: ignore[attr-defined]  # of CUDA sessions
             return samples  # a request of this size is padded or split: there is no such launch
@@ -149,8 +154,7 @@ def _on_device(request: StageRequest, photos: _Photos, classes: int) -> dict[str
         session.predict(views)
         pipeline: Any = session.pipeline  # type: ignore[attr-defined]  # of CUDA sessions
         pipeline.pixels(batch)[:] = views
-        pixels = [np.asarray(image) for image in photos.decoded]
-        return {**samples, **pipeline.time_stages(batch, pixels, _MOST)}
+        return {**samples, **pipeline.time_stages(batch, _MOST)}
 
 
 def _device_work(

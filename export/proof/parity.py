@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
-from microclip_deploy.data.classes import LOGIT_SCALE
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.export.proof.answers import Answers, Array, Asked, Progress, ask
 from microclip_deploy.export.proof.limits import LIMITS, NEAR_TAU, OTHER_CUT, PARTS, Limits
 from microclip_deploy.export.proof.probes import Reference
+from microclip_deploy.head import LOGIT_SCALE
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import adjacency, determined, saliency_exact, similarities
 from microclip_deploy.serving.exported import BACKBONE, FULL, Precision

@@ -3,10 +3,13 @@
 import math
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from microclip_deploy.head import Head
 from microclip_deploy.model.backbone import VisionBackbone
 from microclip_deploy.model.saliency import saliency
 from microclip_deploy.model.soap import SOAP, TokenMean
@@ -31,16 +34,6 @@ class Output(NamedTuple):
     """float32 (B, N+1): SOAP's weights; the last column is the zero token's."""
     saliency: Saliency
     """NCut mask (B, N) with its vector and its degenerate and complete flags (B,)."""
-
-
-class FoldedHead(NamedTuple):
-    """The pooling's maps and the projection as what inference applies to one vector an image."""
-
-    match: Tensor | None
-    """float64 (D, D), Wk^T Wq / sqrt(D): applied to the mean of the salient tokens. None where the
-    tokens are pooled alike."""
-    project: Tensor
-    """float64 (E, D), (Wv^T P)^T: from the pooled token to the joint space."""
 
 
 class MicroCLIP(nn.Module):
@@ -94,20 +87,16 @@ class MicroCLIP(nn.Module):
         """Return the learnable classifier with unit rows, (C, E)."""
         return F.normalize(self.classifier, dim=-1)
 
-    def folded_head(self) -> FoldedHead:
-        """Return the matrices between the patch tokens and the [FG] embedding."""
-        projection = self.backbone.weights().projection.double()
-        if not isinstance(self.pooling, SOAP):
-            return FoldedHead(None, projection.T)
-        query, key, value = (
-            linear.weight.detach().double()
-            for linear in (
-                self.pooling.query_proj,
-                self.pooling.key_proj,
-                self.pooling.value_proj,
-            )
-        )
-        return FoldedHead(key.T @ query / math.sqrt(len(query)), projection.T @ value)
+    def head(self) -> Head:
+        """Return what follows the encoder, folded in float64 and rounded once, on the host."""
+        project = self.backbone.weights().projection.double().T
+        match: Tensor | None = None
+        if isinstance(self.pooling, SOAP):
+            maps = (self.pooling.query_proj, self.pooling.key_proj, self.pooling.value_proj)
+            query, key, value = (linear.weight.detach().double() for linear in maps)
+            match, project = key.T @ query / math.sqrt(len(query)), project @ value
+        folded = None if match is None else _on_host(match)
+        return Head(folded, _on_host(project), _on_host(self.class_matrix()), self.cls_share)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the trained tensors by name, in a fixed order."""
@@ -117,6 +106,10 @@ class MicroCLIP(nn.Module):
 def is_layer_norm(name: str) -> bool:
     """Say whether a backbone parameter belongs to a LayerNorm (ln_pre, ln_1, ln_2, ln_post)."""
     return ".ln_" in f".{name}"
+
+
+def _on_host(matrix: Tensor) -> NDArray[np.float32]:
+    return matrix.detach().float().cpu().contiguous().numpy()
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

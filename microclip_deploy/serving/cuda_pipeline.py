@@ -9,7 +9,7 @@ at every replay, so a batch costs one upload, one launch and one download.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -19,10 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microclip_deploy.cuda.ncut import NCutKernels
-from microclip_deploy.cuda.preprocess import CudaTestView
 from microclip_deploy.cuda.soap import CudaFusion
-from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import EnvironmentProblem
+from microclip_deploy.head import Head
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.serving.answer_block import Sizes, block_bytes, block_views
 from microclip_deploy.serving.session import Prediction
@@ -76,19 +75,6 @@ class Encoder(Protocol):
         """Release the weights."""
 
 
-class Head(NamedTuple):
-    """What follows the encoder."""
-
-    match: NDArray[np.float32] | None
-    """(D, D): applied to the mean of the salient tokens; None where all tokens weigh alike."""
-    project: NDArray[np.float32]
-    """(E, D): from the pooled token to the joint space."""
-    classifier: NDArray[np.float32]
-    """(C, E), unit rows."""
-    cls_share: float
-    ncut: NCutSpec
-
-
 class Timing(NamedTuple):
     """Seconds of one request, uint8 views in the pinned buffer to answers in another."""
 
@@ -126,9 +112,16 @@ class CudaPipeline:
     """A model on one stream; for one thread at a time."""
 
     def __init__(
-        self, stream: cupy.cuda.Stream, encoder: Encoder, head: Head, preprocess: Preprocess
+        self, stream: cupy.cuda.Stream, encoder: Encoder, head: Head, ncut: NCutSpec, side: int
     ) -> None:
         """Compile the kernels and upload the head's matrices; takes over the encoder.
+
+        Args:
+            stream: what everything runs on.
+            encoder: on the stream's device.
+            head: what follows the encoder, on the host.
+            ncut: constants of the cut.
+            side: S, pixels.
 
         Raises:
             EnvironmentProblem: the device fails, or is out of memory.
@@ -136,8 +129,7 @@ class CudaPipeline:
         self.device = f"cuda:{stream.device_id}"
         self._stream = stream
         self._encoder = encoder
-        self._side = preprocess.size
-        self._test_view = CudaTestView(preprocess)
+        self._side = side
         self._width = head.project.shape[1]
         self._sizes = Sizes(encoder.tokens, len(head.project), len(head.classifier))
         self._pool = cupy.cuda.MemoryPool()
@@ -145,9 +137,9 @@ class CudaPipeline:
         self._buckets: dict[int, _Bucket] = {}
         with self._current():
             self._kernels = NCutKernels.of(
-                count=encoder.tokens, width=self._width, token="float32", spec=head.ncut
+                count=encoder.tokens, width=self._width, token="float32", spec=ncut
             )
-            self._fusion = CudaFusion(head.match, head.project, head.classifier, head.cls_share)
+            self._fusion = CudaFusion(*head)
             stream.synchronize()
 
     def pixels(self, bucket: int) -> NDArray[np.uint8]:
@@ -184,9 +176,7 @@ class CudaPipeline:
         with self._current():
             return self._timed(lambda: self._launch(found, found.launches.replay))
 
-    def time_stages(
-        self, bucket: int, photos: Sequence[NDArray[np.uint8]], repeats: int
-    ) -> dict[str, list[float]]:
+    def time_stages(self, bucket: int, repeats: int) -> dict[str, list[float]]:
         """Return the seconds of each stage by itself, between two events.
 
         The pixels must be in the buffer, and the bucket have been run, so that each stage finds
@@ -195,7 +185,6 @@ class CudaPipeline:
 
         Args:
             bucket: batch size.
-            photos: uint8 (H, W, 3) RGB, as many as the bucket holds: for "preprocess".
             repeats: samples a stage.
         """
         found = self._buckets[bucket]
@@ -205,7 +194,6 @@ class CudaPipeline:
             kernels = (found.kernels.edges, found.kernels.cut, found.kernels.fuse)
             edges, cut, fuse = (captured(each, self._stream).replay for each in kernels)
         stages: dict[str, Callable[[], object]] = {
-            "preprocess": lambda: self._test_view(photos, out=found.pixels),
             "H2D": lambda: found.pixels.set(found.host_pixels, stream=self._stream),
             "backbone": encode,
             "K1": edges,
@@ -230,21 +218,6 @@ class CudaPipeline:
         end.record(self._stream)
         end.synchronize()
         return Timing(host, 1e-3 * float(cupy.cuda.get_elapsed_time(start, end)))
-
-    def run_photos(self, bucket: int, photos: Sequence[NDArray[np.uint8]]) -> Prediction:
-        """Resize photos on the device and classify them; the bucket's other rows stay as they are.
-
-        Raises:
-            DataError: a photo that has no test view.
-            EnvironmentProblem: the device fails, or is out of memory.
-        """
-        found = self._buckets[bucket]
-        with self._current():
-            self._test_view(photos, out=found.pixels[: len(photos)])
-            found.launches.replay()
-            self._download(found)
-            self._stream.synchronize()
-        return found.answers
 
     def _answered(self, found: _Bucket, launch: Callable[[], None]) -> Prediction:
         with self._current():

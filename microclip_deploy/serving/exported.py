@@ -28,7 +28,9 @@ from microclip_deploy import artifact
 from microclip_deploy.config import validate
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import CheckpointError, UsageError
+from microclip_deploy.head import Head
 from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.serving.session import Facts
 
 SCHEMA = "microclip.export/1"
 FULL = "full.onnx"
@@ -122,14 +124,11 @@ class Export(NamedTuple):
     classifier: NDArray[np.float32]
     """(C, E), unit rows."""
 
-
-class HeadWeights(NamedTuple):
-    """The matrices between the patch tokens and the [FG] embedding."""
-
-    match: NDArray[np.float32] | None
-    """(D, D): applied to the mean of the salient tokens; None where all tokens weigh alike."""
-    project: NDArray[np.float32]
-    """(E, D): from the pooled token to the joint space."""
+    def facts(self) -> Facts:
+        """Return what a session says of the model."""
+        known = self.manifest
+        unadapted = frozenset(known.unadapted)
+        return Facts(known.classes, unadapted, known.preprocess, self.classifier)
 
 
 def read_export(directory: Path) -> Export:
@@ -174,7 +173,7 @@ def _read_classifier(path: Path, classes: int) -> NDArray[np.float32]:
     return matrix.astype(np.float32)
 
 
-def read_head_weights(export: Export) -> HeadWeights:
+def read_head(export: Export) -> Head:
     """Read what head.onnx holds inside.
 
     Raises:
@@ -202,4 +201,4 @@ def read_head_weights(export: Export) -> HeadWeights:
                 f"{path}: expected finite float32 {wanted}, found {name} {matrix.dtype} "
                 f"{matrix.shape}; export again"
             )
-    return HeadWeights(match, project)
+    return Head(match, project, export.classifier, export.manifest.cls_share)

@@ -9,17 +9,16 @@ import numpy as np
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.serving.cuda_pipeline import (
     CudaPipeline,
-    Head,
     Launches,
     captured,
     open_stream,
 )
-from microclip_deploy.serving.cuda_session import CudaSession, Facts
+from microclip_deploy.serving.cuda_session import CudaSession
 from microclip_deploy.serving.exported import (
     BACKBONE,
     ExportManifest,
     read_export,
-    read_head_weights,
+    read_head,
 )
 from microclip_deploy.serving.onnx_graph import Buffer, OnnxGraph
 
@@ -37,16 +36,11 @@ def open_export(path: Path, device: str) -> CudaSession:
     """
     stream = open_stream(device)
     export = read_export(path)
-    manifest, weights = export.manifest, read_head_weights(export)
-    tokens = _tokens(path, manifest)
+    known, head = export.manifest, read_head(export)
     graph = OnnxGraph(path / BACKBONE, f"cuda:{stream.device_id}", stream=stream.ptr)
-    encoder = OnnxEncoder(graph, tokens, stream)
-    head = Head(*weights, export.classifier, manifest.cls_share, manifest.ncut_spec())
-    pipeline = CudaPipeline(stream, encoder, head, manifest.preprocess)
-    unadapted = frozenset(manifest.unadapted)
-    return CudaSession(
-        pipeline, Facts(manifest.classes, unadapted, manifest.preprocess, export.classifier)
-    )
+    encoder = OnnxEncoder(graph, _tokens(path, known), stream)
+    pipeline = CudaPipeline(stream, encoder, head, known.ncut_spec(), known.preprocess.size)
+    return CudaSession(pipeline, export.facts())
 
 
 class OnnxEncoder:

@@ -1,43 +1,38 @@
 """ONNX Runtime session: an export, run without PyTorch."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.data.classes import LOGIT_SCALE
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.serving.exported import FULL, Export, ExportManifest, read_export
+from microclip_deploy.head import fused_logits
+from microclip_deploy.serving.exported import FULL, Export, read_export
 from microclip_deploy.serving.onnx_graph import Input, OnnxGraph
-from microclip_deploy.serving.session import Prediction, checked_images, closed_session
+from microclip_deploy.serving.session import (
+    Facts,
+    Prediction,
+    Session,
+    checked_images,
+    closed_session,
+)
 
 _OUTPUTS = Prediction._fields
 """The graph's outputs have the names of a prediction's fields; others are not computed."""
 
 
-class OnnxSession:
-    """An export behind the Session protocol.
+class OnnxSession(Session):
+    """An export as a session.
 
     The class matrix is an input of the graph, so classes change without another export. `predict`
     may be called from several threads at once: the session holds no state that a call changes.
     """
 
-    def __init__(
-        self,
-        graph: OnnxGraph,
-        classifier: NDArray[np.float32],
-        manifest: ExportManifest,
-    ) -> None:
-        self.classes = manifest.classes
-        self.unadapted = frozenset(manifest.unadapted)
-        self.preprocess = manifest.preprocess
-        self.device = graph.device
+    def __init__(self, graph: OnnxGraph, facts: Facts, cls_share: float) -> None:
+        super().__init__(facts, graph.device)
         self._graph: OnnxGraph | None = graph
-        self._classifier = classifier
-        self._classifier.flags.writeable = False
-        self._cls_share = np.float32(manifest.cls_share)
+        self._cls_share = cls_share
 
     @classmethod
     def open(cls, path: Path, device: str = "cpu", *, threads: int | None = None) -> Self:
@@ -56,16 +51,13 @@ class OnnxSession:
         export = read_export(path)
         graph = OnnxGraph(path / FULL, device, threads=threads)
         _require_contract(graph, export)
-        return cls(graph, export.classifier, export.manifest)
+        return cls(graph, export.facts(), export.manifest.cls_share)
 
     def predict(self, images: NDArray[np.uint8]) -> Prediction:
-        """Classify uint8 (B, S, S, 3) images that `preprocess.test_view` made.
+        """Classify images as every session does.
 
         Raises:
-            DataError: another dtype, size or layout, or no image.
-            CheckpointError: the graph fails on them.
-            EnvironmentProblem: the device fails, or is out of memory.
-            UsageError: the session is closed.
+            CheckpointError: the graph fails on them; and as every session does.
         """
         graph = self._graph
         if graph is None:
@@ -78,39 +70,13 @@ class OnnxSession:
         # there were when the graph was written.
         names = [name for name in _OUTPUTS if name != "logits"]
         found = dict(zip(names, graph.run(names, feeds), strict=True))
-        return Prediction(logits=self._fused_logits(found["cls"], found["fg"]), **found)
-
-    def classifier(self) -> NDArray[np.float32]:
-        """Return the class matrix, (C, E), unit rows; read-only."""
-        return self._classifier
-
-    def _fused_logits(
-        self, cls: NDArray[np.float32], fg: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
-        """Return TokenFusion's logits (B, C) of unit rows (B, E).
-
-        Source: docs/numerics.md section 5.
-        """
-        fused = self._cls_share * cls + (1 - self._cls_share) * fg
-        logits: NDArray[np.float32] = (np.float32(LOGIT_SCALE) * fused) @ self._classifier.T
-        return logits
+        cls_share = np.float32(self._cls_share)
+        logits = fused_logits(found["cls"], found["fg"], self._classifier, cls_share)
+        return Prediction(logits=logits, **found)
 
     def close(self) -> None:
         """Drop the graph; its memory goes with it once no call uses it."""
         self._graph = None
-
-    def __enter__(self) -> Self:
-        """Return the session."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the session."""
-        self.close()
 
 
 def _require_contract(graph: OnnxGraph, export: Export) -> None:

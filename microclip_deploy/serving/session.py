@@ -1,10 +1,13 @@
 """What every backend offers: images in, predictions out, NumPy at both ends."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, UsageError
@@ -27,28 +30,59 @@ class Prediction(NamedTuple):
     """(B,): the image's graph joins every pair of tokens and says nothing."""
 
 
-class Session(Protocol):
-    """A loaded model on a device. Use it as a context manager or call `close`."""
+class Facts(NamedTuple):
+    """What a session says of its model."""
 
     classes: tuple[str, ...]
     """In the order of the logits."""
     unadapted: frozenset[str]
     """The classes added after adaptation: what is said of them is zero-shot."""
     preprocess: Preprocess
-    device: str
-    """What runs the model: "cpu", "cuda", "cuda:N" or "openvino"; never "auto"."""
+    classifier: NDArray[np.float32]
+    """(C, E), unit rows."""
 
+
+class Session(ABC):
+    """A loaded model on a device. Use it as a context manager or call `close`."""
+
+    def __init__(self, facts: Facts, device: str) -> None:
+        """Keep what every session tells.
+
+        Args:
+            facts: of the model.
+            device: what runs it: "cpu", "cuda", "cuda:N" or "openvino"; never "auto".
+        """
+        self.classes, self.unadapted, self.preprocess, self._classifier = facts
+        self.device = device
+        self._classifier.flags.writeable = False
+
+    @abstractmethod
     def predict(self, images: NDArray[np.uint8]) -> Prediction:
-        """Classify uint8 (B, S, S, 3) images that `preprocess.test_view` made."""
+        """Classify uint8 (B, S, S, 3) images that `preprocess.test_view` made.
+
+        Raises:
+            DataError: another dtype, size or layout, or no image.
+            EnvironmentProblem: the device fails, or is out of memory.
+            UsageError: the session is closed.
+        """
+
+    def predict_photos(self, photos: Sequence[Image.Image]) -> Prediction:
+        """Classify RGB photos of any sizes, as `read_image` decodes them; raises as `predict`."""
+        if not photos:
+            raise DataError("photos: expected at least one, found none; give decoded photos")
+        return self.predict(np.stack([self.preprocess.test_view(photo) for photo in photos]))
 
     def classifier(self) -> NDArray[np.float32]:
-        """Return the class matrix, (C, E), unit rows."""
+        """Return the class matrix, (C, E), unit rows; read-only."""
+        return self._classifier
 
+    @abstractmethod
     def close(self) -> None:
-        """Release the device's memory."""
+        """Release the model's memory, once the call that uses it is done."""
 
     def __enter__(self) -> Self:
         """Return the session."""
+        return self
 
     def __exit__(
         self,
@@ -57,6 +91,7 @@ class Session(Protocol):
         trace: TracebackType | None,
     ) -> None:
         """Close the session."""
+        self.close()
 
 
 def checked_images(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

@@ -7,14 +7,13 @@ import cupy
 
 from microclip_deploy.serving.cuda_pipeline import (
     CudaPipeline,
-    Head,
     Launches,
     captured,
     open_stream,
 )
-from microclip_deploy.serving.cuda_session import CudaSession, Facts
+from microclip_deploy.serving.cuda_session import CudaSession
 from microclip_deploy.serving.engines import BACKBONE_PLAN, EngineManifest, find_engines
-from microclip_deploy.serving.exported import Export, read_export, read_head_weights
+from microclip_deploy.serving.exported import Export, read_export, read_head
 from microclip_deploy.serving.tensorrt_engine import Engine, target
 
 
@@ -43,12 +42,10 @@ def session_of(
     Raises:
         CheckpointError, EnvironmentProblem: as `open_engines`.
     """
-    known, weights = export.manifest, read_head_weights(export)
+    known, head = export.manifest, read_head(export)
     encoder = TensorRTEncoder(Engine(plan, stream, BACKBONE_PLAN), manifest, stream)
-    head = Head(*weights, export.classifier, known.cls_share, known.ncut_spec())
-    facts = Facts(known.classes, frozenset(known.unadapted), known.preprocess, export.classifier)
-    pipeline = CudaPipeline(stream, encoder, head, known.preprocess)
-    return CudaSession(pipeline, facts, buckets=manifest.buckets())
+    pipeline = CudaPipeline(stream, encoder, head, known.ncut_spec(), known.preprocess.size)
+    return CudaSession(pipeline, export.facts(), buckets=manifest.buckets())
 
 
 class TensorRTEncoder:

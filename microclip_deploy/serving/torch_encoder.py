@@ -14,12 +14,12 @@ from microclip_deploy.model.checkpoint import load_model, read_checkpoint
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.serving.cuda_pipeline import (
     CudaPipeline,
-    Head,
     Launches,
     open_stream,
     out_of_memory,
 )
-from microclip_deploy.serving.cuda_session import CudaSession, Facts
+from microclip_deploy.serving.cuda_session import CudaSession
+from microclip_deploy.serving.session import Facts
 
 
 def open_run(path: Path, device: str) -> CudaSession:
@@ -48,16 +48,11 @@ def session_of(
     Raises:
         EnvironmentProblem: the device fails, or is out of memory.
     """
-    match, project = (
-        None if matrix is None else matrix.float().cpu().numpy() for matrix in model.folded_head()
-    )
-    assert project is not None, "only the match may be absent"
-    classifier = model.class_matrix().detach().cpu().numpy()
-    head = Head(match, project, classifier, model.cls_share, model.ncut)
     encoder = TorchEncoder(model.backbone, preprocess, stream)
-    pipeline = CudaPipeline(stream, encoder, head, preprocess)
+    head = model.head()
+    pipeline = CudaPipeline(stream, encoder, head, model.ncut, preprocess.size)
     # A run's classes are those it adapted to.
-    return CudaSession(pipeline, Facts(classes, frozenset(), preprocess, classifier))
+    return CudaSession(pipeline, Facts(classes, frozenset(), preprocess, head.classifier))
 
 
 class TorchEncoder:

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -13,20 +12,25 @@ from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import EnvironmentProblem, UsageError
 from microclip_deploy.model.checkpoint import initial_model, load_model, read_checkpoint
 from microclip_deploy.model.microclip import MicroCLIP
-from microclip_deploy.serving.session import Prediction
+from microclip_deploy.serving.session import (
+    Facts,
+    Prediction,
+    Session,
+    checked_images,
+    closed_session,
+)
 
 
-class TorchSession:
-    """A MicroCLIP module behind the Session protocol."""
+class TorchSession(Session):
+    """A MicroCLIP module as a session."""
 
     def __init__(
         self, model: MicroCLIP, classes: tuple[str, ...], preprocess: Preprocess, device: str
     ) -> None:
-        self.model = model
-        self.classes = classes
-        self.unadapted: frozenset[str] = frozenset()  # a run's classes are those it adapted to
-        self.preprocess = preprocess
-        self.device = device
+        classifier = model.class_matrix().detach().cpu().numpy()
+        # A run's classes are those it adapted to.
+        super().__init__(Facts(classes, frozenset(), preprocess, classifier), device)
+        self._model: MicroCLIP | None = model
 
     @classmethod
     def open(cls, path: Path, device: str = "cpu") -> Self:
@@ -46,39 +50,18 @@ class TorchSession:
 
     @torch.inference_mode()
     def predict(self, images: NDArray[np.uint8]) -> Prediction:
-        """Classify uint8 (B, S, S, 3) images that `preprocess.test_view` made."""
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
-        out = self.model(self.preprocess.normalize(pixels))
-        found = (
-            out.cls,
-            out.fg,
-            out.logits,
-            out.saliency.mask,
-            out.attention,
-            out.saliency.complete,
-        )
+        """Classify images as every session does."""
+        if self._model is None:
+            raise closed_session()
+        pixels = torch.from_numpy(checked_images(images, self.preprocess.size)).to(self.device)
+        out = self._model(self.preprocess.normalize(pixels))
+        cut = out.saliency
+        found = (out.cls, out.fg, out.logits, cut.mask, out.attention, cut.complete)
         return Prediction(*(tensor.cpu().numpy() for tensor in found))
-
-    def classifier(self) -> NDArray[np.float32]:
-        """Return the learnable class matrix, (C, E), unit rows."""
-        return self.model.class_matrix().detach().cpu().numpy()
 
     def close(self) -> None:
         """Drop the module; its memory goes with it."""
-        del self.model
-
-    def __enter__(self) -> Self:
-        """Return the session."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the session."""
-        self.close()
+        self._model = None
 
 
 def resolve_device(device: str) -> str:

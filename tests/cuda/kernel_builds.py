@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from microclip_deploy.cuda.layout import Device, KernelLayout
+from microclip_deploy.cuda.soap import attend_bytes, fusion_source, product_source
 from microclip_deploy.cuda.source import TOKEN_TYPES, CudaSource, TokenType
 from microclip_deploy.ncut.spec import NCutSpec
 
@@ -105,13 +106,9 @@ def _affinity_jobs(device: Device) -> Iterator[Job]:
 
 
 def _head_jobs(capability: int) -> Iterator[Job]:
-    from microclip_deploy.cuda.preprocess import cuda_source
-    from microclip_deploy.cuda.soap import fusion_source, product_source
-
-    yield Job("preprocess 224", cuda_source(224), capability, {})
     larger = [(1024, "float32")] if capability == 90 else []
     for width, token in [(768, "float16"), *larger]:
-        attend = {"attend": 8 * (4 * width + 8)}  # a row and a softmax a warp
+        attend = {"attend": attend_bytes(width)}
         name = f"fusion D={width}"
         yield Job(f"{name} {token}", fusion_source(width, token), capability, attend)
         yield Job(f"product K={width}", product_source(width), capability, {})

@@ -3,8 +3,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import pytest
@@ -21,19 +19,19 @@ from microclip_deploy.evaluation.evaluate import (
     evaluate,
     score,
 )
-from microclip_deploy.serving import Prediction, open_session
+from microclip_deploy.serving import Prediction, Session, open_session
+from microclip_deploy.serving.session import Facts
 
 CLASSES = ("red circle", "green square", "blue stripe")
 
 
-class ColourSession:
+class ColourSession(Session):
     """Knows the class by the strongest colour channel; [FG] always says the first class."""
 
     def __init__(self, classes: Sequence[str] = CLASSES, complete: bool = False) -> None:
-        self.classes = tuple(classes)
-        self.unadapted: frozenset[str] = frozenset()
-        self.preprocess = Preprocess(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
-        self.device = "cpu"
+        preprocess = Preprocess(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+        facts = Facts(tuple(classes), frozenset(), preprocess, np.eye(3, dtype=np.float32))
+        super().__init__(facts, "cpu")
         self.complete = complete
 
     def predict(self, images: NDArray[np.uint8]) -> Prediction:
@@ -46,22 +44,8 @@ class ColourSession:
         attention = np.full((count, 17), 1 / 17, np.float32)
         return Prediction(cls, fg, 100 * cls, mask, attention, np.full(count, self.complete))
 
-    def classifier(self) -> NDArray[np.float32]:
-        return np.eye(3, dtype=np.float32)
-
     def close(self) -> None:
         pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from microclip_deploy.serving.exported import (
     PROBES,
     Precision,
     read_export,
-    read_head_weights,
+    read_head,
 )
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def test_another_process_writes_the_same_bytes(
 def test_the_heads_matrices_are_those_inside_its_graph(tiny_export: Path) -> None:
     graph = onnx.load(tiny_export / HEAD).graph
     inside = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    found = read_head_weights(read_export(tiny_export))
+    found = read_head(read_export(tiny_export))
     assert found.match is not None
     np.testing.assert_array_equal(found.match, inside["head.match"])
     np.testing.assert_array_equal(found.project, inside["head.project"])

@@ -1,19 +1,21 @@
 """Batches of any size through buckets: filled, split, cut back, and never an older image."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError
 from microclip_deploy.serving import Prediction, Session
 from microclip_deploy.serving.answer_block import Sizes, block_bytes, block_views
-from microclip_deploy.serving.cuda_session import BUCKETS, CudaSession, Facts, bucket_of
+from microclip_deploy.serving.cuda_session import BUCKETS, CudaSession, bucket_of
+from microclip_deploy.serving.session import Facts
 
 SIDE = 8
 SIZES = Sizes(tokens=4, joint=3, classes=3)
@@ -50,10 +52,6 @@ class NumpyPipeline:
         answers.complete[:] = pixels[:, 0, 0, 1] > 127
         self.busy.release()
         return answers
-
-    def run_photos(self, bucket: int, photos: Sequence[NDArray[np.uint8]]) -> Prediction:
-        self.buffers[bucket][0][: len(photos)] = [photo[:SIDE, :SIDE] for photo in photos]
-        return self.run(bucket)
 
     def close(self) -> None:
         self.closed += 1
@@ -191,7 +189,7 @@ def test_a_session_tells_about_its_model(make: Callable[..., CudaSession]) -> No
 
 
 def test_photos_of_any_size_are_answered_in_order(make: Callable[..., CudaSession]) -> None:
-    photos = [np.full((SIDE + i, SIDE + 2, 3), 10 * i, np.uint8) for i in range(7)]
+    photos = [Image.new("RGB", (SIDE + 2, SIDE + i), (10 * i,) * 3) for i in range(7)]
     with make(buckets=(1, 2, 4)) as session:
         found = session.predict_photos(photos)
     np.testing.assert_array_equal(found.cls[:, 0], [10 * i for i in range(7)])

@@ -21,7 +21,7 @@ from microclip_deploy.serving.exported import (
     SCHEMA,
     Export,
     read_export,
-    read_head_weights,
+    read_head,
 )
 
 CLASSES = ("robin", "wren", "owl")
@@ -203,20 +203,20 @@ def with_head(directory: Path, **tensors: NDArray[Any]) -> Export:
 
 def test_the_heads_matrices_are_read(tmp_path: Path) -> None:
     match, project = np.eye(5, dtype=np.float32), np.ones((8, 5), np.float32)
-    found = read_head_weights(with_head(tmp_path, match=match, project=project))
+    found = read_head(with_head(tmp_path, match=match, project=project))
     assert found.match is not None
     np.testing.assert_array_equal(found.match, match)
     np.testing.assert_array_equal(found.project, project)
 
 
 def test_a_head_that_pools_all_tokens_alike_has_one_matrix(tmp_path: Path) -> None:
-    assert read_head_weights(with_head(tmp_path, project=np.ones((8, 5), np.float32))).match is None
+    assert read_head(with_head(tmp_path, project=np.ones((8, 5), np.float32))).match is None
 
 
 def test_an_export_from_before_the_matrices_opens_and_says_export_again(tmp_path: Path) -> None:
     export = read_with(tmp_path)
     with pytest.raises(CheckpointError, match=r"older export.*export again, or use --device cpu"):
-        read_head_weights(export)
+        read_head(export)
 
 
 @pytest.mark.parametrize(
@@ -237,4 +237,4 @@ def test_matrices_that_do_not_fit_are_refused(
 ) -> None:
     export = with_head(tmp_path, **tensors)
     with pytest.raises(CheckpointError, match=r"head\.safetensors: expected .*; export again"):
-        read_head_weights(export)
+        read_head(export)

@@ -25,9 +25,9 @@ from microclip_deploy.bench.latency.tables import as_json
 from microclip_deploy.bench.latency.windows import Plan, measure
 from microclip_deploy.bench.option_text import parse_names
 from microclip_deploy.cli.main import main
-from microclip_deploy.data.classes import LOGIT_SCALE
 from microclip_deploy.errors import EnvironmentProblem, UsageError, VerificationError
 from microclip_deploy.export.proof.probes import made_up_photos
+from microclip_deploy.head import LOGIT_SCALE
 from microclip_deploy.model.checkpoint import load_model, read_checkpoint
 from microclip_deploy.serving import opening
 from microclip_deploy.serving.exported import read_export

@@ -256,7 +256,7 @@ class WatchedSession(OnnxSession):
     """A session with damage, that remembers the sizes of its batches."""
 
     def __init__(self, graph: OnnxGraph, export: Export, damage: Damage) -> None:
-        super().__init__(graph, export.classifier, export.manifest)
+        super().__init__(graph, export.facts(), export.manifest.cls_share)
         self.asked: list[int] = []
         self.damage = damage
 
