@@ -172,13 +172,11 @@ def _cuda_session(subject: Subject, device: str, *, compiled: bool) -> Session:
     import torch
 
     from microclip_deploy.serving import torch_encoder
-    from microclip_deploy.serving.cuda_pipeline import open_stream
 
-    stream = open_stream(device)
-    model = _copied(subject.model).to(f"cuda:{stream.device_id}")
+    model = _copied(subject.model).to(device)
     if compiled:
         model.backbone = torch.compile(model.backbone, dynamic=False)  # a bucket has one size
-    return torch_encoder.session_of(model, subject.preprocess, _classes(subject), stream)
+    return torch_encoder.session_of(model, _classes(subject), subject.preprocess, device)
 
 
 def _classes(subject: Subject) -> tuple[str, ...]:

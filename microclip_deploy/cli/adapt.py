@@ -35,6 +35,7 @@ from microclip_deploy.evaluation.report import REPORT
 from microclip_deploy.model.backbone import BackboneSpec, Clip, load_clip
 from microclip_deploy.model.checkpoint import read_checkpoint
 from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.serving import open_run
 from microclip_deploy.serving.torch_session import TorchSession, resolve_device
 
 DEFAULT_MODEL = "ViT-B-32"
@@ -75,7 +76,7 @@ def run_adapt(request: AdaptRequest, notes: Console) -> dict[str, Any]:
     with locked(request.out), gpu_memory():
         inputs, clip = (_resumed if started else _new)(request, device, notes)
         if started and (request.out / artifact.MANIFEST).is_file():
-            return _finished(request.out, device, notes)
+            return _finished(request.out, device, clip, notes)
         workers = request.workers if request.workers is not None else _default_workers(device)
         operation = Operation(request.out, workers, request.save_every)
         validator = _validator(inputs, clip, device)
@@ -84,7 +85,8 @@ def run_adapt(request: AdaptRequest, notes: Console) -> dict[str, Any]:
             content = execute(inputs, operation, clip, validator=validator, on_step=step)
         for warning in content["warnings"]:
             notes.print(f"warning: {warning}", style="yellow", markup=False)
-        update_report(request.out, device, notes)
+        with open_run(request.out, device, clip=clip) as run:
+            update_report(request.out, run, notes)
     notes.print(f"adapted: {request.out}", markup=False)
     return content
 
@@ -175,12 +177,13 @@ def _differences(request: AdaptRequest, inputs: RunInputs) -> list[str]:
     return found
 
 
-def _finished(directory: Path, device: str, notes: Console) -> dict[str, Any]:
+def _finished(directory: Path, device: str, clip: Clip, notes: Console) -> dict[str, Any]:
     """Verify a finished run and return its manifest."""
     read_checkpoint(directory)
     notes.print(f"{directory}: already finished", markup=False)
     if not (directory / REPORT).is_file():
-        update_report(directory, device, notes)
+        with open_run(directory, device, clip=clip) as run:
+            update_report(directory, run, notes)
     return dict(artifact.read_json(directory / artifact.MANIFEST))
 
 

@@ -5,7 +5,7 @@ PyTorch is imported where a run directory needs it; an export needs none.
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from microclip_deploy.console import bar, tell_skipped
 from microclip_deploy.errors import EnvironmentProblem
 from microclip_deploy.evaluation.evaluate import EVALUATION, Evaluation, evaluate
 from microclip_deploy.evaluation.predict import OverlayWriter, open_writer, predict, table
-from microclip_deploy.serving import Session, is_export, open_session
+from microclip_deploy.serving import RunSessions, Session, is_export, open_run, open_session
 
 
 @contextmanager
@@ -49,32 +49,32 @@ def run_evaluate(
 
     An export is never written to: its files are those its manifest lists.
     """
-    used: list[str] = []
+    with gpu_memory(), ExitStack() as stack:
+        run = None if is_export(directory) else stack.enter_context(open_run(directory, device))
+        with bar(notes, "evaluating") as progress:
+            measured = evaluate(
+                directory,
+                data,
+                device=device,
+                batch_size=batch_size,
+                zero_shot=zero_shot,
+                max_bad=max_bad,
+                sessions=run,
+                progress=progress.update,
+                on_open=lambda session: _tell_device(session, notes),
+            )
+        tell_skipped(measured.bad, notes)
+        if run is not None:
+            _keep(directory, measured, run, notes)
+    return measured
 
-    def opened(session: Session) -> None:
-        used.append(session.device)
-        _tell_device(session, notes)
 
-    with gpu_memory(), bar(notes, "evaluating") as progress:
-        found = evaluate(
-            directory,
-            data,
-            device=device,
-            batch_size=batch_size,
-            zero_shot=zero_shot,
-            max_bad=max_bad,
-            progress=progress.update,
-            on_open=opened,
-        )
-    tell_skipped(found.bad, notes)
-    if is_export(directory):
-        return found
+def _keep(directory: Path, measured: Evaluation, run: RunSessions, notes: Console) -> None:
     try:
-        artifact.write_json(directory / EVALUATION, found.to_json())
-        update_report(directory, used[0], notes)
+        artifact.write_json(directory / EVALUATION, measured.to_json())
+        update_report(directory, run, notes)
     except EnvironmentProblem as error:  # a read-only run directory can still be evaluated
         notes.print(f"warning: {error}", style="yellow", markup=False)
-    return found
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ def run_predict(request: PredictRequest, out: Console, notes: Console) -> None:
                     overlays.write(result)
 
 
-def update_report(directory: Path, device: str, notes: Console) -> None:
+def update_report(directory: Path, run: RunSessions, notes: Console) -> None:
     """Write a run's report.html; the checkpoint is complete without it."""
     from microclip_deploy.evaluation.report import write_report
 
-    write_report(directory, device=device)
+    write_report(directory, sessions=run)
     notes.print(f"report: {directory / 'report.html'}", markup=False)
 
 

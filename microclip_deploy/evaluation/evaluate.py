@@ -25,7 +25,14 @@ from microclip_deploy.data.sources import BadFile, bad_image_limit, read_batches
 from microclip_deploy.errors import DataError, printable
 from microclip_deploy.evaluation.scores import TOP, Scores, ranks_of, score, scores_of_ranks
 from microclip_deploy.ncut.spec import saliency_warning
-from microclip_deploy.serving import Prediction, Session, is_export, open_session
+from microclip_deploy.serving import (
+    Prediction,
+    RunSessions,
+    Session,
+    is_export,
+    open_run,
+    open_session,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -144,6 +151,7 @@ def evaluate(
     batch_size: int = 64,
     zero_shot: bool = True,
     max_bad: str = "1%",
+    sessions: RunSessions | None = None,
     progress: Callable[[int, int], None] = _ignore,
     on_open: Callable[[Session], None] = _no_note,
 ) -> Evaluation:
@@ -158,6 +166,7 @@ def evaluate(
             without effect on an export, which does not hold it.
         max_bad: how many images may be unreadable, as for `sources.bad_image_limit`; they are left
             out, and named in `Evaluation.bad`.
+        sessions: of the run, if they are open; they stay so.
         progress: called with (done, total) after each batch.
         on_open: called with the open session before the first image.
 
@@ -168,16 +177,18 @@ def evaluate(
         UsageError: `max_bad` or `device` is malformed.
     """
     with ExitStack() as stack:
-        adapted = stack.enter_context(open_session(directory, device))
+        if sessions is None and zero_shot and not is_export(directory):
+            sessions = stack.enter_context(open_run(directory, device))
+        adapted = (
+            sessions.adapted if sessions else stack.enter_context(open_session(directory, device))
+        )
         on_open(adapted)
         images = LabelledImages.read(data, adapted.classes)
         limit = bad_image_limit(max_bad, len(images.paths))
         probes = [_Probe(adapted)]
-        if zero_shot and not is_export(directory):
-            from microclip_deploy.serving.torch_session import TorchSession
-
-            before = stack.enter_context(TorchSession.open_initial(directory, adapted.device))
-            probes.append(_Probe(before, _zero_shot_heads(directory)))
+        if zero_shot and sessions:
+            heads = {"names": sessions.names, "prior": sessions.prior}
+            probes.append(_Probe(sessions.initial, heads))
         measured = _measure(probes, images, batch_size, progress)
     bad = measured[0].bad
     if len(bad) > limit:
@@ -296,13 +307,6 @@ def _first(bad: Sequence[BadFile]) -> str:
     """Name the first bad files."""
     shown = "; ".join(f"{printable(file.path)} ({file.reason})" for file in bad[:_SHOWN])
     return f"{shown}; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else shown
-
-
-def _zero_shot_heads(run_dir: Path) -> dict[str, NDArray[np.float32]]:
-    from microclip_deploy.model.checkpoint import read_checkpoint
-
-    heads = read_checkpoint(run_dir).heads()
-    return {"names": heads.names.numpy(), "prior": heads.frozen.numpy()}
 
 
 def _evaluation(session: Session, measured: Sequence[SessionAccuracy]) -> Evaluation:

@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from microclip_deploy.evaluation.overlay import attention_map, overlay
 from microclip_deploy.evaluation.page import percent
 from microclip_deploy.evaluation.predict import FailedImage, Guess, ImagePrediction, predict
 from microclip_deploy.model.checkpoint import SCHEMA
-from microclip_deploy.serving.torch_session import TorchSession
+from microclip_deploy.serving import RunSessions, open_run
 
 REPORT = "report.html"
 
@@ -81,7 +82,13 @@ class Montage(NamedTuple):
     note: str
 
 
-def write_report(run_dir: Path, *, device: str = "cpu", sample_images: int = 12) -> Path:
+def write_report(
+    run_dir: Path,
+    *,
+    device: str = "cpu",
+    sample_images: int = 12,
+    sessions: RunSessions | None = None,
+) -> Path:
     """Write report.html into a finished run directory.
 
     Where images or the backbone are no longer there, the report says so instead of the montage.
@@ -90,6 +97,7 @@ def write_report(run_dir: Path, *, device: str = "cpu", sample_images: int = 12)
         run_dir: directory that `adapt` wrote.
         device: what draws the montage.
         sample_images: images in the montage, spread evenly over the run's; 0 for none.
+        sessions: of the run, if they are open; they stay so.
 
     Returns:
         The path of the report.
@@ -100,7 +108,7 @@ def write_report(run_dir: Path, *, device: str = "cpu", sample_images: int = 12)
     """
     manifest = artifact.read_manifest(run_dir, SCHEMA)
     inputs = _inputs(run_dir)
-    montage = _montage(run_dir, inputs, device, sample_images)
+    montage = _montage(run_dir, inputs, device, sample_images, sessions)
     history = read_history(run_dir / HISTORY)
     text = render(manifest, history, inputs, montage, _evaluation(run_dir))
     artifact.write_bytes(run_dir / REPORT, text.encode())
@@ -287,17 +295,20 @@ def _label_counts(
     return LabelCounts(groups, profile, even, unused)
 
 
-def _montage(run_dir: Path, inputs: RunInputs | None, device: str, count: int) -> Montage:
+def _montage(
+    run_dir: Path, inputs: RunInputs | None, device: str, count: int, sessions: RunSessions | None
+) -> Montage:
     if inputs is None or count < 1:
         return Montage((), "The run directory does not name its images." if count else "")
     total = len(inputs.images)
     wanted = min(count, total)
     paths = [Path(inputs.images[i * total // wanted]) for i in range(wanted)]
     try:
-        with TorchSession.open_initial(run_dir, device) as initial:
-            before = list(predict(initial, paths, 1, batch_size=wanted))
-        with TorchSession.open(run_dir, device) as adapted:
-            after = list(predict(adapted, paths, 1, batch_size=wanted))
+        with nullcontext(sessions) if sessions else open_run(run_dir, device) as models:
+            before, after = (
+                list(predict(session, paths, 1, batch_size=wanted))
+                for session in (models.initial, models.adapted)
+            )
     except MicroclipError as error:
         return Montage((), f"No pictures: {error}")
     rows = [

@@ -8,7 +8,8 @@ down its value path, sharing the value projection, the output projection and the
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,32 @@ _LOAD_ERRORS = (
 
 # How open_clip words a failed download; the exceptions behind it differ by hub and version.
 _DOWNLOAD_FAILED = ("Failed to download", "Failed initial config/weights load from HF Hub")
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Compute in float32 where CUDA would take TF32, which moves products of tokens across tau.
+
+    The switches are the process's, so they are put back.
+    """
+    switches = _tf32_switches()
+    before = [getattr(place, name) for place, name, _ in switches]
+    for place, name, exact in switches:
+        setattr(place, name, exact)
+    try:
+        yield
+    finally:
+        for (place, name, _), value in zip(switches, before, strict=True):
+            setattr(place, name, value)
+
+
+def _tf32_switches() -> list[tuple[Any, str, object]]:
+    """Return what decides, and its exact value. PyTorch refuses to mix both kinds of switches."""
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):  # PyTorch 2.9
+        return [(place, "fp32_precision", "ieee") for place in (matmul, cudnn.conv, cudnn.rnn)]
+    return [(place, "allow_tf32", False) for place in (matmul, cudnn)]
 
 
 class BackboneSpec(BaseModel):
@@ -176,6 +203,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
 
     @torch.no_grad()
+    @exact_float32()
     def __call__(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Encode texts to raw embeddings: float32 (len(texts), E), not normalised."""
         device = next(self._clip.parameters()).device
@@ -197,8 +225,6 @@ def load_clip(spec: BackboneSpec, device: torch.device | str = "cpu") -> Clip:
         EnvironmentProblem: the weights could not be downloaded.
         CheckpointError: unknown name or tag, missing or damaged weights, an architecture that
             does not match its weights, or a tower microCLIP cannot use.
-
-    On a CUDA device TF32 is switched off for the process.
     """
     name = resolve_name(spec.model)
     _check_source(spec, name)
@@ -226,10 +252,6 @@ def load_clip(spec: BackboneSpec, device: torch.device | str = "cpu") -> Clip:
             f"model {spec.model}: could not be loaded: {_first_line(error)}"
         ) from error
     clip.eval().requires_grad_(False)
-    if torch.device(device).type == "cuda":
-        # TF32 would move products of tokens across tau: float32 here means float32.
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
     _check_finite(clip, spec)
     vision = VisionBackbone(clip.visual)
     settings = open_clip.get_model_preprocess_cfg(clip)

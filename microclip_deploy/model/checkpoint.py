@@ -149,14 +149,21 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(manifest, tensors)
 
 
-def load_model(checkpoint: Checkpoint, device: str = "cpu") -> MicroCLIP:
+def load_model(
+    checkpoint: Checkpoint, device: str = "cpu", *, clip: Clip | None = None
+) -> MicroCLIP:
     """Rebuild the adapted model, in eval mode, on `device`.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned.
+        device: where the model goes.
+        clip: the model behind it, if it is loaded there already.
 
     Raises:
         CheckpointError: the backbone cannot be loaded or is not the one that was adapted, or the
             checkpoint's tensors do not fit it.
     """
-    model = initial_model(checkpoint, device)
+    model = initial_model(checkpoint, clip or load_backbone(checkpoint, device))
     trainable = model.trainable()
     adapted = {name: t for name, t in checkpoint.tensors.items() if not name.startswith("text.")}
     if adapted.keys() != trainable.keys():
@@ -175,17 +182,10 @@ def load_model(checkpoint: Checkpoint, device: str = "cpu") -> MicroCLIP:
     return model
 
 
-def initial_model(checkpoint: Checkpoint, device: str = "cpu") -> MicroCLIP:
+def initial_model(checkpoint: Checkpoint, clip: Clip) -> MicroCLIP:
     """Rebuild the model as it was before adaptation: what zero-shot CLIP says."""
     manifest = checkpoint.manifest
-    stored, fusion = manifest.backbone, manifest.config.adapt
-    clip = load_clip(BackboneSpec(model=stored.model, pretrained=stored.pretrained), device)
-    if clip.sha256 != stored.sha256:
-        raise CheckpointError(
-            f"backbone {stored.model}/{stored.pretrained}: expected weights with sha256 "
-            f"{stored.sha256[:12]}, found {clip.sha256[:12]}; "
-            "adapt again or restore the old weights"
-        )
+    fusion = manifest.config.adapt
     return build_model(
         clip,
         checkpoint.heads(),
@@ -193,6 +193,23 @@ def initial_model(checkpoint: Checkpoint, device: str = "cpu") -> MicroCLIP:
         cls_share=fusion.cls_share,
         pooling=fusion.pooling,
     )
+
+
+def load_backbone(checkpoint: Checkpoint, device: str = "cpu") -> Clip:
+    """Load the CLIP model that was adapted.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or has other weights now.
+    """
+    stored = checkpoint.manifest.backbone
+    clip = load_clip(BackboneSpec(model=stored.model, pretrained=stored.pretrained), device)
+    if clip.sha256 != stored.sha256:
+        raise CheckpointError(
+            f"backbone {stored.model}/{stored.pretrained}: expected weights with sha256 "
+            f"{stored.sha256[:12]}, found {clip.sha256[:12]}; "
+            "adapt again or restore the old weights"
+        )
+    return clip
 
 
 def build_model(

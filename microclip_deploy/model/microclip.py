@@ -1,5 +1,6 @@
 """MicroCLIP: images -> class embedding, fine-grained embedding, saliency and logits."""
 
+import copy
 import math
 from typing import Literal, NamedTuple
 
@@ -56,9 +57,12 @@ class MicroCLIP(nn.Module):
         cls_share: float = 0.5,
         pooling: Pooling = "soap",
     ) -> None:
-        """Assemble the model in its initial state: identity maps, class matrix from the texts."""
+        """Assemble the model in its initial state: identity maps, class matrix from the texts.
+
+        Frozen weights are shared with `backbone`, which adaptation leaves as it is.
+        """
         super().__init__()
-        self.backbone = backbone
+        self.backbone = _with_own_layer_norms(backbone)
         self.pooling = SOAP(backbone.width) if pooling == "soap" else TokenMean()
         self.classifier = nn.Parameter(heads.initial.clone())
         self.register_buffer("frozen", heads.frozen.clone())
@@ -101,6 +105,12 @@ class MicroCLIP(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the trained tensors by name, in a fixed order."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def _with_own_layer_norms(backbone: VisionBackbone) -> VisionBackbone:
+    """Copy a backbone, but for what is never trained."""
+    frozen = {id(p): p for name, p in backbone.named_parameters() if not is_layer_norm(name)}
+    return copy.deepcopy(backbone, frozen)
 
 
 def is_layer_norm(name: str) -> bool:

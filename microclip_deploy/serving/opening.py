@@ -4,12 +4,22 @@ import importlib.util
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from microclip_deploy import artifact
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, require
 from microclip_deploy.serving.engines import has_engines
 from microclip_deploy.serving.session import Session
+
+if TYPE_CHECKING:
+    from microclip_deploy.model.backbone import Clip
+    from microclip_deploy.model.checkpoint import CheckpointManifest
+    from microclip_deploy.model.microclip import MicroCLIP
 
 _CHECKPOINT = "microclip.checkpoint/"
 _EXPORT = "microclip.export/"
@@ -59,20 +69,80 @@ def is_export(path: Path) -> bool:
 # Through `require`, so that whichever package is missing comes with its install line.
 
 
-def _open_run(path: Path, device: str) -> Session:
-    """Open a run: with the kernels on a GPU, otherwise with PyTorch alone."""
+class RunSessions(NamedTuple):
+    """Both models of a run; they share the weights that were not trained."""
+
+    adapted: Session
+    initial: Session
+    """The model before adaptation: its class matrix is the mean of the descriptions."""
+    names: NDArray[np.float32]
+    """(C, E), unit rows: the class names alone, as plain zero-shot CLIP uses them."""
+    prior: NDArray[np.float32]
+    """(C, E), unit rows: the frozen head that pseudo-labels lean on."""
+
+    def __enter__(self) -> Self:
+        """Return the sessions."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close both."""
+        self.adapted.close()
+        self.initial.close()
+
+
+def open_run(path: Path, device: str = "cpu", *, clip: "Clip | None" = None) -> RunSessions:
+    """Open a run as it is now and as it was before adaptation; CLIP is loaded once.
+
+    Args:
+        path: directory that `adapt` wrote.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        clip: the model behind the run, if it is loaded on this device already.
+
+    Raises:
+        CheckpointError: missing or damaged, or CLIP's weights have changed.
+        EnvironmentProblem: packages or the device are missing.
+        UsageError: not a device that PyTorch knows.
+    """
     require("microclip_deploy.serving.torch_session", "adapt")
+    from microclip_deploy.model import checkpoint as stored
     from microclip_deploy.serving.torch_session import TorchSession, resolve_device
 
-    found = resolve_device(device)
-    if _is_cuda(found) and _has("cupy"):
-        require("microclip_deploy.serving.torch_encoder", "gpu")
-        from microclip_deploy.serving.torch_encoder import open_run
+    place = resolve_device(device)
+    checkpoint = stored.read_checkpoint(path)
+    clip = clip or stored.load_backbone(checkpoint, place)
+    known, heads = checkpoint.manifest, checkpoint.heads()
+    initial = stored.initial_model(checkpoint, clip)
+    return RunSessions(
+        _open_model(stored.load_model(checkpoint, place, clip=clip), known, place, device),
+        TorchSession(initial, known.classes, known.preprocess, place),
+        heads.names.numpy(),
+        heads.frozen.numpy(),
+    )
 
-        session = _with_kernels(open_run, path, found, auto=device == "auto")
+
+def _open_run(path: Path, device: str) -> Session:
+    require("microclip_deploy.serving.torch_session", "adapt")
+    from microclip_deploy.model.checkpoint import load_model, read_checkpoint
+    from microclip_deploy.serving.torch_session import resolve_device
+
+    place = resolve_device(device)
+    checkpoint = read_checkpoint(path)
+    return _open_model(load_model(checkpoint, place), checkpoint.manifest, place, device)
+
+
+def _open_model(model: "MicroCLIP", known: "CheckpointManifest", place: str, asked: str) -> Session:
+    """Open a model that is on its device: with the kernels on a GPU, otherwise with PyTorch."""
+    from microclip_deploy.serving.torch_session import TorchSession
+
+    if _is_cuda(place) and _has("cupy"):
+        require("microclip_deploy.serving.torch_encoder", "gpu")
+        from microclip_deploy.serving.torch_encoder import session_of
+
+        open_kernels = partial(session_of, model, known.classes, known.preprocess, place)
+        session = _with_kernels(open_kernels, auto=asked == "auto")
         if session is not None:
             return session
-    return _without_cupy(TorchSession.open(path, found))
+    return _without_cupy(TorchSession(model, known.classes, known.preprocess, place))
 
 
 def _open_export(path: Path, device: str) -> Session:
@@ -107,7 +177,7 @@ def open_graphs(path: Path, device: str = "cpu") -> Session:
         require("microclip_deploy.serving.onnx_encoder", "gpu")
         from microclip_deploy.serving.onnx_encoder import open_export
 
-        session = _with_kernels(open_export, path, found, auto=device == "auto")
+        session = _with_kernels(partial(open_export, path, found), auto=device == "auto")
         if session is not None:
             return session
     return _without_cupy(OnnxSession.open(path, device))
@@ -136,15 +206,13 @@ def _with_engines(path: Path, device: str) -> Session | None:
         return None
 
 
-def _with_kernels(
-    opener: Callable[[Path, str], Session], path: Path, device: str, *, auto: bool
-) -> Session | None:
+def _with_kernels(opener: Callable[[], Session], *, auto: bool) -> Session | None:
     """Open with the kernels; None, with a warning, where they do not know the model.
 
     With `auto` None also where they cannot be used.
     """
     try:
-        return opener(path, device)
+        return opener()
     except UsageError as problem:
         told = str(problem)
     except (CheckpointError, EnvironmentProblem) as problem:

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import cupy
 import torch
 from torch.utils.dlpack import from_dlpack
 
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.model.backbone import VisionBackbone
-from microclip_deploy.model.checkpoint import load_model, read_checkpoint
+from microclip_deploy.model.backbone import VisionBackbone, exact_float32
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.serving.cuda_pipeline import (
     CudaPipeline,
@@ -22,32 +20,21 @@ from microclip_deploy.serving.cuda_session import CudaSession
 from microclip_deploy.serving.session import Facts
 
 
-def open_run(path: Path, device: str) -> CudaSession:
-    """Load the adapted model of a run directory for the kernels.
+def session_of(
+    model: MicroCLIP, classes: tuple[str, ...], preprocess: Preprocess, device: str
+) -> CudaSession:
+    """Serve a model with the kernels.
 
     Args:
-        path: directory that `adapt` wrote.
+        model: on the device.
+        classes: in the order of the logits.
+        preprocess: of its images.
         device: "cuda" or "cuda:N".
 
     Raises:
-        CheckpointError: missing or damaged.
         EnvironmentProblem: the device is missing, fails, or is out of memory.
     """
     stream = open_stream(device)
-    checkpoint = read_checkpoint(path)
-    manifest = checkpoint.manifest
-    model = load_model(checkpoint, f"cuda:{stream.device_id}")
-    return session_of(model, manifest.preprocess, manifest.classes, stream)
-
-
-def session_of(
-    model: MicroCLIP, preprocess: Preprocess, classes: tuple[str, ...], stream: cupy.cuda.Stream
-) -> CudaSession:
-    """Serve a model that is on the stream's device.
-
-    Raises:
-        EnvironmentProblem: the device fails, or is out of memory.
-    """
     encoder = TorchEncoder(model.backbone, preprocess, stream)
     head = model.head()
     pipeline = CudaPipeline(stream, encoder, head, model.ncut, preprocess.size)
@@ -133,25 +120,10 @@ class TorchEncoder:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        with torch.cuda.stream(self._stream), torch.inference_mode(), _exact_float32():
+        with torch.cuda.stream(self._stream), torch.inference_mode(), exact_float32():
             yield
 
     def close(self) -> None:
         """Drop the backbone and give its memory back to the device."""
         self._backbone = None
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def _exact_float32() -> Iterator[None]:
-    """Switch TF32 off for what is launched: it would move edges of the graph that is cut.
-
-    The switches are the process's, so they are put back.
-    """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import EnvironmentProblem, UsageError
-from microclip_deploy.model.checkpoint import initial_model, load_model, read_checkpoint
+from microclip_deploy.model.backbone import exact_float32
+from microclip_deploy.model.checkpoint import load_model, read_checkpoint
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.serving.session import (
     Facts,
@@ -37,18 +38,11 @@ class TorchSession(Session):
         """Load the adapted model of a run directory on the device `resolve_device` finds."""
         device = resolve_device(device)
         checkpoint = read_checkpoint(path)
-        model = load_model(checkpoint, device)
-        return cls(model, checkpoint.manifest.classes, checkpoint.manifest.preprocess, device)
-
-    @classmethod
-    def open_initial(cls, path: Path, device: str = "cpu") -> Self:
-        """Load the model of a run directory as it was before adaptation."""
-        device = resolve_device(device)
-        checkpoint = read_checkpoint(path)
-        model = initial_model(checkpoint, device)
-        return cls(model, checkpoint.manifest.classes, checkpoint.manifest.preprocess, device)
+        known = checkpoint.manifest
+        return cls(load_model(checkpoint, device), known.classes, known.preprocess, device)
 
     @torch.inference_mode()
+    @exact_float32()
     def predict(self, images: NDArray[np.uint8]) -> Prediction:
         """Classify images as every session does."""
         if self._model is None:

@@ -3,12 +3,15 @@
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+import open_clip
 import pytest
 import torch
 from rich.console import Console
 
 from microclip_deploy.cli.commands import gpu_memory, run_evaluate
+from microclip_deploy.cli.main import main
 from microclip_deploy.errors import EnvironmentProblem
 
 
@@ -23,6 +26,33 @@ def test_other_errors_stay_what_they_are(loaded: bool, monkeypatch: pytest.Monke
         monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(RuntimeError, match="no memory of it"), gpu_memory():
         raise RuntimeError("no memory of it")
+
+
+def test_a_command_loads_clip_once(
+    tiny_model_dir: Path,
+    photos: Path,
+    classes_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[str] = []
+    create = open_clip.create_model
+
+    def counted(name: str, **options: Any) -> Any:
+        loaded.append(name)
+        return create(name, **options)
+
+    monkeypatch.setattr(open_clip, "create_model", counted)
+    run = tmp_path / "run"
+    start = ["adapt", str(photos), "--classes", str(classes_file), "-o", str(run)]
+    settings = ["--epochs", "1", "--set", "views.crops=1", "--set", "adapt.batch_size=24"]
+    assert main([*start, "--model", f"local-dir:{tiny_model_dir}", *settings]) == 0
+    assert (run / "report.html").is_file()
+    for command in (["evaluate", str(run), str(photos)], ["predict", str(run), str(photos)]):
+        assert len(loaded) == 1, command
+        loaded.clear()
+        assert main(command) == 0
+    assert len(loaded) == 1
 
 
 def test_a_run_keeps_its_evaluation(finished_run: Path, photos: Path, tmp_path: Path) -> None:

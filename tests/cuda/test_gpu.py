@@ -55,7 +55,6 @@ def test_cut_on_the_device_is_exact_where_well_posed(size: int) -> None:
 
 
 def test_a_training_step_equals_the_one_on_the_cpu(model: MicroCLIP, views: Views) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = False
     config = AdaptConfig(lr=1e-3)
     device_model = copy.deepcopy(model).cuda()
     device_views = Views(*(view.cuda() for view in views))

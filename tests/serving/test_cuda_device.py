@@ -50,13 +50,6 @@ def assert_like(found: Prediction, wanted: Prediction) -> None:
         np.testing.assert_allclose(one, other, rtol=0, atol=COSINES, err_msg=name)
 
 
-@pytest.fixture(autouse=True)
-def _exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let PyTorch's own session, which is the reference, compute without TF32 too."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 @pytest.fixture
 def reference(finished_run: Path) -> Iterator[TorchSession]:
     with TorchSession.open(finished_run, "cuda") as session:
@@ -163,10 +156,3 @@ def test_a_session_survives_a_full_device(
         np.testing.assert_array_equal(session.predict(images(1)).logits, first.logits)
         pool.set_limit(size=0)
         assert_like(session.predict(images(64)), reference.predict(images(64)))
-
-
-def test_tf32_is_as_it_was(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open_session(finished_run, "cuda") as session:
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # loading switches it off
-        session.predict(images(1))
-        assert torch.backends.cudnn.allow_tf32

@@ -117,22 +117,23 @@ class Machine:
         patch.setattr(
             torch_session, "resolve_device", lambda device: device.replace("auto", "cuda")
         )
-        for encoder, opener in (("torch_encoder", "open_run"), ("onnx_encoder", "open_export")):
+        known = SimpleNamespace(manifest=SimpleNamespace(classes=(), preprocess=None))
+        patch.setattr(checkpoint, "read_checkpoint", lambda _path: known)
+        patch.setattr(checkpoint, "load_model", lambda *_: None)
+        for encoder, opener in (("torch_encoder", "session_of"), ("onnx_encoder", "open_export")):
             module = SimpleNamespace(**{opener: self._kernels})
             patch.setitem(sys.modules, f"microclip_deploy.serving.{encoder}", module)
-        for kind in (TorchSession, OnnxSession):
-            patch.setattr(kind, "open", self._plain(kind.__name__))
+        patch.setattr(torch_session, "TorchSession", self._plain)
+        patch.setattr(OnnxSession, "open", self._plain)
 
-    def _kernels(self, _path: Path, device: str) -> Any:
+    def _kernels(self, *arguments: Any) -> Any:
         if self.problem is not None:
             raise self.problem
-        return SimpleNamespace(device=f"kernels on {device}")
+        return SimpleNamespace(device=f"kernels on {arguments[-1]}")
 
     @staticmethod
-    def _plain(name: str) -> Any:
-        return lambda _path, device: SimpleNamespace(
-            name=name, device=device.replace("auto", "cuda:0")
-        )
+    def _plain(*arguments: Any) -> Any:
+        return SimpleNamespace(device=arguments[-1].replace("auto", "cuda:0"))
 
 
 @pytest.fixture
