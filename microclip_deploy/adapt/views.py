@@ -1,6 +1,6 @@
 """Random views of one image for adaptation: weak, strong and crops, as uint8 arrays.
 
-    weak     resize the short side to S, random S x S crop
+    weak     resize, random S x S crop; the test view where the model squashes or fills
     strong   random resized crop to S x S, horizontal flip, RandAugment
     crops    V times: random square of the original image, then the weak view of it
 
@@ -141,12 +141,13 @@ def make_views(
 def _weak_view(
     image: Image.Image, rng: np.random.Generator, preprocess: Preprocess
 ) -> NDArray[np.uint8]:
-    """Return a random square of the resized image: uint8 (S, S, 3)."""
-    side = preprocess.size
-    resized = preprocess.resize_short_side(image)
-    left = int(rng.integers(resized.width - side, endpoint=True))
-    top = int(rng.integers(resized.height - side, endpoint=True))
-    return np.array(resized.crop((left, top, left + side, top + side)))
+    """Return a random square of the resized image: uint8 (S, S, 3); the only one where it fits."""
+    resized = preprocess.resized(image)
+    left, top = (
+        int(rng.integers(rest, endpoint=True)) if rest >= 0 else preprocess.offset(length)
+        for length, rest in ((side, side - preprocess.size) for side in resized.size)
+    )
+    return preprocess.window(resized, left, top)
 
 
 def _random_square(
@@ -167,7 +168,7 @@ def _strong_view(
     # Cropping first keeps the filter from reading pixels outside the box, as torchvision does;
     # resize(box=...) would not.
     size = (preprocess.size, preprocess.size)
-    view = image.crop(box).resize(size, Image.Resampling.BICUBIC)
+    view = image.crop(box).resize(size, Image.Resampling[preprocess.interpolation.upper()])
     if rng.random() < config.flip:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if config.randaugment:

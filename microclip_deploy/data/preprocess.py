@@ -3,20 +3,26 @@
 `Preprocess` is stored as JSON in every artifact. It needs NumPy and Pillow only, so a server
 without the training stack computes exactly what training saw. Two steps, kept apart on purpose:
 
-    test view   PIL RGB -> uint8 (S, S, 3)           resize the short side, centre crop
+    test view   PIL RGB -> uint8 (S, S, 3)                    resize, centre crop
     normalise   uint8 (B, S, S, 3) -> float32 (B, 3, S, S)    (x / 255 - mean) / std
 
-The first step equals torchvision's `Resize(S, BICUBIC)` and `CenterCrop(S)` on PIL images byte for
-byte, which is what CLIP models were trained and evaluated with.
+The first step equals open_clip's own transform on PIL images byte for byte, in each of its resize
+modes: models were trained with one of them.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
 
 import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from microclip_deploy.errors import DataError
 
@@ -25,15 +31,6 @@ if TYPE_CHECKING:
 
 _Mean = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Std = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-
-
-class ViewGeometry(NamedTuple):
-    """Where the test view lies: the size after resizing, and the crop's corner in it, pixels."""
-
-    width: int
-    height: int
-    left: int
-    top: int
 
 
 class Preprocess(BaseModel):
@@ -47,37 +44,53 @@ class Preprocess(BaseModel):
     """Mean per RGB channel, in units where white is 1."""
     std: tuple[_Std, _Std, _Std]
     """Standard deviation per RGB channel, in units where white is 1."""
-    interpolation: Literal["bicubic"] = "bicubic"
-    """Resampling filter: Pillow's antialiased bicubic, the only one CLIP models use."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Resampling filter, antialiased as Pillow does it."""
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+    """Which side becomes S: the short one, and the rest is cut off; the long one, and the rest is
+    filled; or both, whatever the aspect ratio."""
+    fill_color: int = Field(default=0, ge=0, le=255)
+    """What fills the rest, on all channels."""
 
-    def geometry(self, width: int, height: int) -> ViewGeometry:
-        """Return the resized size and the centre crop of an image of `width` x `height` pixels.
+    @model_serializer(mode="wrap")
+    def _stored(self, stored: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what older readers do not know wherever it says what they do."""
+        fields: dict[str, Any] = stored(self)
+        usual = {"resize_mode": "shortest", "fill_color": 0}
+        return {name: value for name, value in fields.items() if usual.get(name) != value}
 
-        Source: torchvision `Resize(int)`, including its truncation of the long side, and
-        `CenterCrop`, including its rounding of half pixels to even.
-        """
-        if width <= height:
-            wide, high = self.size, int(self.size * height / width)
-        else:
-            wide, high = int(self.size * width / height), self.size
-        left, top = (round((side - self.size) / 2.0) for side in (wide, high))
-        return ViewGeometry(wide, high, left, top)
-
-    def resize_short_side(self, image: Image.Image) -> Image.Image:
-        """Return the image scaled so that its short side is `size`, aspect ratio kept.
+    def resized(self, image: Image.Image) -> Image.Image:
+        """Return the image scaled as `resize_mode` says.
 
         Args:
             image: mode RGB. `read_image` bounds its aspect ratio, and so this result's memory.
 
         Raises:
             DataError: the image is not RGB.
+
+        Source: torchvision `Resize(int)`, which truncates the long side, and `Resize((S, S))`;
+        timm `ResizeKeepRatio`, which rounds the short side.
         """
         if image.mode != "RGB":
             raise DataError(
                 f"image: expected mode RGB, found {image.mode}; open it with read_image"
             )
-        target = self.geometry(*image.size)
-        return image.resize((target.width, target.height), Image.Resampling.BICUBIC)
+        side, (short, long) = self.size, sorted(image.size)
+        if self.resize_mode == "squash":
+            short_to = long_to = side
+        elif self.resize_mode == "longest":
+            short_to, long_to = max(1, round(short / (long / side))), side
+        else:
+            short_to, long_to = side, int(side * long / short)
+        wide = image.width > image.height
+        target = (long_to, short_to) if wide else (short_to, long_to)
+        return image.resize(target, Image.Resampling[self.interpolation.upper()])
+
+    def window(self, resized: Image.Image, left: int, top: int) -> NDArray[np.uint8]:
+        """Return S x S pixels from (left, top) on, uint8 (S, S, 3); what lies outside is filled."""
+        canvas = Image.new("RGB", (self.size, self.size), (self.fill_color,) * 3)
+        canvas.paste(resized, (-left, -top))
+        return np.array(canvas)
 
     def test_view(self, image: Image.Image) -> NDArray[np.uint8]:
         """Return the centre of the resized image, the deterministic view used for inference.
@@ -93,9 +106,17 @@ class Preprocess(BaseModel):
 
         The reference code evaluates on a random crop; a centre crop makes results repeatable.
         """
-        resized = self.resize_short_side(image)
-        _, _, left, top = self.geometry(*image.size)
-        return np.array(resized.crop((left, top, left + self.size, top + self.size)))
+        resized = self.resized(image)
+        return self.window(resized, *(self.offset(length) for length in resized.size))
+
+    def offset(self, length: int) -> int:
+        """Return where the centre window of a side begins, pixels; negative where it is filled.
+
+        Source: torchvision `CenterCrop`, which rounds half pixels to even; open_clip
+        `CenterCropOrPad`, which fills the smaller half first.
+        """
+        rest = length - self.size
+        return round(rest / 2.0) if rest > 0 else -(-rest // 2)
 
     @overload
     def normalize(self, images: NDArray[np.uint8]) -> NDArray[np.float32]: ...

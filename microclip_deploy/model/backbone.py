@@ -18,7 +18,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -254,13 +254,37 @@ def load_clip(spec: BackboneSpec, device: torch.device | str = "cpu") -> Clip:
     clip.eval().requires_grad_(False)
     _check_finite(clip, spec)
     vision = VisionBackbone(clip.visual)
-    settings = open_clip.get_model_preprocess_cfg(clip)
-    preprocess = Preprocess(
-        size=int(clip.visual.image_size[0]),
-        mean=tuple(settings["mean"]),
-        std=tuple(settings["std"]),
-    )
+    preprocess = _preprocess_of(clip)
     return Clip(vision, TextEncoder(clip, tokenizer), preprocess, spec, weights_sha256(clip))
+
+
+def _preprocess_of(clip: Any) -> Preprocess:
+    """Return how the model's pixels are made, by its own open_clip configuration.
+
+    Raises:
+        CheckpointError: open_clip's transform does something that ours does not know.
+    """
+    settings = open_clip.get_model_preprocess_cfg(clip)
+    statistics = {
+        name: tuple(value) if isinstance(value, list | tuple) else (value,) * 3
+        for name, value in settings.items()
+        if name in ("mean", "std")
+    }
+    # open_clip evaluates models of "random" interpolation with bicubic.
+    interpolation = settings["interpolation"].replace("random", "bicubic")
+    try:
+        return Preprocess(
+            size=int(clip.visual.image_size[0]),
+            interpolation=interpolation,
+            resize_mode=settings["resize_mode"],
+            fill_color=settings["fill_color"],
+            **statistics,
+        )
+    except ValidationError as error:
+        raise CheckpointError(
+            f"this model's preprocessing: expected what open_clip's transform knows, found "
+            f"{settings}: {_first_line(error)}; correct preprocess_cfg in open_clip_config.json"
+        ) from error
 
 
 def resolve_name(model: str) -> str:

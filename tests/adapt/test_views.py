@@ -48,7 +48,7 @@ def test_views_have_their_shapes_for_tiny_wide_and_tall_images(width: int, heigh
 @pytest.mark.parametrize(("width", "height"), [(33, 32), (50, 70), (90, 61), (32, 32)])
 def test_weak_view_is_some_window_of_the_resized_image(width: int, height: int) -> None:
     image = noise(width, height)
-    possible = windows(CLIP.resize_short_side(image))
+    possible = windows(CLIP.resized(image))
     seen = {
         make_views(image, view_generator(0, 0, i), CLIP, PLAIN).weak.tobytes() for i in range(40)
     }
@@ -63,6 +63,15 @@ def test_weak_view_reaches_both_ends() -> None:
         make_views(image, view_generator(0, 0, i), CLIP, PLAIN).weak.tobytes() for i in range(40)
     }
     assert seen == {np.ascontiguousarray(pixels[:, i : i + SIZE]).tobytes() for i in range(3)}
+
+
+@pytest.mark.parametrize("resize_mode", ["longest", "squash"])
+def test_models_that_see_the_whole_image_get_it_as_weak_view(resize_mode: str) -> None:
+    preprocess = CLIP.model_copy(update={"resize_mode": resize_mode, "fill_color": 9})
+    image = noise(90, 40)
+    made = make_views(image, view_generator(0, 0, 0), preprocess, PLAIN)
+    np.testing.assert_array_equal(made.weak, preprocess.test_view(image))
+    assert {crop.shape for crop in made.crops} == {(SIZE, SIZE, 3)}
 
 
 def test_crops_are_squares_of_the_original_within_the_bounds_of_the_side() -> None:
@@ -89,9 +98,7 @@ def test_crops_are_squares_of_the_original_within_the_bounds_of_the_side() -> No
 def test_crop_view_equals_crop_then_resize() -> None:
     image = noise(80, 60)
     made = make_views(image, view_generator(0, 0, 0), CLIP, ViewConfig(crop_side=(1, 1)))
-    possible = {
-        CLIP.resize_short_side(image.crop((left, 0, left + 60, 60))).tobytes() for left in range(21)
-    }
+    possible = {CLIP.resized(image.crop((left, 0, left + 60, 60))).tobytes() for left in range(21)}
     assert {crop.tobytes() for crop in made.crops} <= possible
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,24 +32,38 @@ def batch() -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     return np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3)).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("width", "height"), SHAPES)
-def test_test_view_equals_torchvision_byte_for_byte(width: int, height: int) -> None:
-    image = noise(width, height)
-    reference = transforms.Compose(
-        [
-            transforms.Resize(SIZE, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(SIZE),
-        ]
-    )
-    view = CLIP.test_view(image)
-    assert view.dtype == np.uint8
-    assert view.flags.c_contiguous
-    np.testing.assert_array_equal(view, np.asarray(reference(image)))
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize(("interpolation", "fill_color"), [("bicubic", 0), ("bilinear", 128)])
+def test_test_view_equals_open_clips_byte_for_byte(
+    resize_mode: Any, interpolation: Any, fill_color: int
+) -> None:
+    settings = {
+        "interpolation": interpolation,
+        "resize_mode": resize_mode,
+        "fill_color": fill_color,
+    }
+    preprocess = CLIP.model_copy(update=settings)
+    plain = PreprocessCfg(size=SIZE, mean=(0, 0, 0), std=(1, 1, 1), **settings)
+    reference = image_transform_v2(plain, is_train=False)
+    for width, height in SHAPES:
+        if resize_mode == "longest" and max(width, height) > SIZE * min(width, height):
+            continue  # open_clip itself fails on it
+        view = preprocess.test_view(noise(width, height))
+        assert view.dtype == np.uint8
+        assert view.flags.c_contiguous
+        expected = (255 * reference(noise(width, height))).round().byte().permute(1, 2, 0)
+        np.testing.assert_array_equal(view, expected.numpy(), err_msg=f"{width} x {height}")
+
+
+def test_stored_fields_are_those_of_older_artifacts_wherever_they_say_enough() -> None:
+    assert [*CLIP.model_dump()] == ["size", "mean", "std", "interpolation"]
+    squashed = CLIP.model_copy(update={"resize_mode": "squash", "fill_color": 7})
+    assert Preprocess(**squashed.model_dump()) == squashed
 
 
 def test_long_side_is_truncated_as_torchvision_does() -> None:
-    assert CLIP.resize_short_side(noise(30, 47)).size == (32, 50)  # 32 * 47 / 30 = 50.13
-    assert CLIP.resize_short_side(noise(59, 30)).size == (62, 32)  # 32 * 59 / 30 = 62.93
+    assert CLIP.resized(noise(30, 47)).size == (32, 50)  # 32 * 47 / 30 = 50.13
+    assert CLIP.resized(noise(59, 30)).size == (62, 32)  # 32 * 59 / 30 = 62.93
 
 
 def test_normalize_equals_torchvision_to_the_last_bit() -> None:

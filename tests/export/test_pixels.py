@@ -43,7 +43,7 @@ def enlarged(photo: Image.Image) -> Image.Image:
 
 
 def shifted(photo: Image.Image) -> Image.Image:
-    resized = Preprocess(size=32, mean=(0, 0, 0), std=(1, 1, 1)).resize_short_side(photo)
+    resized = Preprocess(size=32, mean=(0, 0, 0), std=(1, 1, 1)).resized(photo)
     return resized.transform(resized.size, Image.Transform.AFFINE, (1, 0, 1, 0, 1, 1))
 
 
@@ -70,7 +70,7 @@ def test_wrong_preprocessing_departs(
 
 def test_a_mistake_in_our_own_preprocessing_departs_from_torchvision(tiny: "Subject") -> None:
     class Mistaken(Preprocess):
-        def resize_short_side(self, image: Image.Image) -> Image.Image:
+        def resized(self, image: Image.Image) -> Image.Image:
             return bilinear(image)
 
     mistaken = Mistaken(**tiny.preprocess.model_dump())

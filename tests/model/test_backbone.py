@@ -1,9 +1,16 @@
-"""Float32 means float32 while a model runs, and the process gets its own settings back."""
+"""What a model brings is honoured or refused, and the process gets its own settings back."""
 
+import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
+from microclip_deploy.errors import CheckpointError
+from microclip_deploy.model.backbone import BackboneSpec, load_clip
 
 SETTINGS = {
     "new": "for each in places: each.fp32_precision = 'tf32'",
@@ -29,7 +36,7 @@ assert [each.fp32_precision for each in places] == before
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_loading_a_model_leaves_the_process_alone(tiny_model_dir: str) -> None:
+def test_loading_a_model_leaves_the_process_alone(tiny_model_dir: Path) -> None:
     code = (
         "import sys, torch\n"
         "from microclip_deploy.model.backbone import BackboneSpec, load_clip\n"
@@ -40,3 +47,38 @@ def test_loading_a_model_leaves_the_process_alone(tiny_model_dir: str) -> None:
     )
     call = [sys.executable, "-c", code, f"local-dir:{tiny_model_dir}"]
     subprocess.run(call, check=True)
+
+
+@pytest.fixture
+def configured(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., BackboneSpec]:
+    """Return what writes a copy of the tiny model with other preprocessing."""
+
+    def write(**settings: object) -> BackboneSpec:
+        directory = shutil.copytree(tiny_model_dir, tmp_path / "model")
+        path = directory / "open_clip_config.json"
+        config = json.loads(path.read_text())
+        config["preprocess_cfg"] |= settings
+        path.write_text(json.dumps(config))
+        return BackboneSpec(model=f"local-dir:{directory}")
+
+    return write
+
+
+def test_a_models_own_preprocessing_is_honoured(configured: Callable[..., BackboneSpec]) -> None:
+    settings = {"interpolation": "bilinear", "resize_mode": "longest", "fill_color": 3}
+    found = load_clip(configured(mean=0.4, std=[1, 1, 1], **settings)).preprocess
+    assert found.model_dump(include={*settings}) == settings
+    assert (found.mean, found.std) == ((0.4,) * 3, (1.0,) * 3)
+
+
+def test_random_interpolation_is_bicubic_as_open_clip_evaluates(
+    configured: Callable[..., BackboneSpec],
+) -> None:
+    assert load_clip(configured(interpolation="random")).preprocess.interpolation == "bicubic"
+
+
+def test_preprocessing_that_is_not_known_is_refused(
+    configured: Callable[..., BackboneSpec],
+) -> None:
+    with pytest.raises(CheckpointError, match=r"preprocessing: .*fill_color"):
+        load_clip(configured(resize_mode="longest", fill_color=300))
