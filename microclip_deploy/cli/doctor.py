@@ -3,6 +3,7 @@
 It imports none of the packages it looks at, so it works in the smallest installation.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,6 +27,9 @@ _PURPOSE: Mapping[str, str] = {
     "cpu": "to run exported graphs",
     "gpu": "to run exported graphs on the GPU",
 }
+
+_DRIVER = re.compile(r"libcuda\.|driver|CUDA-capable device", re.IGNORECASE)
+"""How CUDA's libraries word that there is no driver, or one that does not fit."""
 
 NEEDS = ("cupy", "gpu", "trt")
 """What `require` knows."""
@@ -92,7 +96,7 @@ def judge(machine: Machine, packages: Mapping[str, Package]) -> Diagnosis:
             tensorrt and cupy.
     """
     problems = [
-        *_broken(packages.values()),
+        *_broken(machine, packages.values()),
         *_cuda_problems(machine, packages),
         *_absent(machine, packages),
     ]
@@ -124,11 +128,13 @@ def require(diagnosis: Diagnosis, needs: set[str]) -> None:
         raise EnvironmentProblem("required and missing: " + "; ".join(lacking))
 
 
-def _broken(packages: Iterable[Package]) -> Iterator[Problem]:
-    """Report what is installed and cannot be imported, or is installed twice."""
+def _broken(machine: Machine, packages: Iterable[Package]) -> Iterator[Problem]:
+    """Report what is installed and cannot be used, or is installed twice."""
     for package in packages:
         titles = package.distributions
-        if package.error:
+        if _lacks_driver(package):
+            yield _driver_problem(machine, package)
+        elif package.error:
             fix = f"pip install --force-reinstall {titles[0]}"
             yield Problem("error", f"{package.name} cannot be imported: {package.error}", fix)
         if package.name == "onnxruntime" and len(titles) > 1:
@@ -137,6 +143,20 @@ def _broken(packages: Iterable[Package]) -> Iterator[Problem]:
                 f"{' and '.join(titles)} are both installed and overwrite each other's files",
                 f"pip uninstall -y {' '.join(titles)}; pip install {max(titles)}",
             )
+
+
+def _lacks_driver(package: Package) -> bool:
+    """Say whether a package fails for want of an NVIDIA driver: no other wheel would mend that."""
+    return EXTRA_OF[package.name] == "gpu" and bool(_DRIVER.search(package.error))
+
+
+def _driver_problem(machine: Machine, package: Package) -> Problem:
+    if machine.gpus:
+        what = f"{package.name} cannot use the NVIDIA driver: {package.error}"
+        return Problem("error", what, "update the NVIDIA driver, then restart the machine")
+    what = f"{package.name} finds no NVIDIA driver, and is not used"
+    fix = "install the driver if this machine has an NVIDIA GPU; otherwise nothing is wrong"
+    return Problem("note", what, fix)
 
 
 def _cuda_problems(machine: Machine, packages: Mapping[str, Package]) -> Iterator[Problem]:
@@ -245,13 +265,12 @@ def _gpu_lacks(found: Diagnosis) -> str:
 
 
 def _gpu_package_lacks(found: Diagnosis, name: str, title: str) -> str:
-    if not found.packages[name].works:
-        return _lack_of(found, name, title)
-    if not found.machine.gpus:
+    package = found.packages[name]
+    if not found.machine.gpus and (package.works or _lacks_driver(package)):
         return (
             f"{title} is installed and no NVIDIA GPU is visible; check that `nvidia-smi` lists one"
         )
-    return ""
+    return "" if package.works else _lack_of(found, name, title)
 
 
 def _lack_of(found: Diagnosis, name: str, title: str) -> str:
@@ -273,6 +292,8 @@ def _package_table(found: Diagnosis) -> "Table":
         package = found.packages[name]
         state = "works" if package.works else package.error or "not installed"
         style = "green" if package.works else "red" if package.error else "dim"
+        if _lacks_driver(package) and not found.machine.gpus:
+            state, style = "no NVIDIA driver", "dim"
         providers = package.details.get("in_use")
         if package.works and providers:
             state += f" ({', '.join(p.removesuffix('ExecutionProvider') for p in providers)})"

@@ -73,6 +73,29 @@ def test_a_cpu_machine_needs_no_gpu_packages() -> None:
     }
 
 
+DRIVERLESS = (
+    "cupy_backends.cuda.api.runtime.CUDARuntimeError: cudaErrorInsufficientDriver: CUDA driver "
+    "version is insufficient for CUDA runtime version",
+    "cudaErrorNoDevice: no CUDA-capable device is detected",
+    "ImportError: libcuda.so.1: cannot open shared object file: No such file or directory",
+)
+
+
+@pytest.mark.parametrize("name", ["cupy", "tensorrt"])
+@pytest.mark.parametrize("error", DRIVERLESS)
+def test_a_missing_driver_is_not_the_wheels_fault(name: str, error: str) -> None:
+    broken = {name: installed(name, "14.2", cuda_major=13, error=error)}
+    (problem,) = on_cpu(**broken).problems
+    assert problem.severity == "note"
+    assert f"{name} finds no NVIDIA driver" in problem.what
+    assert "pip" not in problem.fix
+    with pytest.raises(EnvironmentProblem, match="nvidia-smi"):
+        require(on_cpu(**broken), {{"cupy": "cupy", "tensorrt": "trt"}[name]})
+    (problem,) = judge(machine((GPU,)), packages(**broken)).problems
+    assert problem.severity == "error"
+    assert problem.fix.startswith("update the NVIDIA driver")
+
+
 def test_requirements_name_all_that_is_missing() -> None:
     with pytest.raises(EnvironmentProblem) as error:
         require(on_cpu(), {"gpu", "trt", "cupy"})
