@@ -177,7 +177,7 @@ def _text_rows(
 ) -> NDArray[np.float32]:
     """Encode texts with the CLIP behind the export: float32 (new classes, E), unit rows."""
     require("microclip_deploy.model.text", "adapt")  # names whichever package below it is missing
-    from microclip_deploy.model.backbone import BackboneSpec, load_clip
+    from microclip_deploy.model.clip import BackboneSpec, load_clip
     from microclip_deploy.model.text import text_heads
 
     parent = export.manifest.parent

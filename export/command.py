@@ -33,8 +33,8 @@ from microclip_deploy.export.proof.parity import Proof, Serving, Stage, compare_
 from microclip_deploy.export.proof.probes import Photos, Reference, made_up_photos, with_users
 from microclip_deploy.export.proof.verify import VERIFIED, require_one_device, require_proven
 from microclip_deploy.export.to_onnx import OPSET, WEIGHTS, write_graphs
-from microclip_deploy.model.backbone import BackboneSpec
 from microclip_deploy.model.checkpoint import Checkpoint, load_model, read_checkpoint
+from microclip_deploy.model.clip import BackboneSpec
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.serving.engines import ENGINES
 from microclip_deploy.serving.exported import (

@@ -17,8 +17,8 @@ from microclip_deploy.adapt.trainer import Recipe
 from microclip_deploy.data.classes import class_texts
 from microclip_deploy.data.sources import BadFile, list_images
 from microclip_deploy.export.command import ExportRequest, run_export
-from microclip_deploy.model.backbone import BackboneSpec, load_clip
 from microclip_deploy.model.checkpoint import build_model, write_checkpoint
+from microclip_deploy.model.clip import BackboneSpec, load_clip
 from microclip_deploy.model.text import text_heads
 
 TINY_MODEL = {

@@ -28,7 +28,7 @@ from microclip_deploy.data.sources import list_images
 from microclip_deploy.demo.folders import RECIPE, hidden_labels, write_benchmark
 from microclip_deploy.demo.ink import mask_ink_iou
 from microclip_deploy.evaluation.evaluate import evaluate
-from microclip_deploy.model.backbone import BackboneSpec, load_clip
+from microclip_deploy.model.clip import BackboneSpec, load_clip
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.serving import open_session
 

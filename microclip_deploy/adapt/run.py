@@ -13,8 +13,8 @@ from microclip_deploy.adapt.loader import AdaptImages
 from microclip_deploy.adapt.run_directory import LABELS, RunInputs
 from microclip_deploy.adapt.trainer import Adapted, Operation, StepReport, Validator, adapt
 from microclip_deploy.errors import CheckpointError, printable
-from microclip_deploy.model.backbone import Clip
 from microclip_deploy.model.checkpoint import build_model, write_checkpoint
+from microclip_deploy.model.clip import Clip
 from microclip_deploy.model.text import text_heads
 from microclip_deploy.ncut.spec import saliency_warning
 

@@ -19,8 +19,8 @@ from microclip_deploy.config import validate
 from microclip_deploy.data.classes import ClassTexts
 from microclip_deploy.data.sources import BadFile
 from microclip_deploy.errors import CheckpointError, DataError, UsageError, printable
-from microclip_deploy.model.backbone import BackboneSpec, Clip
 from microclip_deploy.model.checkpoint import WEIGHTS
+from microclip_deploy.model.clip import BackboneSpec, Clip
 
 INPUTS = "inputs.json"
 CONFIG = "config.json"

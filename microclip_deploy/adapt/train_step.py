@@ -14,7 +14,7 @@ from torch import Tensor
 from microclip_deploy.adapt.dka import aggregate, multi_view_prior
 from microclip_deploy.adapt.loss import cross_entropy, fairness
 from microclip_deploy.head import LOGIT_SCALE
-from microclip_deploy.model.backbone import exact_float32
+from microclip_deploy.model.clip import exact_float32
 from microclip_deploy.model.microclip import MicroCLIP, Output, Pooling, is_layer_norm
 from microclip_deploy.model.token_fusion import fused_embedding
 

@@ -32,8 +32,8 @@ from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import UsageError, printable
 from microclip_deploy.evaluation.evaluate import accuracy
 from microclip_deploy.evaluation.report import REPORT
-from microclip_deploy.model.backbone import BackboneSpec, Clip, load_clip
 from microclip_deploy.model.checkpoint import read_checkpoint
+from microclip_deploy.model.clip import BackboneSpec, Clip, load_clip
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.serving import open_run
 from microclip_deploy.serving.torch_session import TorchSession, resolve_device

@@ -8,11 +8,10 @@ is, not how much there is.
 """
 
 import math
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from microclip_deploy.errors import DataError
 
@@ -66,13 +65,12 @@ def overlay(
     grid = _checked_grid(image, mask, attention, scale)
     side = image.shape[0] * scale
     photo = _enlarged(image, side)
-    inside = mask.reshape(grid, grid)
     if attention is not None:
         photo = _with_heat(photo, attention[: grid * grid].reshape(grid, grid))
-    covered = _cells_to_pixels(inside, side)
+    covered = _cells_to_pixels(mask.reshape(grid, grid), side)
     dimmed = photo.mean(axis=2, keepdims=True) * 0.6 + photo * 0.4
     picture = np.where(covered[..., None], photo, dimmed * _DIMMED)
-    drawn = _draw_border(picture, inside)
+    drawn = _draw_border(picture, covered)
     return Image.fromarray(np.clip(drawn + 0.5, 0, 255).astype(np.uint8))
 
 
@@ -161,29 +159,16 @@ def _inferno(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.stack(channels, axis=-1).astype(np.float32)
 
 
-def _draw_border(picture: NDArray[np.float32], inside: NDArray[np.bool_]) -> NDArray[np.float32]:
+def _draw_border(picture: NDArray[np.float32], covered: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Draw a light line with a dark halo along the edges between foreground and the rest."""
-    side, grid = len(picture), len(inside)
-    starts = [math.ceil(i * side / grid) for i in range(grid + 1)]
-    width = max(1, side // 220)
+    foreground = Image.fromarray(covered.astype(np.uint8))
+    width = max(1, len(picture) // 220)
     drawn = picture.copy()
     # The halo first: the light line then lies on top of it everywhere.
     for margin, colour in ((2 * width, _HALO), (width, _LINE)):
-        for row, (top, bottom) in enumerate(pairwise(starts)):
-            for column in np.flatnonzero(inside[row, 1:] != inside[row, :-1]).tolist():
-                x = starts[column + 1]
-                _fill(drawn, (top - margin, bottom + margin), (x - margin, x + margin), colour)
-        for column, (left, right) in enumerate(pairwise(starts)):
-            for row in np.flatnonzero(inside[1:, column] != inside[:-1, column]).tolist():
-                y = starts[row + 1]
-                _fill(drawn, (y - margin, y + margin), (left - margin, right + margin), colour)
+        grown, shrunk = (
+            np.asarray(foreground.filter(kind(2 * margin + 1)))
+            for kind in (ImageFilter.MaxFilter, ImageFilter.MinFilter)
+        )
+        drawn[grown != shrunk] = colour
     return drawn
-
-
-def _fill(
-    picture: NDArray[np.float32],
-    rows: tuple[int, int],
-    columns: tuple[int, int],
-    colour: tuple[int, int, int],
-) -> None:
-    picture[max(rows[0], 0) : rows[1], max(columns[0], 0) : columns[1]] = colour

@@ -18,7 +18,7 @@ from microclip_deploy import artifact
 from microclip_deploy.config import validate
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import CheckpointError, UsageError
-from microclip_deploy.model.backbone import BackboneSpec, Clip, load_clip
+from microclip_deploy.model.clip import BackboneSpec, Clip, load_clip
 from microclip_deploy.model.microclip import MicroCLIP, Pooling
 from microclip_deploy.model.text import TextHeads
 from microclip_deploy.ncut.spec import NCutSpec

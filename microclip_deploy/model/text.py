@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from microclip_deploy.data.classes import ClassTexts
-from microclip_deploy.model.backbone import TextEncoder
+from microclip_deploy.model.clip import TextEncoder
 
 
 class TextHeads(NamedTuple):

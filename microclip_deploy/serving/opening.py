@@ -17,8 +17,8 @@ from microclip_deploy.serving.engines import has_engines
 from microclip_deploy.serving.session import Session
 
 if TYPE_CHECKING:
-    from microclip_deploy.model.backbone import Clip
     from microclip_deploy.model.checkpoint import CheckpointManifest
+    from microclip_deploy.model.clip import Clip
     from microclip_deploy.model.microclip import MicroCLIP
 
 _CHECKPOINT = "microclip.checkpoint/"

@@ -8,7 +8,8 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.model.backbone import VisionBackbone, exact_float32
+from microclip_deploy.model.backbone import VisionBackbone
+from microclip_deploy.model.clip import exact_float32
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.serving.cuda_pipeline import (
     CudaPipeline,

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import EnvironmentProblem, UsageError
-from microclip_deploy.model.backbone import exact_float32
 from microclip_deploy.model.checkpoint import load_model, read_checkpoint
+from microclip_deploy.model.clip import exact_float32
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.serving.session import (
     Facts,

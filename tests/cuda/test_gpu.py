@@ -11,8 +11,8 @@ import torch
 from microclip_deploy.adapt.train_step import AdaptConfig, Views, make_optimizer, train_step
 from microclip_deploy.cli.main import main
 from microclip_deploy.data.classes import ClassTexts
-from microclip_deploy.model.backbone import BackboneSpec, load_clip
 from microclip_deploy.model.checkpoint import build_model
+from microclip_deploy.model.clip import BackboneSpec, load_clip
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.model.saliency import saliency
 from microclip_deploy.model.text import text_heads

@@ -23,7 +23,7 @@ from microclip_deploy.errors import (
     UsageError,
 )
 from microclip_deploy.export.class_rows import ClassRow, add_classes, list_classes, remove_classes
-from microclip_deploy.model.backbone import BackboneSpec, load_clip
+from microclip_deploy.model.clip import BackboneSpec, load_clip
 from microclip_deploy.model.text import text_heads
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.serving.exported import CLASSIFIER, FULL, SCHEMA, read_export

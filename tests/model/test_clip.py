@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.model.backbone import BackboneSpec, load_clip
+from microclip_deploy.model.clip import BackboneSpec, load_clip
 
 SETTINGS = {
     "new": "for each in places: each.fp32_precision = 'tf32'",
@@ -23,7 +23,7 @@ SETTINGS = {
 def test_tf32_is_off_inside_and_as_it_was_outside(chosen: str) -> None:
     code = f"""
 import torch
-from microclip_deploy.model.backbone import exact_float32
+from microclip_deploy.model.clip import exact_float32
 matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
 places = (matmul, cudnn.conv, cudnn.rnn)
 {SETTINGS[chosen]}
@@ -39,7 +39,7 @@ assert [each.fp32_precision for each in places] == before
 def test_loading_a_model_leaves_the_process_alone(tiny_model_dir: Path) -> None:
     code = (
         "import sys, torch\n"
-        "from microclip_deploy.model.backbone import BackboneSpec, load_clip\n"
+        "from microclip_deploy.model.clip import BackboneSpec, load_clip\n"
         "torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True\n"
         "clip = load_clip(BackboneSpec(model=sys.argv[1]))\n"
         "clip.text(['a photo'])\n"

@@ -1,0 +1,254 @@
+"""A CLIP model of open_clip's: loaded with its weights, or refused with the reason."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from microclip_deploy.data.preprocess import Preprocess
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem
+from microclip_deploy.model.backbone import WORKING_MODELS, VisionBackbone
+
+DEMO_MODEL = "demo"
+"""Name of the tiny model inside the package."""
+
+# What open_clip raises for weights that are missing, damaged or of another architecture.
+_LOAD_ERRORS = (
+    RuntimeError, ValueError, KeyError, TypeError, AssertionError, OSError, SafetensorError
+)  # fmt: skip
+
+# How open_clip words a failed download; the exceptions behind it differ by hub and version.
+_DOWNLOAD_FAILED = ("Failed to download", "Failed initial config/weights load from HF Hub")
+
+
+class BackboneSpec(BaseModel):
+    """Where a CLIP model comes from, in open_clip's own words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    """open_clip name, "hf-hub:ORG/REPO", "local-dir:PATH", or "demo"."""
+    pretrained: str | None = None
+    """open_clip tag or a .safetensors file; none for hf-hub:, local-dir: and demo."""
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Compute in float32 where CUDA would take TF32, which moves products of tokens across tau.
+
+    The switches are the process's, so they are put back.
+    """
+    switches = _tf32_switches()
+    before = [getattr(place, name) for place, name, _ in switches]
+    for place, name, exact in switches:
+        setattr(place, name, exact)
+    try:
+        yield
+    finally:
+        for (place, name, _), value in zip(switches, before, strict=True):
+            setattr(place, name, value)
+
+
+def _tf32_switches() -> list[tuple[Any, str, object]]:
+    """Return what decides, and its exact value. PyTorch refuses to mix both kinds of switches."""
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):  # PyTorch 2.9
+        return [(place, "fp32_precision", "ieee") for place in (matmul, cudnn.conv, cudnn.rnn)]
+    return [(place, "allow_tf32", False) for place in (matmul, cudnn)]
+
+
+class Clip(NamedTuple):
+    """A loaded CLIP model: its vision side, its text side, and how pixels become its input."""
+
+    vision: VisionBackbone
+    text: "TextEncoder"
+    preprocess: Preprocess
+    spec: BackboneSpec
+    sha256: str
+    """Hash of both towers' names, shapes and values."""
+
+
+class TextEncoder:
+    """The text tower with its tokenizer."""
+
+    def __init__(self, clip: Any, tokenizer: Any) -> None:
+        self._clip = clip
+        self._tokenizer = tokenizer
+
+    @torch.no_grad()
+    @exact_float32()
+    def __call__(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Encode texts to raw embeddings: float32 (len(texts), E), not normalised."""
+        device = next(self._clip.parameters()).device
+        parts = [
+            self._clip.encode_text(self._tokenizer(list(texts[i : i + batch_size])).to(device))
+            for i in range(0, len(texts), batch_size)
+        ]
+        return torch.cat(parts).float()
+
+
+def load_clip(spec: BackboneSpec, device: torch.device | str = "cpu") -> Clip:
+    """Load a CLIP model with its weights; never a randomly initialised one.
+
+    Args:
+        spec: open_clip name and tag, or a directory, hub or file reference.
+        device: where the towers go; weights are float32.
+
+    Raises:
+        EnvironmentProblem: the weights could not be downloaded.
+        CheckpointError: unknown name or tag, missing or damaged weights, an architecture that
+            does not match its weights, or a tower microCLIP cannot use.
+    """
+    name = resolve_name(spec.model)
+    _check_source(spec, name)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="QuickGELU mismatch")
+            clip = open_clip.create_model(
+                name,
+                pretrained=spec.pretrained,
+                device=str(device),
+                force_patch_dropout=0.0,
+                require_pretrained=True,
+                force_quick_gelu=_trained_with_quick_gelu(spec, name),
+            )
+        tokenizer = open_clip.get_tokenizer(name, **_tokenizer_options(name))
+    except UserWarning as warning:
+        raise CheckpointError(f"{spec.model}/{spec.pretrained}: {warning}") from warning
+    except _LOAD_ERRORS as error:
+        if any(sign in str(error) for sign in _DOWNLOAD_FAILED):
+            raise EnvironmentProblem(
+                f"model {spec.model}: its weights could not be downloaded: {_first_line(error)}; "
+                "check the network, or download them elsewhere and use --model local-dir:PATH"
+            ) from error
+        raise CheckpointError(
+            f"model {spec.model}: could not be loaded: {_first_line(error)}"
+        ) from error
+    clip.eval().requires_grad_(False)
+    _check_finite(clip, spec)
+    vision = VisionBackbone(clip.visual)
+    preprocess = _preprocess_of(clip)
+    return Clip(vision, TextEncoder(clip, tokenizer), preprocess, spec, weights_sha256(clip))
+
+
+def _preprocess_of(clip: Any) -> Preprocess:
+    """Return how the model's pixels are made, by its own open_clip configuration.
+
+    Raises:
+        CheckpointError: open_clip's transform does something that ours does not know.
+    """
+    settings = open_clip.get_model_preprocess_cfg(clip)
+    statistics = {
+        name: tuple(value) if isinstance(value, list | tuple) else (value,) * 3
+        for name, value in settings.items()
+        if name in ("mean", "std")
+    }
+    # open_clip evaluates models of "random" interpolation with bicubic.
+    interpolation = settings["interpolation"].replace("random", "bicubic")
+    try:
+        return Preprocess(
+            size=int(clip.visual.image_size[0]),
+            interpolation=interpolation,
+            resize_mode=settings["resize_mode"],
+            fill_color=settings["fill_color"],
+            **statistics,
+        )
+    except ValidationError as error:
+        raise CheckpointError(
+            f"this model's preprocessing: expected what open_clip's transform knows, found "
+            f"{settings}: {_first_line(error)}; correct preprocess_cfg in open_clip_config.json"
+        ) from error
+
+
+def resolve_name(model: str) -> str:
+    """Return open_clip's name of `model`; "demo" is the directory inside this package."""
+    if model == DEMO_MODEL:
+        return f"local-dir:{resources.files('microclip_deploy') / 'demo' / 'model'}"
+    return model
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Hash a module's parameters and buffers: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_source(spec: BackboneSpec, name: str) -> None:
+    """Refuse what would end in random weights or in unpickling a file."""
+    if name.startswith(("hf-hub:", "local-dir:")):
+        directory = Path(name.removeprefix("local-dir:"))
+        if name.startswith("local-dir:") and not list(directory.glob("*.safetensors")):
+            raise CheckpointError(
+                f"model {spec.model}: expected a directory with open_clip_config.json and a "
+                f".safetensors file, found none in {directory}"
+            )
+        return
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if spec.pretrained is None:
+        raise CheckpointError(
+            f"model {spec.model}: expected --pretrained TAG or FILE; "
+            + (
+                f"tags of this model: {', '.join(tags)}"
+                if tags
+                else f"unknown model; {WORKING_MODELS}"
+            )
+        )
+    is_file = Path(spec.pretrained).is_file()
+    if spec.pretrained not in tags and not is_file:
+        raise CheckpointError(
+            f"--pretrained {spec.pretrained}: neither a file nor a tag of {spec.model}; "
+            f"its tags: {', '.join(tags) or 'none'}"
+        )
+    if is_file and not spec.pretrained.endswith(".safetensors"):
+        raise CheckpointError(
+            f"{spec.pretrained}: expected a .safetensors file; other formats can run code when "
+            "they are read; convert it with safetensors.torch.save_file"
+        )
+
+
+def _trained_with_quick_gelu(spec: BackboneSpec, name: str) -> bool:
+    """Say whether the tag's weights need QuickGELU, which the plain model name does not ask for."""
+    if spec.pretrained is None:
+        return False
+    return bool((open_clip.get_pretrained_cfg(name, spec.pretrained) or {}).get("quick_gelu"))
+
+
+def _tokenizer_options(name: str) -> dict[str, str]:
+    """Resolve a merges file that a local-dir's configuration names relative to its directory.
+
+    open_clip passes text_cfg.tokenizer_kwargs on as they stand, so a relative `bpe_path` would be
+    looked up in the working directory.
+    """
+    if not name.startswith("local-dir:"):
+        return {}
+    directory = Path(name.removeprefix("local-dir:"))
+    config = json.loads((directory / "open_clip_config.json").read_text("utf-8"))
+    options = config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}
+    return {"bpe_path": str(directory / options["bpe_path"])} if "bpe_path" in options else {}
+
+
+def _check_finite(clip: nn.Module, spec: BackboneSpec) -> None:
+    for name, tensor in clip.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"model {spec.model}: {name} holds NaN or Inf; get an intact copy of the weights"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return " ".join(line.strip() for line in lines[:3]) if lines else type(error).__name__
