@@ -4,7 +4,7 @@ The branches are those of adaptation before its first step: the same backbone, s
 pooling, with identity maps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice
 from typing import NamedTuple
 
@@ -35,13 +35,6 @@ class ImagePool(NamedTuple):
     """(B,), index into the characters the pool was made of."""
     styles: list[PrintStyle]
     """What each image's print looks like."""
-
-
-class ClassWeights(NamedTuple):
-    """Text classifiers over the 82 classes, float32 (82, E), rows L2-normalised."""
-
-    names: Tensor
-    descriptions: Tensor
 
 
 class Branches(NamedTuple):
@@ -91,8 +84,12 @@ def pixels(images: NDArray[np.uint8]) -> Tensor:
 @torch.no_grad()
 def class_weights(
     encode_text: Callable[[Tensor], Tensor], tokenizer: Callable[[list[str]], Tensor]
-) -> ClassWeights:
-    """Embed names (mean over templates) and descriptions (mean over sentences)."""
+) -> dict[str, Tensor]:
+    """Return text classifiers over the 82 classes, float32 (82, E), rows L2-normalised.
+
+    Returns:
+        "names", means over templates, and "descriptions", means over sentences.
+    """
 
     def mean_embedding(texts: Sequence[str]) -> Tensor:
         embedded = F.normalize(encode_text(tokenizer(list(texts))), dim=-1)
@@ -100,20 +97,20 @@ def class_weights(
 
     names = [mean_embedding([t.format(glyph_name(c)) for t in TEMPLATES]) for c in CLASS_CHARACTERS]
     sentences = [mean_embedding(descriptions(c)) for c in CLASS_CHARACTERS]
-    return ClassWeights(torch.stack(names), torch.stack(sentences))
+    return {"names": torch.stack(names), "descriptions": torch.stack(sentences)}
 
 
 @torch.no_grad()
-def score(encoder: Encoder, weights: ClassWeights, pool: ImagePool) -> dict[str, float]:
+def score(encoder: Encoder, weights: Mapping[str, Tensor], pool: ImagePool) -> dict[str, float]:
     """Return accuracies in percent and statistics of the saliency graphs.
 
     Args:
         encoder: reads the images.
-        weights: text classifiers.
+        weights: text classifiers by wording.
         pool: images whose labels index `CLASS_CHARACTERS`.
 
     Returns:
-        "{cls,fg,fused}_{names,descriptions}", "complete_graphs" (percent of images whose graph
+        "{cls,fg,fused}_WORDING", "complete_graphs" (percent of images whose graph
         has every edge) and "mask_share" (mean percent of tokens in the foreground).
     """
     starts = range(0, len(pool.images), _BATCH)
@@ -123,7 +120,7 @@ def score(encoder: Encoder, weights: ClassWeights, pool: ImagePool) -> dict[str,
     scores = {
         f"{branch}_{wording}": _percent((embedded @ matrix.T).argmax(1) == truth)
         for branch, embedded in {"cls": cls, "fg": fg, "fused": cls + fg}.items()
-        for wording, matrix in weights._asdict().items()
+        for wording, matrix in weights.items()
     }
     scores["complete_graphs"] = _percent(torch.cat([b.saliency.complete for b in batches]))
     scores["mask_share"] = _percent(torch.cat([b.saliency.mask for b in batches]))

@@ -93,12 +93,9 @@ def require_cuda() -> str:
     instead = "use a machine with one, or --device cpu to measure the CPU's solvers"
     cupy = require("cupy", "gpu")
     try:
-        count = cupy.cuda.runtime.getDeviceCount()
-        name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode() if count else ""
+        name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     except RuntimeError as error:
         raise EnvironmentProblem(f"CuPy finds no CUDA device ({error}); {instead}") from error
-    if not count:
-        raise EnvironmentProblem(f"CuPy finds no CUDA device; {instead}")
     if not torch.cuda.is_available():
         raise EnvironmentProblem(
             f"this PyTorch ({torch.__version__}) has no CUDA device; {instead}"

@@ -57,9 +57,9 @@ def run_once(batch: Batch) -> Bytes:
     }
 
 
-def departures(expected: Bytes, found: Bytes, label: str) -> Counter[str]:
+def departures(expected: Bytes, second: Bytes, label: str) -> Counter[str]:
     """Count the outputs that have other bytes, by name."""
-    other = (name for name in expected if not np.array_equal(expected[name], found[name]))
+    other = (name for name in expected if not np.array_equal(expected[name], second[name]))
     return Counter(f"{label}: {name}" for name in other)
 
 

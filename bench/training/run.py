@@ -80,17 +80,18 @@ def run_adaptation_bench(
     """
     if device not in ("cpu", "cuda", "auto"):
         raise UsageError(f"--device: expected cpu, cuda or auto, found '{device}'")
-    unknown = set(geometries) - {TINY, *open_clip.list_models()}
+    known = {TINY, *open_clip.list_models()}
+    unknown = [printable(name) for name in geometries if name not in known]
     if unknown:
         raise UsageError(
             f"--geometry: expected open_clip model names such as ViT-B-32, found "
-            f"{', '.join(map(printable, sorted(unknown)))}"
+            f"{', '.join(unknown)}"
         )
     machine = environment()  # first: its load is that of others
     device, start = resolve_device(device), time.monotonic()
     sides = [PRODUCT, PLAIN] if plain else [PRODUCT]
-    with _photos(images) as (source, photos):
-        facts = _photo_facts(source, photos)
+    with _photos(images) as photos:
+        facts = _photo_facts(images, photos)
         cases = [
             _measure_case(Work(name, batch, crops, device), photos, notes, sides, repeats, workers)
             for name in geometries
@@ -179,23 +180,23 @@ def _measure_case(
 
 
 @contextmanager
-def _photos(source: Path | None) -> Iterator[tuple[str, tuple[Path, ...]]]:
-    """Yield a name and the files of photos that can be read."""
+def _photos(source: Path | None) -> Iterator[tuple[Path, ...]]:
+    """Yield the files of photos that can be read."""
     if source is not None:
         listed = list_images(source).paths
         chosen = listed[:: -(-len(listed) // MOST_PHOTOS)]
-        yield printable(source.resolve().name), check_images(chosen, max_bad=len(chosen)).good
+        yield check_images(chosen, max_bad=len(chosen)).good
         return
     with tempfile.TemporaryDirectory(prefix="microclip-bench-") as folder:
         paths = tuple(Path(folder) / f"{number:02}.jpg" for number in range(MADE_UP))
         for path, photo in zip(paths, made_up_jpegs(MADE_UP, SIDE), strict=True):
             path.write_bytes(photo)
-        yield "made-up JPEG photos", paths
+        yield paths
 
 
-def _photo_facts(source: str, photos: Sequence[Path]) -> dict[str, Any]:
+def _photo_facts(source: Path | None, photos: Sequence[Path]) -> dict[str, Any]:
     return {
-        "source": source,
+        "source": printable(source.resolve().name) if source else "made-up JPEG photos",
         "count": len(photos),
         "median_short_side_px": median(min(read_image(path).size) for path in photos),
         "median_kib": round(median(os.path.getsize(path) for path in photos) / 1024, 1),

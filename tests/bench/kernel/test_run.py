@@ -12,7 +12,7 @@ from microclip_deploy.bench.kernel.run import time_peer
 from microclip_deploy.cli.main import main
 
 
-def no_device() -> int:
+def no_device(number: int) -> object:
     raise RuntimeError("cudaErrorNoDevice")
 
 
@@ -20,7 +20,7 @@ def test_what_a_gpu_needs_is_said(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cupy = ModuleType("cupy")
-    vars(cupy)["cuda"] = SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=no_device))
+    vars(cupy)["cuda"] = SimpleNamespace(runtime=SimpleNamespace(getDeviceProperties=no_device))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     assert main(["bench", "ncut"]) == 4
     shown = capsys.readouterr().err

@@ -135,11 +135,11 @@ def test_a_fresh_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         step.peak_memory_mib(Work("nothing", 2, 1, "cpu"), PLAIN)
 
 
-@pytest.mark.parametrize("plain_loss", [70.2, float("nan")])
-def test_other_losses_spoil_the_comparison(plain_loss: float) -> None:
+def test_other_losses_spoil_the_comparison() -> None:
     step.require_equal({PRODUCT: 70.0, PLAIN: 70.05})
-    with pytest.raises(VerificationError, match="same loss"):
-        step.require_equal({PRODUCT: 70.0, PLAIN: plain_loss})
+    for loss in (70.2, float("nan")):
+        with pytest.raises(VerificationError, match="same loss"):
+            step.require_equal({PRODUCT: 70.0, PLAIN: loss})
 
 
 @pytest.mark.parametrize(
@@ -165,5 +165,5 @@ def test_what_cannot_be_measured_is_a_usage_error(
 def test_steps_are_timed_on_the_device() -> None:
     work = Work("tiny", 4, 2, "cuda")
     steps = step.measure_steps(random_geometry("tiny"), work, [PRODUCT, PLAIN], 2)
-    assert 0 < sum(map(sum, steps.parts_s.values())) <= sum(steps.samples_s[PRODUCT])
+    assert all(seconds > 0 for part in steps.parts_s.values() for seconds in part)
     assert step.peak_memory_mib(work, PRODUCT) > 0
