@@ -4,17 +4,15 @@ How to reproduce the shipped model (an hour or less on two CPU cores, no network
 
     python -m microclip_deploy.bench.demo_model.pretrain --out model
 
-The defaults are the settings of `microclip_deploy/demo/model/`; the seed fixes images, captions,
-their order and the initial weights, so a run on the same torch build and thread count gives the
-same numbers (other builds sum in another order and end close by). `--first-stage 1` goes on after
-a finished stage 0 in the folder; `--first-stage 2` only scores the weights again. On cores shared
-with other programs set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait are slow there.
-The folder holds:
+The seed fixes images, captions, their order and the initial weights, so a run on the same torch
+build and thread count gives the same numbers (other builds sum in another order and end close by).
+On cores shared with other programs set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait
+are slow there. The folder holds:
 
     open_clip_config.json          architecture, preprocessing, and the name of the merges file
     open_clip_model.safetensors    float16 weights
     bpe_merges.txt.gz              tokenizer merges, trained on the captions
-    pretrain-log.jsonl             settings, losses and accuracies over the steps, final scores
+    pretrain-log.jsonl             losses and accuracies over the steps, final scores
 
 The objective is CLIP's symmetric contrastive loss, on batches of one image and one caption of
 each of the 113 glyphs, twice: on the CLS embedding, and on value-path tokens pooled as adaptation
@@ -28,153 +26,120 @@ stayed at chance for hundreds of steps. The final scores are those of the float1
 source domain is trained on; target images are scored once, at the end.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+import typer
 from numpy.typing import NDArray
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
-from microclip_deploy.artifact import write_bytes, write_json
+from microclip_deploy import demo
+from microclip_deploy.artifact import read_json, write_bytes, write_json
 from microclip_deploy.bench.demo_model.bpe import merges_bytes, train_merges
-from microclip_deploy.bench.demo_model.pool import ImagePool, render_pool
-from microclip_deploy.bench.demo_model.settings import STAGES, PretrainSettings, Stage
+from microclip_deploy.bench.demo_model.captions import PRETRAINING_CHARACTERS, caption
 from microclip_deploy.bench.demo_model.zero_shot import (
-    Branches,
     Encoder,
+    ImagePool,
     class_weights,
-    images_to_tensor,
+    pixels,
+    render_pool,
     score,
 )
-from microclip_deploy.demo.glyphs import (
-    CLASS_CHARACTERS,
-    PRETRAINING_CHARACTERS,
-    PrintStyle,
-    caption,
-)
-from microclip_deploy.demo.render import (
-    HELD_OUT_FACES,
-    SOURCE,
-    SOURCE_FACES,
-    TARGET,
-    TARGET_SEVERITY,
-    Domain,
-)
+from microclip_deploy.demo.glyphs import CLASS_CHARACTERS
+from microclip_deploy.demo.render import HELD_OUT_FACES, SOURCE, TARGET, Domain, PrintStyle
 
-__all__ = ["pretrain"]
+SEED = 0
+"""Of images, captions, order and initial weights."""
+POOL_IMAGES = 40_000
+"""Source images, rendered once and augmented by small affine maps at every use."""
+EVALUATE_EVERY = 100
+"""Steps between two accuracy measurements on source images."""
+MERGES = 600
+"""Most merges of the tokenizer."""
+THREADS = 2
+"""Of torch; they decide the order of sums."""
 
-_CONFIG = "open_clip_config.json"
-_WEIGHTS = "open_clip_model.safetensors"
-_MERGES = "bpe_merges.txt.gz"
-_LOG = "pretrain-log.jsonl"
-_MAX_LOGIT_SCALE = math.log(100)
-_MAX_TOKEN_COSINE = 0.25  # mean over the pairs of one image; more is penalised
-# Streams of random numbers: pretraining pools never share one with the written image folders.
-_TRAIN_SPLIT, _SEEN_SPLIT, _HELD_OUT_SPLIT, _TARGET_SPLIT = 100, 101, 102, 103
+WARMUP_STEPS = 50
+"""Steps of linear warm-up at the start of each stage."""
+MUON_RATE, ADAMW_RATE = 8e-3, 3e-3
+"""Peak rates for the 2-D weights of the blocks, and for everything else."""
+WEIGHT_DECAY = 0.05
+"""Decoupled decay of the Muon weights."""
+DENSE_WEIGHT = 0.5
+"""Weight of the contrastive term on pooled value-path tokens."""
+MAX_TOKEN_COSINE = 0.25
+"""Mean over the pairs of tokens of one image; more is penalised."""
+MAX_LOGIT_SCALE = math.log(100)
 
-
-class _Losses(NamedTuple):
-    """Terms of the objective, scalars."""
-
-    cls: Tensor
-    dense: Tensor
-    spread: Tensor
+CONFIG = "open_clip_config.json"
+SHIPPED_CONFIG = Path(demo.__file__).parent / "model" / CONFIG
+"""Holds the architecture: 1.2 M parameters, 8x8 patches of a 64x64 image."""
+WEIGHTS = "open_clip_model.safetensors"
+MERGES_FILE = "bpe_merges.txt.gz"
 
 
-def pretrain(
-    out: Path,
-    settings: PretrainSettings,
-    stages: tuple[Stage, ...] = STAGES,
-    *,
-    first_stage: int = 0,
-) -> dict[str, dict[str, float]]:
-    """Pretrain and write the model folder.
+class Stage(NamedTuple):
+    """One run of the optimisers, from fresh momenta; one image of each glyph per step."""
 
-    Args:
-        out: folder to create or fill.
-        settings: see `PretrainSettings`.
-        stages: runs of the optimisers, one after the other.
-        first_stage: stage to begin with; above 0 the folder holds the weights of the one before,
-            and the number of stages only scores them again.
+    steps: int
+    """Steps taken."""
+    cosine_steps: int
+    """Length of the cosine that the rates follow; longer than `steps` stops it early."""
+    peak: float
+    """Share of the peak rates."""
 
-    Returns:
-        Final scores by image set: seen source faces, held-out source faces, target.
-    """
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
+
+STAGES = (Stage(1200, 1600, 1.0), Stage(900, 900, 0.6))
+"""A warm restart: the first cosine ended where the marks had only begun to be told apart."""
+
+SOURCE_HELD_OUT = Domain(faces=HELD_OUT_FACES)
+# Numbers that keep the random images of each pool apart, and from the written image folders.
+TRAIN_SPLIT, SEEN_SPLIT, HELD_OUT_SPLIT, TARGET_SPLIT = 100, 101, 102, 103
+
+
+def pretrain(out: Annotated[Path, typer.Option(help="Model folder to write.")]) -> None:
+    """Pretrain the tiny CLIP of the benchmark; log to the folder and to stdout."""
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(SEED)
     out.mkdir(parents=True, exist_ok=True)
-    _begin_log(out, fresh=first_stage == 0)
-    tokenizer = _write_tokenizer(out, settings)
-    config = _model_config(tokenizer.vocab_size)
-    _write_config(out, config)
-    model = CLIP(**config)
-    if first_stage < len(stages):
-        plan = {"first_stage": first_stage, "stages": [stage._asdict() for stage in stages]}
-        _append_log(out, {"event": "settings", **asdict(settings), **plan})
-        train = _pool(PRETRAINING_CHARACTERS, SOURCE, settings.pool_images, settings, _TRAIN_SPLIT)
-    for number in range(first_stage, len(stages)):
-        if number > 0:  # the rounded weights, so that beginning here gives the same numbers
-            model.load_state_dict(load_file(out / _WEIGHTS))
-        _train(model, tokenizer, train, settings, stages[number], out, settings.seed + number)
-        _write_weights(out, model)
-    model.load_state_dict(load_file(out / _WEIGHTS))
-    scores = _final_scores(model, tokenizer, settings)
-    for name, values in scores.items():
-        record = {"event": "final", "images": name, "target_severity": TARGET_SEVERITY}
-        _append_log(out, record | values)
-    return scores
+    tokenizer = write_tokenizer(out)
+    config = read_json(SHIPPED_CONFIG)
+    write_json(out / CONFIG, config)
+    config["model_cfg"]["text_cfg"].pop("tokenizer_kwargs")
+    model = CLIP(**config["model_cfg"])
+    train = render_pool(PRETRAINING_CHARACTERS, SOURCE, POOL_IMAGES, seed=SEED, split=TRAIN_SPLIT)
+    with (out / "pretrain-log.jsonl").open("w") as log:
+        for number, stage in enumerate(STAGES):
+            for record in _train(model, tokenizer, train, stage, SEED + number):
+                _tell(record, log)
+            weights = {name: w.half().contiguous() for name, w in model.state_dict().items()}
+            write_bytes(out / WEIGHTS, save(weights))
+            model.load_state_dict(load_file(out / WEIGHTS))  # goes on from the rounded weights
+        for name, domain, split in (
+            ("source, pretraining faces", SOURCE, SEEN_SPLIT),
+            ("source, held-out faces", SOURCE_HELD_OUT, HELD_OUT_SPLIT),
+            ("target", TARGET, TARGET_SPLIT),
+        ):
+            unseen = render_pool(CLASS_CHARACTERS, domain, 1640, seed=SEED, split=split)
+            _tell({"event": "final", "images": name, **_scores(model, tokenizer, unseen)}, log)
 
 
-def _model_config(vocab_size: int) -> dict[str, Any]:
-    """Return the open_clip architecture: 1.2 M parameters, 8x8 patches of a 64x64 image."""
-    vision = {
-        "image_size": 64,
-        "patch_size": 8,
-        "width": 128,
-        "layers": 4,
-        "head_width": 32,
-        "mlp_ratio": 4.0,
-    }
-    text = {
-        "context_length": 32,
-        "vocab_size": vocab_size,
-        "width": 128,
-        "heads": 4,
-        "layers": 2,
-    }
-    return {"embed_dim": 128, "vision_cfg": vision, "text_cfg": text, "quick_gelu": False}
-
-
-def _write_config(out: Path, config: dict[str, Any]) -> None:
-    text = {**config["text_cfg"], "tokenizer_kwargs": {"bpe_path": _MERGES}}
-    preprocess = {
-        "size": [64, 64],
-        "mode": "RGB",
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    }
-    content = {"model_cfg": {**config, "text_cfg": text}, "preprocess_cfg": preprocess}
-    write_json(out / _CONFIG, content)
-
-
-def _write_tokenizer(out: Path, settings: PretrainSettings) -> SimpleTokenizer:
-    rng = Random(settings.seed)
+def write_tokenizer(out: Path) -> SimpleTokenizer:
+    """Train the merges on captions of every glyph, write them and read them back."""
+    rng = Random(SEED)
     styles = [
         PrintStyle(style, ink, paper)
         for style in ("bold sans", "sans", "slanted mono", "bold slanted serif", "serif")
@@ -182,84 +147,71 @@ def _write_tokenizer(out: Path, settings: PretrainSettings) -> SimpleTokenizer:
         for paper in ("white", "yellow", "pink", "grey", "cyan", "orange")
     ]
     captions = [caption(c, rng, rng.choice(styles)) for c in PRETRAINING_CHARACTERS * 200]
-    path = out / _MERGES
-    write_bytes(path, merges_bytes(train_merges(captions, settings.merges)))
+    path = out / MERGES_FILE
+    write_bytes(path, merges_bytes(train_merges(captions, MERGES)))
     return SimpleTokenizer(bpe_path=str(path), context_length=32)
 
 
-def _pool(
-    characters: str, domain: Domain, count: int, settings: PretrainSettings, split: int
-) -> ImagePool:
-    return render_pool(characters, domain, count, seed=settings.seed, split=split)
-
-
 def _train(
-    model: CLIP,
-    tokenizer: SimpleTokenizer,
-    train: ImagePool,
-    settings: PretrainSettings,
-    stage: Stage,
-    out: Path,
-    seed: int,
-) -> None:
-    """Optimise `model` in place and log to `out`."""
-    optimizers, encoder = _optimizers(model, settings), Encoder(model.visual)
-    held_out = _pool(CLASS_CHARACTERS, Domain(faces=HELD_OUT_FACES), 820, settings, _HELD_OUT_SPLIT)
+    model: CLIP, tokenizer: SimpleTokenizer, pool: ImagePool, stage: Stage, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Optimise `model` in place; yield what is to be logged."""
+    optimizers, encoder = _optimizers(model), Encoder(model.visual)
+    schedules = [LambdaLR(optimizer, lambda done: _rate(done, stage)) for optimizer in optimizers]
+    held_out = render_pool(CLASS_CHARACTERS, SOURCE_HELD_OUT, 820, seed=SEED, split=HELD_OUT_SPLIT)
     generator = torch.Generator().manual_seed(seed)
-    batches = _batches(train, seed)
     started = time.monotonic()
-    for step in range(1, stage.steps + 1):
-        _set_rates(optimizers, _rate(step, stage, settings.warmup_steps))
-        images, captions = next(batches)
-        augmented = _jitter(images_to_tensor(images), generator)
-        losses = _losses(model, encoder, augmented, tokenizer(captions))
-        loss = losses.cls + settings.dense_weight * losses.dense
-        _step(model, loss + settings.spread_weight * losses.spread, optimizers)
-        if step % settings.evaluate_every == 0 or step == stage.steps:
-            record = {"event": "step", "step": step, "seconds": round(time.monotonic() - started)}
-            record |= {name: round(term.item(), 4) for name, term in losses._asdict().items()}
-            record["logit_scale"] = round(model.logit_scale.exp().item(), 2)
-            weights = class_weights(model.encode_text, tokenizer)
-            _append_log(out, record | score(encoder, weights, held_out))
-        if settings.checkpoint_every and step % settings.checkpoint_every == 0:
-            _write_weights(out, model)
+    batches = islice(_batches(pool, seed), stage.steps)
+    for step, (images, captions) in enumerate(batches, 1):
+        losses = _losses(model, encoder, _jitter(pixels(images), generator), tokenizer(captions))
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (losses["cls"] + DENSE_WEIGHT * losses["dense"] + losses["spread"]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        if step % EVALUATE_EVERY == 0 or step == stage.steps:
+            yield {
+                "event": "step",
+                "step": step,
+                "seconds": round(time.monotonic() - started),
+                **{name: round(term.item(), 4) for name, term in losses.items()},
+                "logit_scale": round(model.logit_scale.exp().item(), 2),
+                **_scores(model, tokenizer, held_out),
+            }
 
 
 def _batches(pool: ImagePool, seed: int) -> Iterator[tuple[NDArray[np.uint8], list[str]]]:
     """Yield one image and one caption of every glyph, forever, each image once per pass."""
     rng = Random(seed)
-    glyphs = range(len(PRETRAINING_CHARACTERS))
-    members = [np.flatnonzero(pool.labels == glyph) for glyph in glyphs]
-    per_pass = min(len(indices) for indices in members)
+    members = [np.flatnonzero(pool.labels == glyph) for glyph in range(len(PRETRAINING_CHARACTERS))]
+    per_pass = min(map(len, members))
     while True:
         orders = [rng.sample(list(indices), per_pass) for indices in members]
-        for position in range(per_pass):
-            chosen = [int(order[position]) for order in orders]
+        for chosen in zip(*orders, strict=True):
             captions = [
-                caption(PRETRAINING_CHARACTERS[glyph], rng, pool.styles[index])
-                for glyph, index in zip(glyphs, chosen, strict=True)
+                caption(character, rng, pool.styles[index])
+                for character, index in zip(PRETRAINING_CHARACTERS, chosen, strict=True)
             ]
-            yield pool.images[chosen], captions
+            yield pool.images[list(chosen)], captions
 
 
-def _losses(model: CLIP, encoder: Encoder, images: Tensor, texts: Tensor) -> _Losses:
-    branches = cast(Branches, encoder(images))
-    words = cast(Tensor, model.encode_text(texts, normalize=True))
-    scale = model.logit_scale.exp()
-    directions = functional.normalize(branches.patches, dim=-1)
+def _losses(model: CLIP, encoder: Encoder, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+    """Return the terms of the objective, scalars."""
+    branches, words = encoder(images), model.encode_text(texts, normalize=True)
+    scale, pairs = model.logit_scale.exp(), torch.arange(len(images))
+
+    def contrast(embedded: Tensor) -> Tensor:
+        logits = scale * embedded @ words.T
+        return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+
     # |mean direction|^2 is the mean cosine over all pairs of tokens of one image.
-    cosine = directions.mean(1).square().sum(-1)
-    spread = functional.relu(cosine - _MAX_TOKEN_COSINE).mean()
-    cls, dense = (_contrast(images, words, scale) for images in (branches.cls, branches.fg))
-    return _Losses(cls, dense, spread)
-
-
-def _contrast(images: Tensor, words: Tensor, scale: Tensor) -> Tensor:
-    """Return CLIP's symmetric contrastive loss of matching rows."""
-    logits = scale * images @ words.T
-    pairs = torch.arange(len(logits))
-    by_image = functional.cross_entropy(logits, pairs)
-    return (by_image + functional.cross_entropy(logits.T, pairs)) / 2
+    cosine = F.normalize(branches.patches, dim=-1).mean(1).square().sum(-1)
+    spread = F.relu(cosine - MAX_TOKEN_COSINE).mean()
+    return {"cls": contrast(branches.cls), "dense": contrast(branches.fg), "spread": spread}
 
 
 def _jitter(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -272,103 +224,39 @@ def _jitter(images: Tensor, generator: torch.Generator) -> Tensor:
     scale, aspect, shear = uniform(0.85, 1.1), uniform(0.95, 1.05), uniform(-0.06, 0.06)
     top = torch.stack([scale * aspect, shear, uniform(-0.1, 0.1)], 1)
     bottom = torch.stack([torch.zeros(count), scale, uniform(-0.1, 0.1)], 1)
-    grid = functional.affine_grid(
-        torch.stack([top, bottom], 1), list(images.shape), align_corners=False
-    )
-    return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    grid = F.affine_grid(torch.stack([top, bottom], 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def _optimizers(model: CLIP, settings: PretrainSettings) -> list[torch.optim.Optimizer]:
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        is_block_matrix = parameter.ndim == 2 and "resblocks" in name
-        (matrices if is_block_matrix else others).append(parameter)
+def _optimizers(model: CLIP) -> list[torch.optim.Optimizer]:
+    named = dict(model.named_parameters())
+    matrices = [name for name, p in named.items() if p.ndim == 2 and "resblocks" in name]
     muon = torch.optim.Muon(
-        matrices,
-        lr=settings.muon_lr,
-        weight_decay=settings.weight_decay,
+        [named.pop(name) for name in matrices],
+        lr=MUON_RATE,
+        weight_decay=WEIGHT_DECAY,
         momentum=0.95,
         adjust_lr_fn="match_rms_adamw",
     )
-    adamw = torch.optim.AdamW(others, lr=settings.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
-    for optimizer in (muon, adamw):
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return [muon, adamw]
+    rest = list(named.values())
+    return [muon, torch.optim.AdamW(rest, lr=ADAMW_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def _rate(step: int, stage: Stage, warmup_steps: int) -> float:
-    """Return the share of the peak rates at a step: linear warm-up times cosine."""
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - 1) / stage.cosine_steps))
-    return min(1.0, step / warmup_steps) * stage.peak * cosine
+def _rate(done: int, stage: Stage) -> float:
+    """Return the share of the peak rates after so many steps: linear warm-up times cosine."""
+    cosine = 0.5 * (1 + math.cos(math.pi * done / stage.cosine_steps))
+    return min(1.0, (done + 1) / WARMUP_STEPS) * stage.peak * cosine
 
 
-def _set_rates(optimizers: list[torch.optim.Optimizer], share: float) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * share
+def _scores(model: CLIP, tokenizer: SimpleTokenizer, pool: ImagePool) -> dict[str, float]:
+    return score(Encoder(model.visual), class_weights(model.encode_text, tokenizer), pool)
 
 
-def _step(model: CLIP, loss: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-    with torch.no_grad():
-        model.logit_scale.clamp_(0, _MAX_LOGIT_SCALE)
-
-
-def _write_weights(out: Path, model: CLIP) -> None:
-    """Round the weights to float16 in a copy and write them."""
-    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    write_bytes(out / _WEIGHTS, save(weights))
-
-
-def _final_scores(
-    model: CLIP, tokenizer: SimpleTokenizer, settings: PretrainSettings
-) -> dict[str, dict[str, float]]:
-    """Score the written weights on images no step has seen."""
-    weights = class_weights(model.encode_text, tokenizer)
-    encoder = Encoder(model.visual)
-    sets = {
-        "source, pretraining faces": (Domain(faces=SOURCE_FACES), _SEEN_SPLIT),
-        "source, held-out faces": (Domain(faces=HELD_OUT_FACES), _HELD_OUT_SPLIT),
-        "target": (TARGET, _TARGET_SPLIT),
-    }
-    return {
-        name: score(encoder, weights, _pool(CLASS_CHARACTERS, domain, 1640, settings, split))
-        for name, (domain, split) in sets.items()
-    }
-
-
-def _begin_log(out: Path, *, fresh: bool) -> None:
-    """Empty the log, or keep the training in it and drop scores that are measured again."""
-    path = out / _LOG
-    lines = path.read_text().splitlines(keepends=True) if path.exists() and not fresh else []
-    path.write_text("".join(line for line in lines if json.loads(line)["event"] != "final"))
-
-
-def _append_log(out: Path, record: dict[str, Any]) -> None:
+def _tell(record: dict[str, Any], log: TextIO) -> None:
     line = json.dumps(record)
-    with (out / _LOG).open("a") as log:
-        log.write(line + "\n")
     print(line, flush=True)
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser(description="Pretrain the tiny CLIP of the benchmark.")
-    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
-    for name, default in asdict(PretrainSettings()).items():
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(default), default=default, help=f"default {default}")
-    parser.add_argument("--first-stage", type=int, default=0, help="go on after a finished stage")
-    arguments = vars(parser.parse_args())
-    out, first_stage = arguments.pop("out"), arguments.pop("first_stage")
-    pretrain(out, PretrainSettings(**arguments), first_stage=first_stage)
+    print(line, file=log, flush=True)
 
 
 if __name__ == "__main__":
-    _main()
+    typer.run(pretrain)

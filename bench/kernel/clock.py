@@ -10,7 +10,7 @@ import cupy
 import torch
 
 from microclip_deploy.bench.card import gpu
-from microclip_deploy.bench.kernel.report import Timing, percentile
+from microclip_deploy.bench.kernel.report import NotTimed, Timing
 
 Launch = Callable[[], object]
 
@@ -26,10 +26,6 @@ LOAD_US = 1.5e6
 """Length of the load under which clocks are read: nvidia-smi takes a part of a second."""
 MOST_QUEUED = 800
 """Launches that the driver queues without waiting."""
-
-
-class CaptureRefused(Exception):
-    """A stage cannot be part of a CUDA graph."""
 
 
 def new_stream() -> Any:
@@ -49,7 +45,7 @@ def time_launches(launches: Sequence[Launch], stream: Any) -> Timing:
     host does. Every launch has its own input, and they take turns.
 
     Raises:
-        CaptureRefused: a launch synchronises, or calls a library that refuses to be captured.
+        NotTimed: a launch synchronises, or calls a library that refuses to be captured.
     """
     for launch in launches:  # loads modules, makes handles
         launch()
@@ -60,7 +56,7 @@ def time_launches(launches: Sequence[Launch], stream: Any) -> Timing:
     graph = once if rounds == 1 else capture([*launches] * rounds, stream)
     _replay_us(graph, stream)
     each = rounds * len(launches)
-    return _timing([_replay_us(graph, stream) / each for _ in range(SAMPLES)], each)
+    return Timing.of([_replay_us(graph, stream) / each for _ in range(SAMPLES)], each)
 
 
 def time_replays(launches: Sequence[Launch], stream: Any) -> Timing:
@@ -71,15 +67,13 @@ def time_replays(launches: Sequence[Launch], stream: Any) -> Timing:
     for launch in launches:
         launch()
     graphs = [capture([launch], stream) for launch in launches]
-    samples = []
-    for _ in range(SAMPLES + 2):
-        start, end = cupy.cuda.Event(), cupy.cuda.Event()
-        start.record(stream)
+
+    def replay() -> None:
         for graph in graphs:
             graph.launch(stream)
-        end.record(stream)
-        samples.append(_elapsed_us(start, end) / len(graphs))
-    return _timing(samples[2:], len(graphs))
+
+    samples = [time_call(replay, stream) / len(graphs) for _ in range(SAMPLES + 2)]
+    return Timing.of(samples[2:], len(graphs))
 
 
 def time_call(call: Launch, stream: Any) -> float:
@@ -88,14 +82,15 @@ def time_call(call: Launch, stream: Any) -> float:
     start.record(stream)
     call()
     end.record(stream)
-    return _elapsed_us(start, end)
+    end.synchronize()
+    return 1e3 * float(cupy.cuda.get_elapsed_time(start, end))
 
 
 def capture(launches: Sequence[Launch], stream: Any) -> Any:
     """Return an uploaded CUDA graph of the launches, in their order.
 
     Raises:
-        CaptureRefused: a launch cannot be captured.
+        NotTimed: a launch cannot be captured.
     """
     stream.synchronize()
     stream.begin_capture()
@@ -103,8 +98,9 @@ def capture(launches: Sequence[Launch], stream: Any) -> Any:
         for launch in launches:
             launch()
     except (NotImplementedError, RuntimeError) as error:
-        _abandon(stream)
-        raise CaptureRefused(f"not capturable: {error}") from error
+        with suppress(RuntimeError):  # the capture is void; ended, the stream can be used again
+            stream.end_capture()
+        raise NotTimed(f"not capturable: {error}") from error
     graph = stream.end_capture()
     graph.upload(stream)
     stream.synchronize()
@@ -153,20 +149,3 @@ def _median_us(call: Launch, stream: Any) -> float:
 
 def _replay_us(graph: Any, stream: Any) -> float:
     return time_call(lambda: graph.launch(stream), stream)
-
-
-def _elapsed_us(start: Any, end: Any) -> float:
-    end.synchronize()
-    return 1e3 * float(cupy.cuda.get_elapsed_time(start, end))
-
-
-def _timing(samples: list[float], launches: int) -> Timing:
-    return Timing(
-        statistics.median(samples), percentile(samples, 95), min(samples), len(samples), launches
-    )
-
-
-def _abandon(stream: Any) -> None:
-    """End a capture that failed, so that the stream can be used again."""
-    with suppress(RuntimeError):  # the capture was already void: that is why we are here
-        stream.end_capture()

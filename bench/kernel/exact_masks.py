@@ -32,9 +32,9 @@ class ExactMasks(NamedTuple):
     binding: Bools
     """(B,): no rounding in float32 can change the mask, so every solver must give it."""
 
-    def wrong(self, found: Bools) -> int:
-        """Count the binding graphs whose mask (B, N) is another."""
-        differs = (np.asarray(found) != self.mask).any(axis=1)
+    def wrong(self, mask: Bools) -> int:
+        """Count the binding graphs whose `mask` (B, N) is another."""
+        differs = (mask != self.mask).any(axis=1)
         return int((differs & self.binding).sum())
 
     def apart(self) -> float:
@@ -48,11 +48,11 @@ class ExactMasks(NamedTuple):
 def exact_masks(tokens: NDArray[np.float64], spec: NCutSpec) -> ExactMasks:
     """Solve float64 (B, N, D) tokens, which hold the values the fast solver saw."""
     edges = adjacency(tokens, spec)
-    found = saliency_exact(tokens, spec)
+    cut = saliency_exact(tokens, spec)
     distance = np.abs(similarities(tokens, spec) - spec.tau)
     near = (distance < EDGE_ROUNDING * _lengths(tokens, spec)).any(axis=(1, 2))
     binding = determined(edges, spec) & ~near
-    return ExactMasks(edges, found.mask, found.degenerate, found.complete, near, binding)
+    return ExactMasks(edges, cut.mask, cut.degenerate, cut.complete, near, binding)
 
 
 def _lengths(tokens: NDArray[np.float64], spec: NCutSpec) -> NDArray[np.float64]:

@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,12 +11,10 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from microclip_deploy.bench.kernel import clock
-from microclip_deploy.bench.kernel.clock import CaptureRefused, Launch
-from microclip_deploy.bench.kernel.exact_masks import exact_masks
-from microclip_deploy.bench.kernel.inputs import Buffers, device_tokens, make_buffers, random_fusion
-from microclip_deploy.bench.kernel.peers import TooSlow, time_peer
+from microclip_deploy.bench.kernel.inputs import Batch, device_tokens, random_fusion
 from microclip_deploy.bench.kernel.report import (
     AFFINITY,
     CUPY_EIGH,
@@ -28,21 +25,13 @@ from microclip_deploy.bench.kernel.report import (
     TORCH_EIGH,
     WHOLE,
     Case,
+    Report,
     TokenFacts,
     percentile,
-    roofline,
 )
-from microclip_deploy.bench.kernel.run import (
-    COMPARED,
-    SPEC,
-    KernelRequest,
-    Measured,
-    facts_of,
-    width_of,
-)
+from microclip_deploy.bench.kernel.run import COMPARED, SPEC, facts_of, time_peer, width_of
 from microclip_deploy.bench.kernel.tokens import exact_values, stored, vit_tokens
 from microclip_deploy.cuda.ncut import NCutKernels
-from microclip_deploy.cuda.soap import CudaFusion
 from microclip_deploy.ncut.steps import adjacency, saliency_iterative
 
 LARGER_THAN_L2 = 2
@@ -56,26 +45,19 @@ STATISTICS_OF = 256
 """Images behind the shares and steps of the tokens."""
 PEER_BUDGET_S = 70.0
 """After so many seconds of a run no further peer is started."""
-FACT_FIELDS = ("mask", "components", "degenerate", "complete", "steps")
 
 
-@contextmanager
-def one_stream() -> Iterator[Any]:
-    """Make one capturing stream the current one of CuPy and of torch."""
+def measure_cuda(
+    report: Report, tokens: Sequence[int], batches: Sequence[int], notes: Console
+) -> None:
+    """Measure kernels, peers and ceilings on the first device, and put them into the report."""
+    deadline = time.monotonic() + PEER_BUDGET_S
     stream = clock.new_stream()
     with stream, clock.torch_stream(stream):
-        yield stream
+        report.ceilings = clock.ceilings(report.dtype, stream)
+        for count in tokens:
+            _measure_count(report, count, batches, stream, deadline, notes)
         stream.synchronize()
-
-
-def measure_cuda(request: KernelRequest, notes: Console) -> Measured:
-    """Measure kernels, peers and ceilings on the first device."""
-    deadline = time.monotonic() + PEER_BUDGET_S
-    with one_stream() as stream:
-        measured = Measured([], [], clock.ceilings(request.dtype, stream))
-        for count in request.tokens:
-            _measure_count(count, request, measured, stream, deadline, notes)
-    return measured
 
 
 def input_sets(batch: int, batch_bytes: int, l2_bytes: int) -> int:
@@ -85,68 +67,50 @@ def input_sets(batch: int, batch_bytes: int, l2_bytes: int) -> int:
 
 
 def _measure_count(
+    report: Report,
     count: int,
-    request: KernelRequest,
-    measured: Measured,
+    batches: Sequence[int],
     stream: Any,
     deadline: float,
     notes: Console,
 ) -> None:
     """Measure all batch sizes at one number of tokens."""
     width = width_of(count)
-    kernels = NCutKernels.of(count=count, width=width, token=request.dtype, spec=SPEC)
+    kernels = NCutKernels.of(count=count, width=width, token=report.dtype, spec=SPEC)
     fusion = random_fusion(width)
-    item_bytes = 4 if request.dtype == "float32" else 2
+    item_bytes = 4 if report.dtype == "float32" else 2
+    image_bytes = count * width * item_bytes
     l2_bytes = int(cupy.cuda.Device().attributes["L2CacheSize"])
-    sets = {
-        batch: input_sets(batch, batch * count * width * item_bytes, l2_bytes)
-        for batch in request.batches
-    }
+    sets = {batch: input_sets(batch, batch * image_bytes, l2_bytes) for batch in batches}
     images = max(STATISTICS_OF, *(batch * number for batch, number in sets.items()))
-    host = stored(vit_tokens(images, count, width, seed=count), request.dtype)
+    host = stored(vit_tokens(images, count, width, seed=count), report.dtype)
     tokens = device_tokens(host)
-    for batch in request.batches:
+    for batch, number in sets.items():
         notes.print(f"N={count} B={batch}")
-        mib = sets[batch] * batch * count * width * item_bytes / 2**20
-        case = Case(count, width, batch, sets[batch], round(mib, 2))
-        parts = [tokens[i * batch : (i + 1) * batch] for i in range(sets[batch])]
-        buffers = [make_buffers(kernels, fusion, part, seed=i) for i, part in enumerate(parts)]
-        _time_kernels(case, kernels, fusion, buffers, stream)
-        del buffers
-        _time_peers(case, as_torch(parts[0]), stream, deadline)
-        if AFFINITY in case.times and measured.ceilings is not None:
-            case.roofline = roofline(case, item_bytes, measured.ceilings)
-        measured.cases.append(case)
-    measured.facts.append(_facts(kernels, fusion, tokens, host, stream))
+        mib = round(number * batch * image_bytes / 2**20, 2)
+        case = Case(tokens=count, width=width, batch=batch, input_sets=number, input_mib=mib)
+        parts = [tokens[i * batch : (i + 1) * batch] for i in range(number)]
+        inputs = [Batch.of(kernels, fusion, part, seed=i) for i, part in enumerate(parts)]
+        _time_kernels(case, inputs, stream)
+        del inputs
+        _time_peers(case, from_dlpack(parts[0]), stream, deadline)
+        case.derive(item_bytes, report.ceilings or {})
+        report.cases.append(case)
+    report.tokens.append(_facts(Batch.of(kernels, fusion, tokens[:STATISTICS_OF], seed=0), host))
 
 
-def _time_kernels(
-    case: Case, kernels: NCutKernels, fusion: CudaFusion, buffers: list[Buffers], stream: Any
-) -> None:
-    def whole(part: Buffers) -> None:
-        kernels.run(part.patches, part.work, part.cut)
-        fusion.run(part.cls, part.patches, part.cut, part.fused)
-
-    for part in buffers:  # every stage finds what the one before it wrote
-        whole(part)
-    stages: dict[str, list[Launch]] = {
-        AFFINITY: [partial(kernels.affinity, part.patches, part.work) for part in buffers],
-        SOLVE: [partial(kernels.solve, part.work, part.cut) for part in buffers],
-        FUSION: [
-            partial(fusion.run, part.cls, part.patches, part.cut, part.fused) for part in buffers
-        ],
-        WHOLE: [partial(whole, part) for part in buffers],
+def _time_kernels(case: Case, inputs: Sequence[Batch], stream: Any) -> None:
+    for batch in inputs:  # every stage finds what the one before it wrote
+        batch.run()
+    stages: dict[str, list[clock.Launch]] = {
+        AFFINITY: [partial(b.kernels.affinity, b.patches, b.work) for b in inputs],
+        SOLVE: [partial(b.kernels.solve, b.work, b.cut) for b in inputs],
+        FUSION: [b.fuse for b in inputs],
+        WHOLE: [b.run for b in inputs],
     }
     for name, launches in stages.items():
-        try:
-            case.times[name] = clock.time_launches(launches, stream)
-        except CaptureRefused as reason:
-            case.skipped[name] = str(reason)
-    case.add_sum()
-    try:
-        case.times[REPLAY] = clock.time_replays(stages[WHOLE], stream)
-    except CaptureRefused as reason:
-        case.skipped[REPLAY] = str(reason)
+        case.time(name, partial(clock.time_launches, launches, stream))
+    case.time(REPLAY, partial(clock.time_replays, stages[WHOLE], stream))
 
 
 def _time_peers(case: Case, tokens: Tensor, stream: Any, deadline: float) -> None:
@@ -161,28 +125,20 @@ def _time_peers(case: Case, tokens: Tensor, stream: Any, deadline: float) -> Non
     for name, run in peers.items():
         if time.monotonic() > deadline:
             case.skipped[name] = f"the run had no time left ({PEER_BUDGET_S:.0f} s are for peers)"
-            continue
-        try:
-            case.times[name] = time_peer(run, case.batch, timed)
-        except TooSlow as reason:
-            case.skipped[name] = str(reason)
+        else:
+            case.time(name, partial(time_peer, run, case.batch, timed))
 
 
-def _facts(
-    kernels: NCutKernels, fusion: CudaFusion, tokens: Any, host: NDArray[Any], stream: Any
-) -> TokenFacts:
-    """Run the kernels once more and look at what they found."""
-    part = make_buffers(kernels, fusion, tokens[:STATISTICS_OF], seed=0)
-    kernels.run(part.patches, part.work, part.cut)
-    iterative = saliency_iterative(as_torch(tokens[:COMPARED]), SPEC).mask
-    stream.synchronize()
-    cut = {name: cupy.asnumpy(getattr(part.cut, name)) for name in FACT_FIELDS}
+def _facts(batch: Batch, host: NDArray[Any]) -> TokenFacts:
+    """Run the kernels once more and look at what they found in the first tokens of `host`."""
+    batch.kernels.run(batch.patches, batch.work, batch.cut)
+    iterative = saliency_iterative(from_dlpack(batch.patches[:COMPARED]), SPEC).mask
+    cut = {name: cupy.asnumpy(array) for name, array in batch.cut._asdict().items()}  # waits
     masks = {
         "kernels": cut["mask"][:COMPARED].astype(bool),
         ITERATIVE: iterative.cpu().numpy(),
     }
-    expected = exact_masks(exact_values(host[:COMPARED]), SPEC)
-    facts = facts_of(tokens.shape[1], expected, masks)
+    facts = facts_of(exact_values(host[:COMPARED]), masks)
     facts.images = len(cut["mask"])
     facts.apart = float((cut["components"] > 1).mean())
     facts.degenerate = float(cut["degenerate"].astype(bool).mean())
@@ -192,14 +148,6 @@ def _facts(
         shares = {"p50": 50, "p90": 90, "max": 100}
         facts.steps = {name: int(percentile(steps, share)) for name, share in shares.items()}
     return facts
-
-
-def as_torch(patches: Any) -> Tensor:
-    """Return tokens as a torch tensor of the same memory."""
-    if isinstance(patches, Tensor):
-        return patches
-    tensor: Tensor = torch.utils.dlpack.from_dlpack(patches)
-    return tensor
 
 
 def laplacians(tokens: Tensor) -> Tensor:

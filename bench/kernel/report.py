@@ -1,25 +1,24 @@
 """What `bench ncut` measured, as a table, Markdown, a chart and one JSON document."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-from microclip_deploy.artifact import make_directory, write_bytes, write_json
-from microclip_deploy.bench.kernel.chart import log_chart
-from microclip_deploy.bench.table_text import columns, digits, markdown_table, slug
+import numpy as np
+from pydantic import BaseModel
+
+from microclip_deploy.bench import document
+from microclip_deploy.bench.table_text import digits, slug
 from microclip_deploy.errors import VerificationError
+from microclip_deploy.evaluation.chart import log_chart
 
 AFFINITY, SOLVE, FUSION = "K1 affinity", "K2 solve", "K3 fusion"
 SUM, WHOLE, REPLAY = "sum", "whole", "replay"
+STAGES = (AFFINITY, SOLVE, FUSION)
 ITERATIVE, TORCH_EIGH, CUPY_EIGH = "iterative", "torch eigh", "cupy eigh"
 EXACT_CPU, ITERATIVE_CPU = "exact, CPU", "iterative, CPU"
-STAGES = (AFFINITY, SOLVE, FUSION)
-CONTESTANTS = (
-    *STAGES, SUM, WHOLE, REPLAY, ITERATIVE, TORCH_EIGH, CUPY_EIGH, EXACT_CPU, ITERATIVE_CPU
-)  # fmt: skip
-"""In the order of columns."""
 
 TIMED = {
     AFFINITY: "tokens -> one bit a pair; every launch has its own tokens",
@@ -34,19 +33,22 @@ TIMED = {
     EXACT_CPU: "tokens -> mask, float64 eigh of NumPy",
     ITERATIVE_CPU: "tokens -> mask, array-API path on torch CPU",
 }
-"""What is inside the timed region of each contestant."""
+"""Contestant -> what is inside its timed region, in the order of columns."""
 
 METHOD = (
     "A sample of K1, K2, K3 and whole is the mean over one replay of a CUDA graph of many "
     "launches, between two events: kernels and the gaps between dependent nodes are inside, the "
-    "host is not. "
-    "Input sets take turns; where they are larger than the L2 cache, tokens come from memory. A "
-    "sample of a peer is one call between two events, the host's part included; on a CPU it is the "
-    "wall clock."
+    "host is not. Input sets take turns; where they are larger than the L2 cache, tokens come from "
+    "memory. A sample of a peer is one call between two events, the host's part included; on a CPU "
+    "it is the wall clock."
 )
 
 
-class Timing(NamedTuple):
+class NotTimed(Exception):
+    """A contestant is left out; the message says why."""
+
+
+class Timing(BaseModel):
     """Microseconds a batch."""
 
     median_us: float
@@ -56,8 +58,19 @@ class Timing(NamedTuple):
     launches: int
     """Batches of which one sample is the mean."""
 
+    @classmethod
+    def of(cls, samples_us: Sequence[float], launches: int) -> "Timing":
+        """Sum samples up."""
+        return cls(
+            median_us=statistics.median(samples_us),
+            p95_us=percentile(samples_us, 95),
+            min_us=min(samples_us),
+            samples=len(samples_us),
+            launches=launches,
+        )
 
-class Roofline(NamedTuple):
+
+class Roofline(BaseModel):
     """What K1 must do at least, and the time that takes at the rates measured in the same run."""
 
     bytes: int
@@ -70,8 +83,7 @@ class Roofline(NamedTuple):
     """Of the floor, the larger of both, in the measured median: 1 is perfect."""
 
 
-@dataclass
-class Case:
+class Case(BaseModel):
     """One number of tokens at one batch size."""
 
     tokens: int
@@ -80,32 +92,54 @@ class Case:
     input_sets: int = 1
     input_mib: float = 0.0
     """All tokens that take turns, together."""
-    times: dict[str, Timing] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    times: dict[str, Timing] = {}
+    skipped: dict[str, str] = {}
     """Contestant -> why it has no time."""
     roofline: Roofline | None = None
+    eigh_over_cut: float | None = None
+    """How many times as long the fastest eigensolver takes as K1 and K2 together."""
 
-    def add_sum(self) -> None:
-        """Add the stages up, where all were measured."""
-        parts = [self.times[stage] for stage in STAGES if stage in self.times]
-        if len(parts) == len(STAGES):
-            median, p95, least = (
-                sum(values) for values in zip(*(part[:3] for part in parts), strict=True)
+    def time(self, name: str, measure: Callable[[], Timing]) -> None:
+        """Measure a contestant, or keep the reason why it has no time."""
+        try:
+            self.times[name] = measure()
+        except NotTimed as reason:
+            self.skipped[name] = str(reason)
+
+    def derive(self, item_bytes: int, ceilings: Mapping[str, Any]) -> None:
+        """Add what follows from the kernels' times: their sum, the ratio and the floor of K1.
+
+        Args:
+            item_bytes: of one number of a token.
+            ceilings: as `clock.ceilings` measured them.
+        """
+        times = self.times
+        if all(name in times for name in STAGES):
+            parts = [times[name] for name in STAGES]
+            times[SUM] = Timing(
+                median_us=sum(part.median_us for part in parts),
+                p95_us=sum(part.p95_us for part in parts),
+                min_us=sum(part.min_us for part in parts),
+                samples=0,
+                launches=0,
             )
-            self.times[SUM] = Timing(median, p95, least, 0, 0)
+        peers = [times[name].median_us for name in (TORCH_EIGH, CUPY_EIGH) if name in times]
+        if peers and AFFINITY in times and SOLVE in times:
+            self.eigh_over_cut = min(peers) / (times[AFFINITY].median_us + times[SOLVE].median_us)
+        if AFFINITY in times:
+            flop, moved = affinity_work(self.batch, self.tokens, self.width, item_bytes)
+            memory_us = moved / ceilings["copy_bytes_per_s"] * 1e6
+            arithmetic_us = flop / ceilings["product_flop_per_s"] * 1e6
+            self.roofline = Roofline(
+                bytes=moved,
+                flop=flop,
+                memory_us=memory_us,
+                arithmetic_us=arithmetic_us,
+                share=max(memory_us, arithmetic_us) / times[AFFINITY].median_us,
+            )
 
-    def eigh_over_cut(self) -> float | None:
-        """Return how many times as long the fastest eigensolver takes as K1 and K2 together."""
-        peers = [
-            self.times[name].median_us for name in (TORCH_EIGH, CUPY_EIGH) if name in self.times
-        ]
-        if not peers or AFFINITY not in self.times or SOLVE not in self.times:
-            return None
-        return min(peers) / (self.times[AFFINITY].median_us + self.times[SOLVE].median_us)
 
-
-@dataclass
-class TokenFacts:
+class TokenFacts(BaseModel):
     """The graphs of the tokens that were used, and who got their masks right."""
 
     tokens: int
@@ -117,7 +151,7 @@ class TokenFacts:
     """Share of graphs that are not connected."""
     degenerate: float
     complete: float
-    steps: dict[str, int] | None
+    steps: dict[str, int] | None = None
     """Lanczos steps of K2: p50, p90, max."""
     compared: int
     """Images compared with exact float64 on the CPU."""
@@ -127,177 +161,78 @@ class TokenFacts:
     """Contestant -> binding graphs with another mask."""
 
 
-@dataclass
-class Report:
+class Report(BaseModel):
     """Everything one run measured."""
 
+    benchmark: Literal["ncut kernel"] = "ncut kernel"
     dtype: str
     device: str
     date: str
-    cases: list[Case]
-    facts: list[TokenFacts]
-    ceilings: dict[str, Any] | None
-    seconds: float
-    environment: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, the timed regions in words among them."""
-        shown = [name for name in CONTESTANTS if any(name in case.times for case in self.cases)]
-        cases = [{**asdict(case), "eigh_over_cut": case.eigh_over_cut()} for case in self.cases]
-        for plain, case in zip(cases, self.cases, strict=True):
-            plain["times"] = {name: timing._asdict() for name, timing in case.times.items()}
-            plain["roofline"] = case.roofline and case.roofline._asdict()
-        return {
-            "benchmark": "ncut kernel",
-            **{name: value for name, value in vars(self).items() if name not in ("cases", "facts")},
-            "method": METHOD,
-            "timed": {name: TIMED[name] for name in shown},
-            "cases": cases,
-            "tokens": [asdict(facts) for facts in self.facts],
-        }
-
-
-def percentile(samples: Sequence[float], share: float) -> float:
-    """Return the smallest sample that at least `share` percent do not exceed."""
-    return sorted(samples)[max(math.ceil(len(samples) * share / 100) - 1, 0)]
+    ceilings: dict[str, Any] | None = None
+    seconds: float = 0.0
+    environment: dict[str, Any] = {}
+    method: str = METHOD
+    timed: dict[str, str] = {}
+    """The part of `TIMED` that was measured."""
+    cases: list[Case] = []
+    tokens: list[TokenFacts] = []
 
 
 def affinity_work(batch: int, tokens: int, width: int, item_bytes: int) -> tuple[int, int]:
     """Return the operations of K1, and its bytes: tokens read once, a bit a pair written."""
-    tiles = math.ceil(tokens / 64)
-    words = math.ceil(tokens / 32)
+    tiles, words = math.ceil(tokens / 64), math.ceil(tokens / 32)
     moved = batch * tokens * (width * item_bytes + 4 * words)
     return batch * tiles * (tiles + 1) // 2 * 64 * 64 * 2 * width, moved
 
 
-def roofline(case: Case, item_bytes: int, ceilings: dict[str, Any]) -> Roofline:
-    """Return the floor under K1 and how near its median comes."""
-    flop, moved = affinity_work(case.batch, case.tokens, case.width, item_bytes)
-    memory_us = moved / ceilings["copy_bytes_per_s"] * 1e6
-    arithmetic_us = flop / ceilings["product_flop_per_s"] * 1e6
-    share = max(memory_us, arithmetic_us) / case.times[AFFINITY].median_us
-    return Roofline(moved, flop, memory_us, arithmetic_us, share)
-
-
-def time_rows(report: Report) -> list[list[str]]:
-    """Return the table of times, headers first: microseconds a batch, median / p95."""
-    shown = [name for name in CONTESTANTS if any(name in case.times for case in report.cases)]
-    on_device = any(case.roofline for case in report.cases)
-    extra = ["eigh / (K1+K2)", "K1 of floor"] if on_device else []
-    rows = [["N", "D", "B", *shown, *extra]]
-    for case in report.cases:
-        cells = [str(case.tokens), str(case.width), str(case.batch)]
-        cells += [_time(case.times.get(name)) for name in shown]
-        if on_device:
-            ratio = case.eigh_over_cut()
-            cells += [
-                "–" if ratio is None else f"{ratio:.3g}x",
-                "–" if case.roofline is None else f"{100 * case.roofline.share:.0f} %",
-            ]
-        rows.append(cells)
-    return rows
-
-
-def fact_rows(report: Report) -> list[list[str]]:
-    """Return the table of the tokens used, headers first."""
-    rows = [
-        [
-            "N", "images", "pairs joined", "in parts", "degenerate", "complete",
-            "steps p50 / p90 / max", "compared", "binding", "wrong masks",
-        ]
-    ]  # fmt: skip
-    for facts in report.facts:
-        shares = (facts.edge_share, facts.apart, facts.degenerate, facts.complete)
-        steps = facts.steps
-        rows.append(
-            [
-                str(facts.tokens),
-                str(facts.images),
-                *(f"{100 * share:.0f} %" for share in shares),
-                "–" if steps is None else " / ".join(str(steps[k]) for k in ("p50", "p90", "max")),
-                str(facts.compared),
-                str(facts.binding),
-                ", ".join(f"{name} {count}" for name, count in facts.wrong.items()),
-            ]
-        )
-    return rows
+def percentile(samples: Sequence[float], share: float) -> float:
+    """Return the smallest sample that at least `share` percent do not exceed."""
+    return float(np.percentile(samples, share, method="inverted_cdf"))
 
 
 def plain(report: Report) -> str:
     """Return both tables for the terminal, in columns."""
-    times = f"microseconds a batch, {report.dtype}, {report.device}: median / p95"
-    blocks = ((times, time_rows(report)), ("the tokens used", fact_rows(report)))
-    return "\n\n".join("\n".join([title, *columns(rows)]) for title, rows in blocks)
+    return document.plain(_tables(report), {})
 
 
 def markdown(report: Report) -> str:
     """Return both tables, what was timed, what was left out, and the machine."""
-    card = report.environment
-    gpu = card.get("gpu") or {}
-    machine = ", ".join(f"{key} {value}" for key, value in gpu.items() if value is not None)
-    lines = [
-        f"# The normalised cut on {report.device}, {report.dtype}, {report.date}",
-        "",
-        "Microseconds a batch, median / p95.",
-        "",
-        *markdown_table(time_rows(report)),
-        "",
-        METHOD,
-        "",
-        *(f"* {name}: {text}" for name, text in report.to_json()["timed"].items()),
-        "",
-        *markdown_table(fact_rows(report)),
-        "",
-        "A mask is wrong where it differs from exact float64 on the CPU, solved from the very "
-        "tokens, on a graph whose mask rounding in float32 cannot change.",
-        "",
-    ]
     skipped = [
-        f"* N {case.tokens}, B {case.batch}, {name}: {why}"
+        f"N {case.tokens}, B {case.batch}, {name}: {why}"
         for case in report.cases
         for name, why in case.skipped.items()
     ]
-    if skipped:
-        lines += ["Not measured:", "", *skipped, ""]
-    if report.ceilings is not None:
-        copied = report.ceilings["copy_bytes_per_s"] / 1e12
-        product = report.ceilings["product_flop_per_s"] / 1e12
-        lines += [
-            f"Ceilings of the same run: a copy moves {copied:.2f} TB/s (read plus written), a "
-            f"{report.ceilings['product_dtype']} product runs at {product:.0f} TFLOP/s.",
-            "",
-        ]
-    packages = ", ".join(f"{name} {number}" for name, number in card.get("packages", {}).items())
-    lines += [f"{card.get('cpu')}; {machine or 'no GPU'}; {packages}; commit {card.get('commit')}."]
-    return "\n".join([*lines, ""])
+    remarks = {
+        "what was timed": [METHOD, *(f"{name}: {what}" for name, what in report.timed.items())],
+        "what a wrong mask is": [
+            "A mask that differs from exact float64 on the CPU, solved from the very tokens, on a "
+            "graph whose mask rounding in float32 cannot change."
+        ],
+        "not measured": skipped,
+        "ceilings of the same run": _ceilings(report),
+    }
+    title = f"The normalised cut on {report.device}, {report.dtype}, {report.date}"
+    return document.markdown(title, _tables(report), remarks, report.environment)
 
 
 def chart(report: Report) -> str:
-    """Draw the time over the batch, one colour a number of tokens."""
+    """Draw the time over the batch, one colour a number of tokens; SVG."""
     wanted = (WHOLE, TORCH_EIGH, CUPY_EIGH, ITERATIVE, EXACT_CPU, ITERATIVE_CPU)
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    groups: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for case in report.cases:
-        group = panels.setdefault(f"N={case.tokens}", {})
+        lines = groups.setdefault(f"N={case.tokens}", {})
         for name in wanted:
             if name in case.times:
-                point = (float(case.batch), case.times[name].median_us)
-                group.setdefault(name, []).append(point)
-    return log_chart(
-        panels,
-        title=f"normalised cut, {report.dtype}, {report.device}",
-        x_label="images a batch",
-        y_label="microseconds a batch",
-    )
+                lines.setdefault(name, []).append((case.batch, case.times[name].median_us))
+    y_label = f"microseconds a batch, {report.dtype}, {report.device}"
+    return log_chart(groups, x_label="images a batch", y_label=y_label)
 
 
 def write_report(report: Report, directory: Path) -> Path:
     """Write DATE-GPU-kernel.json, .md and .svg; return the JSON's path."""
-    make_directory(directory)
-    path = directory / f"{report.date}-{slug(report.device)}-kernel.json"
-    write_json(path, report.to_json())
-    write_bytes(path.with_suffix(".md"), markdown(report).encode())
-    write_bytes(path.with_suffix(".svg"), chart(report).encode())
-    return path
+    name = f"{report.date}-{slug(report.device)}-kernel"
+    texts = {".md": markdown(report), ".svg": chart(report)}
+    return document.write_files(directory, name, report.model_dump(), texts)
 
 
 def require_right(report: Report) -> None:
@@ -308,7 +243,7 @@ def require_right(report: Report) -> None:
     """
     wrong = [
         f"{name} {count} of {facts.binding} at N {facts.tokens}"
-        for facts in report.facts
+        for facts in report.tokens
         for name, count in facts.wrong.items()
         if count
     ]
@@ -319,5 +254,51 @@ def require_right(report: Report) -> None:
         )
 
 
+def _tables(report: Report) -> dict[str, list[list[str]]]:
+    times = f"microseconds a batch, {report.dtype}, {report.device}: median / p95"
+    return {times: _time_rows(report), "the tokens used": _fact_rows(report)}
+
+
+def _time_rows(report: Report) -> list[list[str]]:
+    on_device = report.ceilings is not None
+    extra = ["eigh / (K1+K2)", "K1 of floor"] if on_device else []
+    rows = [["N", "D", "B", *report.timed, *extra]]
+    for case in report.cases:
+        cells = [str(case.tokens), str(case.width), str(case.batch)]
+        cells += [_time(case.times.get(name)) for name in report.timed]
+        if on_device:
+            cells.append(f"{case.eigh_over_cut:.3g}x" if case.eigh_over_cut else "–")
+            cells.append(f"{100 * case.roofline.share:.0f} %" if case.roofline else "–")
+        rows.append(cells)
+    return rows
+
+
 def _time(timing: Timing | None) -> str:
     return "–" if timing is None else f"{digits(timing.median_us)} / {digits(timing.p95_us)}"
+
+
+def _fact_rows(report: Report) -> list[list[str]]:
+    rows = [
+        [
+            "N", "images", "pairs joined", "in parts", "degenerate", "complete",
+            "steps p50 / p90 / max", "compared", "binding", "wrong masks",
+        ]
+    ]  # fmt: skip
+    for facts in report.tokens:
+        shares = (facts.edge_share, facts.apart, facts.degenerate, facts.complete)
+        steps = " / ".join(map(str, facts.steps.values())) if facts.steps else "–"
+        wrong = ", ".join(f"{name} {count}" for name, count in facts.wrong.items())
+        cells = [str(facts.tokens), str(facts.images), *(f"{100 * s:.0f} %" for s in shares)]
+        rows.append([*cells, steps, str(facts.compared), str(facts.binding), wrong])
+    return rows
+
+
+def _ceilings(report: Report) -> list[str]:
+    if report.ceilings is None:
+        return []
+    copied = report.ceilings["copy_bytes_per_s"] / 1e12
+    product = report.ceilings["product_flop_per_s"] / 1e12
+    return [
+        f"a copy moves {copied:.2f} TB/s, read plus written",
+        f"a {report.ceilings['product_dtype']} product runs at {product:.0f} TFLOP/s",
+    ]

@@ -10,12 +10,12 @@ from itertools import product
 
 import cupy
 
-from microclip_deploy.bench.kernel.inputs import SPECS, device_tokens, make_buffers, random_fusion
+from microclip_deploy.bench.kernel.inputs import SPECS, Batch, device_tokens, random_fusion
 from microclip_deploy.bench.kernel.tokens import DTYPES, stored, vit_tokens
 from microclip_deploy.cuda.ncut import NCutKernels
 
 TOKENS = (49, 196)
-BATCH, WIDTH = 2, 768
+IMAGES, WIDTH = 2, 768
 
 
 def main() -> None:
@@ -23,12 +23,11 @@ def main() -> None:
     fusion = random_fusion(WIDTH)
     for count, dtype, spec in product(TOKENS, DTYPES, SPECS):
         kernels = NCutKernels.of(count=count, width=WIDTH, token=dtype, spec=spec)
-        tokens = device_tokens(stored(vit_tokens(BATCH, count, WIDTH, seed=count), dtype))
-        part = make_buffers(kernels, fusion, tokens, seed=0)
-        kernels.run(part.patches, part.work, part.cut)
-        fusion.run(part.cls, part.patches, part.cut, part.fused)
+        tokens = device_tokens(stored(vit_tokens(IMAGES, count, WIDTH, seed=count), dtype))
+        batch = Batch.of(kernels, fusion, tokens, seed=0)
+        batch.run()
         cupy.cuda.get_current_stream().synchronize()
-        masked = cupy.asnumpy(part.cut.mask).astype(bool).sum(axis=1)
+        masked = cupy.asnumpy(batch.cut.mask).astype(bool).sum(axis=1)
         print(f"N={count} {dtype} {spec.affinity}: {masked.tolist()} tokens in front", flush=True)
 
 

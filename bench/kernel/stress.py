@@ -26,14 +26,7 @@ from numpy.typing import NDArray
 from microclip_deploy.artifact import write_json
 from microclip_deploy.bench.card import environment
 from microclip_deploy.bench.kernel.exact_masks import exact_masks
-from microclip_deploy.bench.kernel.inputs import (
-    SPECS,
-    Buffers,
-    device_tokens,
-    make_buffers,
-    poison,
-    random_fusion,
-)
+from microclip_deploy.bench.kernel.inputs import SPECS, Batch, device_tokens, random_fusion
 from microclip_deploy.bench.kernel.run import width_of
 from microclip_deploy.bench.kernel.tokens import DTYPES, exact_values, stored, vit_tokens
 from microclip_deploy.cuda.ncut import NCutKernels
@@ -51,14 +44,12 @@ UNDEFINED = ("rows",)
 Bytes = dict[str, NDArray[np.uint8]]
 
 
-def run_once(kernels: NCutKernels, fusion: CudaFusion, part: Buffers) -> Bytes:
+def run_once(batch: Batch) -> Bytes:
     """Run everything into poisoned outputs; return the bytes of each, (B, bytes an image)."""
-    poison(part.cut)
-    poison(part.fused)
-    kernels.run(part.patches, part.work, part.cut)
-    fusion.run(part.cls, part.patches, part.cut, part.fused)
+    batch.poison()
+    batch.run()
     cupy.cuda.get_current_stream().synchronize()
-    outputs = {**part.cut._asdict(), **part.fused._asdict()}
+    outputs = {**batch.cut._asdict(), **batch.fused._asdict()}
     return {
         name: cupy.asnumpy(array).reshape(len(array), -1).view(np.uint8)
         for name, array in outputs.items()
@@ -66,9 +57,9 @@ def run_once(kernels: NCutKernels, fusion: CudaFusion, part: Buffers) -> Bytes:
     }
 
 
-def departures(expected: Bytes, found: Bytes, label: str) -> Counter[str]:
+def departures(expected: Bytes, second: Bytes, label: str) -> Counter[str]:
     """Count the outputs that have other bytes, by name."""
-    other = (name for name in expected if not np.array_equal(expected[name], found[name]))
+    other = (name for name in expected if not np.array_equal(expected[name], second[name]))
     return Counter(f"{label}: {name}" for name in other)
 
 
@@ -77,16 +68,15 @@ def check_batch(
 ) -> tuple[Counter[str], Counter[str]]:
     """Return failures and counts of one batch of tokens (B, N, D)."""
     order = np.random.default_rng(seed).permutation(len(host))
-    part = make_buffers(kernels, fusion, device_tokens(host), seed=seed)
-    first = run_once(kernels, fusion, part)
-    failures = departures(first, run_once(kernels, fusion, part), "second run")
-    shuffled = Buffers(
-        device_tokens(host[order]), part.cls[cupy.asarray(order)], part.work, part.cut, part.fused
+    batch = Batch.of(kernels, fusion, device_tokens(host), seed=seed)
+    first = run_once(batch)
+    failures = departures(first, run_once(batch), "second run")
+    shuffled = batch._replace(
+        patches=device_tokens(host[order]), cls=batch.cls[cupy.asarray(order)]
     )
-    expected = {name: values[order] for name, values in first.items()}
     # The products behind the pooling may be summed differently in another row; the cut may not.
-    cut_only = {name: expected[name] for name in expected if name in part.cut._fields}
-    failures += departures(cut_only, run_once(kernels, fusion, shuffled), "other order")
+    expected = {name: first[name][order] for name in first if name in batch.cut._fields}
+    failures += departures(expected, run_once(shuffled), "other order")
     if first["mask"].max() > 1:
         failures["mask: bytes other than 0 and 1"] += 1
     exact = exact_masks(exact_values(host[:EXACT_IMAGES]), spec)
@@ -111,27 +101,22 @@ def stress(seconds: float, seed: int) -> dict[str, Any]:
     kernels: dict[tuple[int, str, str], NCutKernels] = {}
     fusions = {width: random_fusion(width) for width in {width_of(count) for count in TOKENS}}
     end = time.monotonic() + seconds
-    for spec, dtype, count in cycle(product(SPECS, DTYPES, TOKENS)):
+    for spec, dtype, count, _ in cycle(product(SPECS, DTYPES, TOKENS, range(BATCHES_A_ROUND))):
+        if time.monotonic() > end:
+            break
         width, key = width_of(count), (count, dtype, spec.affinity)
         if key not in kernels:
             kernels[key] = NCutKernels.of(count=count, width=width, token=dtype, spec=spec)
-        for _ in range(BATCHES_A_ROUND):
-            if time.monotonic() > end:
-                return {
-                    "seed": seed,
-                    "kinds": [" ".join(map(str, found)) for found in kernels],
-                    "failures": dict(failures),
-                    **counts,
-                }
-            batch = BATCHES[counts["batches"] % len(BATCHES)]
-            number = seed + counts["batches"]
-            host = stored(tokens_of(batch, count, width, number), dtype)
-            failed, seen = check_batch(kernels[key], fusions[width], host, spec, number)
-            for what in failed:
-                print(f"FAILED {key} B={batch} seed={number}: {what}", flush=True)
-            failures += failed
-            counts += seen + Counter({"batches": 1})
-    raise AssertionError("a cycle has no end")
+        images = BATCHES[counts["batches"] % len(BATCHES)]
+        number = seed + counts["batches"]
+        host = stored(tokens_of(images, count, width, number), dtype)
+        failed, seen = check_batch(kernels[key], fusions[width], host, spec, number)
+        for what in failed:
+            print(f"FAILED {key} B={images} seed={number}: {what}", flush=True)
+        failures += failed
+        counts += seen + Counter({"batches": 1})
+    kinds = [" ".join(map(str, kind)) for kind in kernels]
+    return {"seed": seed, "kinds": kinds, "failures": dict(failures), **counts}
 
 
 def main(

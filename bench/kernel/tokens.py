@@ -80,9 +80,9 @@ def exact_values(tokens: NDArray[Any]) -> NDArray[np.float64]:
     return tokens.astype(np.float64)
 
 
-def _segments(rng: np.random.Generator, batch: int, count: int) -> Floats:
-    """Return float32 (B, N, RANK) unit rows without their image's mean: prototypes and noise."""
-    side = math.isqrt(count - 1) + 1
+def voronoi(rng: np.random.Generator, batch: int, count: int) -> NDArray[np.intp]:
+    """Return the segment (B, N) of each token of a grid: 3 to 12 Voronoi cells an image."""
+    side = grid_side(count)
     y, x = np.divmod(np.arange(count), side)
     most = SEGMENTS[1] - 1
     centres = rng.uniform(0, side, (batch, most, 2))
@@ -91,25 +91,54 @@ def _segments(rng: np.random.Generator, batch: int, count: int) -> Floats:
     across = x[:, None] - centres[:, None, :, 1]
     distance = down * down + across * across
     distance[np.broadcast_to(unused[:, None], distance.shape)] = np.inf
-    prototypes = _unit(rng.standard_normal((batch, most, RANK), dtype=np.float32))
-    tokens = np.take_along_axis(prototypes, distance.argmin(axis=2)[:, :, None], axis=1)
+    cells: NDArray[np.intp] = distance.argmin(axis=2)
+    return cells
+
+
+def smooth_noise(
+    rng: np.random.Generator, batch: int, count: int, channels: int, decay: NDArray[np.float64]
+) -> Floats:
+    """Return 1 / frequency**decay noise (B, N, channels) of mean 0 and deviation 1.
+
+    Args:
+        rng: source of everything random.
+        batch: images B.
+        count: tokens N of an image.
+        channels: independent fields of an image.
+        decay: (B,).
+    """
+    side = grid_side(count)
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
+    frequency[0, 0] = np.inf
+    gains = (frequency ** -decay[:, None, None])[:, None].astype(np.float32)
+    white = rng.standard_normal((batch, channels, side, side), dtype=np.float32)
+    smooth = np.fft.irfft2(np.fft.rfft2(white) * gains, s=(side, side))
+    smooth = smooth.reshape(batch, channels, -1)
+    smooth /= smooth.std(axis=2, keepdims=True)
+    return smooth[:, :, :count].transpose(0, 2, 1).astype(np.float32)
+
+
+def grid_side(count: int) -> int:
+    """Return the side of the smallest square grid that holds N tokens, row by row."""
+    return math.isqrt(count - 1) + 1
+
+
+def unit(rows: Floats) -> Floats:
+    """Return rows of length one."""
+    return np.asarray(rows / np.linalg.norm(rows, axis=-1, keepdims=True))
+
+
+def _segments(rng: np.random.Generator, batch: int, count: int) -> Floats:
+    """Return float32 (B, N, RANK) unit rows without their image's mean: prototypes and noise."""
+    cells = voronoi(rng, batch, count)
+    prototypes = unit(rng.standard_normal((batch, SEGMENTS[1] - 1, RANK), dtype=np.float32))
+    tokens = np.take_along_axis(prototypes, cells[:, :, None], axis=1)
     strength = rng.uniform(*NOISE, (batch, 1, 1)).astype(np.float32) / math.sqrt(RANK)
     white = rng.standard_normal((batch, count, RANK), dtype=np.float32)
-    tokens += strength * (0.6 * _smooth_noise(rng, batch, side)[:, :count] + white)
+    smooth = smooth_noise(rng, batch, count, RANK, np.full(batch, NOISE_DECAY))
+    tokens += strength * (0.6 * smooth + white)
     tokens -= tokens.mean(axis=1, keepdims=True)
-    return _unit(tokens)
-
-
-def _smooth_noise(rng: np.random.Generator, batch: int, side: int) -> Floats:
-    """Return float32 (B, side * side, RANK), each channel with mean 0 and deviation 1."""
-    down, across = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]
-    frequency = np.hypot(down, across)
-    frequency[0, 0] = np.inf
-    white = rng.standard_normal((batch, RANK, side, side), dtype=np.float32)
-    spectrum = np.fft.rfft2(white) * (frequency**-NOISE_DECAY).astype(np.float32)
-    smooth = np.fft.irfft2(spectrum, s=(side, side)).reshape(batch, RANK, -1)
-    smooth /= smooth.std(axis=2, keepdims=True)
-    return smooth.transpose(0, 2, 1).astype(np.float32)
+    return unit(tokens)
 
 
 def _add_common_direction(rng: np.random.Generator, latent: Floats) -> None:
@@ -129,8 +158,3 @@ def _turn_odd_tokens(rng: np.random.Generator, latent: Floats) -> None:
 def _orthonormal(rng: np.random.Generator, rows: int, width: int) -> Floats:
     """Return float32 (rows, width) orthonormal rows."""
     return np.linalg.qr(rng.standard_normal((width, rows)))[0].T.astype(np.float32)
-
-
-def _unit(rows: Floats) -> Floats:
-    scaled: Floats = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
-    return scaled

@@ -20,13 +20,16 @@ from microclip_deploy.adapt.log import HISTORY, read_history
 from microclip_deploy.adapt.run import execute
 from microclip_deploy.adapt.run_directory import locked, make_inputs, write_inputs
 from microclip_deploy.adapt.trainer import Operation, Recipe, Validator
-from microclip_deploy.artifact import MANIFEST, read_json, write_bytes, write_json
+from microclip_deploy.artifact import MANIFEST, read_json, write_json
 from microclip_deploy.bench.card import environment
+from microclip_deploy.bench.document import write_files
+from microclip_deploy.bench.table_text import markdown_table
 from microclip_deploy.config import resolve
 from microclip_deploy.data.classes import class_texts
 from microclip_deploy.data.sources import list_images
 from microclip_deploy.demo.folders import RECIPE, hidden_labels, write_benchmark
 from microclip_deploy.demo.ink import mask_ink_iou
+from microclip_deploy.evaluation.chart import epoch_chart
 from microclip_deploy.evaluation.evaluate import evaluate
 from microclip_deploy.model.clip import BackboneSpec, load_clip
 from microclip_deploy.model.microclip import MicroCLIP
@@ -44,6 +47,9 @@ RECIPES = {
     "ablation-centered-cosine": "affinity centered cosine",
 }
 """Recipe name -> row title."""
+
+Results = dict[str, list[dict[str, Any]]]
+"""Recipe -> what `measure_once` returned for each seed."""
 
 ROWS = {
     "zero_shot_names": ("zero-shot", "cls", "names"),
@@ -90,7 +96,7 @@ def measure_once(images: Path, out: Path) -> dict[str, Any]:
     with open_session(out) as session:
         overlap = mask_ink_iou(session, images)
     result = {
-        **{name: found.top1 for name, found in scores.items() if found is not None},
+        **{name: row.top1 for name, row in scores.items() if row is not None},
         "mask_ink_iou": overlap,
         "mask_share": evaluation.mask_share,
         "complete_graphs": evaluation.complete_graphs,
@@ -103,61 +109,40 @@ def measure_once(images: Path, out: Path) -> dict[str, Any]:
 
 def spread(values: list[float]) -> str:
     """Return "mean ± standard deviation" in percent, or the one value there is."""
-    mean = 100 * statistics.mean(values)
-    return (
-        f"{mean:.1f}" if len(values) < 2 else f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}"
-    )
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation}"
 
 
-def markdown(results: Mapping[str, list[dict[str, Any]]]) -> str:
+def markdown(results: Results) -> str:
     """Return the table, one row a recipe, percent of the test images."""
-    lines = [
-        "| recipe | what changes | seeds | fused | [CLS] | [FG] | pseudo-labels | ink IoU | s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = {"fused": "fused", "[CLS]": "cls", "[FG]": "fg"}
+    rows = [["recipe", "what changes", "seeds", *columns, "pseudo-labels", "ink IoU", "s"]]
     for recipe, runs in results.items():
-        numbers = [spread([run[name] for run in runs]) for name in ("fused", "cls", "fg")]
-        labels = spread([run["pseudo_labels"][-1] for run in runs])
-        overlap = spread([run["mask_ink_iou"] for run in runs])
-        seconds = statistics.mean(run["seconds"] for run in runs)
-        cells = [
-            recipe,
-            RECIPES[recipe],
-            str(len(runs)),
-            *numbers,
-            labels,
-            overlap,
-            f"{seconds:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [recipe, RECIPES[recipe], str(len(runs))]
+        cells += [spread([run[key] for run in runs]) for key in columns.values()]
+        cells.append(spread([run["pseudo_labels"][-1] for run in runs]))
+        cells.append(spread([run["mask_ink_iou"] for run in runs]))
+        rows.append([*cells, f"{statistics.mean(run['seconds'] for run in runs):.0f}"])
     first = next(iter(results.values()))[0]
     names, descriptions = (100 * first[f"zero_shot_{kind}"] for kind in ("names", "descriptions"))
     before = (
         f"Before adaptation, [CLS]: {names:.1f} with names, {descriptions:.1f} with descriptions."
     )
-    return "\n".join([*lines, "", before, ""])
+    return "\n".join([*markdown_table(rows), "", before, ""])
 
 
-def plot(results: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw pseudo-label accuracy over epochs, one line for each gamma."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "ablations"
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.add_subplot(xlabel="epoch", ylabel="pseudo-labels right (%)")
+def label_chart(results: Results) -> str:
+    """Draw pseudo-label accuracy over epochs, one line for each gamma; SVG."""
     gammas = {"ablation-gamma-0": "gamma 0", "demo": "gamma 0.5", "ablation-gamma-1": "gamma 1"}
-    for recipe, title in gammas.items():
-        curves = [run["pseudo_labels"] for run in results.get(recipe, [])]
-        if curves:
-            mean = [100 * statistics.mean(values) for values in zip(*curves, strict=True)]
-            epochs = range(1, len(mean) + 1)
-            axes.plot(epochs, mean, marker="o", label=title)
-            axes.set_xticks(epochs)
-    axes.legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+    curves = {
+        title: [run["pseudo_labels"] for run in results[recipe]]
+        for recipe, title in gammas.items()
+        if recipe in results
+    }
+    means = {
+        title: [*map(statistics.mean, zip(*runs, strict=True))] for title, runs in curves.items()
+    }
+    return epoch_chart(means, percent=True)
 
 
 def main(
@@ -173,21 +158,18 @@ def main(
     """Run what is missing and print the table."""
     notes = Console(stderr=True)
     write_benchmark(out / "images", notes)
-    results: dict[str, list[dict[str, Any]]] = {}
+    results: Results = {}
     for recipe in RECIPES:
         for seed in (seeds if recipe == RECIPE else ablation_seeds).split(","):
             directory = out / recipe / f"seed-{seed}"
             adapt_once(out / "images", directory, recipe, int(seed))
-            results.setdefault(recipe, []).append(measure_once(out / "images", directory))
-            found = results[recipe][-1]
-            notes.print(
-                f"{recipe} seed {seed}: fused {found['fused']:.3f}, {found['seconds']:.0f} s"
-            )
+            run = measure_once(out / "images", directory)
+            results.setdefault(recipe, []).append(run)
+            notes.print(f"{recipe} seed {seed}: fused {run['fused']:.3f}, {run['seconds']:.0f} s")
     document = {"benchmark": "ablations", "results": results, "environment": environment()}
     if results_to is not None:
-        write_json(results_to.with_suffix(".json"), document)
-        write_bytes(results_to.with_suffix(".md"), markdown(results).encode())
-        plot(results, results_to.with_suffix(".svg"))
+        texts = {".md": markdown(results), ".svg": label_chart(results)}
+        write_files(results_to.parent, results_to.stem, document, texts)
     print(markdown(results))
     print(json.dumps(document))
 

@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 from microclip_deploy.adapt.train_step import AdaptConfig, Views
 from microclip_deploy.errors import UsageError
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.model.soap import SOAP
-from microclip_deploy.model.text import TextHeads
 from microclip_deploy.ncut.spec import NCutSpec
 
 SPEC = NCutSpec()
@@ -34,22 +33,16 @@ class PlainOutput(NamedTuple):
 
 
 class PlainMicroCLIP(nn.Module):
-    """microCLIP word by word."""
+    """microCLIP word by word, with the very weights of a model."""
 
-    def __init__(self, visual: VisionTransformer, heads: TextHeads) -> None:
+    frozen: Tensor
+
+    def __init__(self, model: MicroCLIP, soap: SOAP) -> None:
         super().__init__()
-        self.visual = visual
-        width = visual.conv1.out_channels
-        self.query_proj = nn.Linear(width, width, bias=False)
-        self.key_proj = nn.Linear(width, width, bias=False)
-        self.value_proj = nn.Linear(width, width, bias=False)
-        for linear in (self.query_proj, self.key_proj, self.value_proj):
-            nn.init.eye_(linear.weight)
-        self.classifier = nn.Parameter(heads.initial.clone())
-        self.frozen = heads.frozen
-        for name, parameter in self.named_parameters():
-            wanted = "ln_" in name or ("_proj.weight" in name and "visual" not in name)
-            parameter.requires_grad_(wanted or name == "classifier")
+        self.visual = model.backbone.visual
+        self.soap = soap
+        self.classifier = model.classifier
+        self.register_buffer("frozen", model.frozen)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return cls (B, E) and tokens (B, N, D), with the value path in every block."""
@@ -66,7 +59,7 @@ class PlainMicroCLIP(nn.Module):
         """Encode, cut, pool and classify a batch."""
         cls, tokens = self.encode(images)
         masks = torch.stack([cut(image) for image in tokens.detach()])
-        fg = self._soap(tokens, masks)
+        fg = self._pool(tokens, masks)
         matrix = F.normalize(self.classifier, dim=-1)
         return PlainOutput(cls, fg, 50 * cls @ matrix.T + 50 * fg @ matrix.T)
 
@@ -79,17 +72,19 @@ class PlainMicroCLIP(nn.Module):
         rows: Tensor = v + block.mlp(block.ln_2(v))
         return rows
 
-    def _soap(self, tokens: Tensor, masks: Tensor) -> Tensor:
+    def _pool(self, tokens: Tensor, masks: Tensor) -> Tensor:
         weight = masks.to(tokens.dtype)[:, :, None]
         query = (weight * tokens).sum(1) / weight.sum(1).clamp(min=1)
         padded = F.pad(tokens, (0, 0, 0, 1))
-        scores = self.query_proj(query)[:, None] @ self.key_proj(padded).transpose(1, 2)
+        scores = self.soap.query_proj(query)[:, None] @ self.soap.key_proj(padded).transpose(1, 2)
         attention = (scores / math.sqrt(tokens.shape[-1])).softmax(-1)
-        return F.normalize((attention @ self.value_proj(padded))[:, 0] @ self.visual.proj, dim=-1)
+        return F.normalize(
+            (attention @ self.soap.value_proj(padded))[:, 0] @ self.visual.proj, dim=-1
+        )
 
 
 def plain_of(model: MicroCLIP) -> PlainMicroCLIP:
-    """Return the plain algorithm with a model's weights.
+    """Return the plain algorithm on a model's weights: training one moves both.
 
     Raises:
         UsageError: the model is not the specified one: another pooling, affinity or share of [CLS].
@@ -100,11 +95,7 @@ def plain_of(model: MicroCLIP) -> PlainMicroCLIP:
             "the plain algorithm: expected the method's own settings, found another pooling, ncut "
             "or cls_share"
         )
-    heads = TextHeads(model.names, model.frozen, initial=model.classifier.detach())
-    plain = PlainMicroCLIP(model.backbone.visual, heads)
-    for name in ("query_proj", "key_proj", "value_proj"):
-        getattr(plain, name).load_state_dict(getattr(model.pooling, name).state_dict())
-    return plain
+    return PlainMicroCLIP(model, model.pooling)
 
 
 def cut(tokens: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """`microclip-deploy bench adapt`: what an adaptation waits for, against the plain algorithm.
 
 One run measures, at the geometry of well-known models with random weights, a training step of the
-product and of the plain specified algorithm (training_step.py), and the data pipeline alone with
+product and of the plain specified algorithm (step.py), and the data pipeline alone with
 adaptation's own loader. Both together say which of decoding, augmentation and the model limits an
 adaptation on this machine.
 """
@@ -16,27 +16,26 @@ from contextlib import contextmanager
 from itertools import cycle, islice, pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import open_clip
 import torch
 from rich.console import Console
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from microclip_deploy.adapt.loader import AdaptImages
 from microclip_deploy.adapt.views import ViewConfig
 from microclip_deploy.bench.card import environment
-from microclip_deploy.bench.geometry import TINY
+from microclip_deploy.bench.geometry import TINY, random_geometry
 from microclip_deploy.bench.photos import SIDE, made_up_jpegs
-from microclip_deploy.bench.training.report import AdaptationReport, Case, Pipeline
-from microclip_deploy.bench.training.step import (
+from microclip_deploy.bench.training.report import (
     PLAIN,
     PRODUCT,
-    StepTimes,
-    Work,
-    measure_steps,
-    peak_memory_mib,
+    AdaptationReport,
+    Case,
+    Pipeline,
 )
+from microclip_deploy.bench.training.step import Work, measure_steps, peak_memory_mib
 from microclip_deploy.data.decode import read_image
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.data.sources import check_images, list_images
@@ -48,147 +47,96 @@ MOST_PHOTOS = 64
 """Of the user's photos, spread over all of them."""
 
 
-class AdaptationRequest(NamedTuple):
-    """What is measured."""
-
-    geometries: tuple[str, ...] = ("ViT-B-32",)
-    """open_clip model names, or "tiny"."""
-    batch: int = 16
-    crops: int = 8
-    repeats: int = 5
-    """Timed steps a side, and timed rounds of the pipeline."""
-    workers: int = 0
-    """Image loading processes; 0 loads in this one."""
-    device: str = "cpu"
-    """"cpu", "cuda" or "auto"."""
-    plain: bool = True
-    """Measure the plain algorithm too."""
-    photos: Path | None = None
-    """A folder, a list or an image; None: made-up JPEG photos."""
-
-
-def run_adaptation_bench(request: AdaptationRequest, notes: Console) -> AdaptationReport:
+def run_adaptation_bench(
+    geometries: Sequence[str],
+    notes: Console,
+    *,
+    batch: int,
+    crops: int,
+    repeats: int,
+    workers: int,
+    device: str,
+    plain: bool,
+    images: Path | None,
+) -> AdaptationReport:
     """Measure everything that was asked for.
+
+    Args:
+        geometries: open_clip model names, or "tiny".
+        notes: gets a line a measurement.
+        batch: images a step.
+        crops: of each image, for the multi-view prior.
+        repeats: timed steps a side, and timed rounds of the pipeline.
+        workers: image loading processes; 0 loads in this one.
+        device: "cpu", "cuda" or "auto".
+        plain: measure the plain algorithm too.
+        images: a folder, a list or an image; None: made-up JPEG photos.
 
     Raises:
         DataError: none of the photos can be used.
         EnvironmentProblem: no such device, or its memory does not suffice.
-        UsageError: a number or model that cannot be measured.
+        UsageError: a device or model that cannot be measured.
         VerificationError: product and plain algorithm compute different losses.
     """
-    _require_possible(request)
+    if device not in ("cpu", "cuda", "auto"):
+        raise UsageError(f"--device: expected cpu, cuda or auto, found '{device}'")
+    known = {TINY, *open_clip.list_models()}
+    unknown = [printable(name) for name in geometries if name not in known]
+    if unknown:
+        raise UsageError(
+            f"--geometry: expected open_clip model names such as ViT-B-32, found "
+            f"{', '.join(unknown)}"
+        )
     machine = environment()  # first: its load is that of others
-    device, start = resolve_device(request.device), time.monotonic()
-    with _photos(request.photos) as (source, photos):
-        facts = _photo_facts(source, photos)
-        cases = [_measure_case(name, request, device, photos, notes) for name in request.geometries]
+    device, start = resolve_device(device), time.monotonic()
+    sides = [PRODUCT, PLAIN] if plain else [PRODUCT]
+    with _photos(images) as photos:
+        facts = _photo_facts(images, photos)
+        cases = [
+            _measure_case(Work(name, batch, crops, device), photos, notes, sides, repeats, workers)
+            for name in geometries
+        ]
     return AdaptationReport(
         date=time.strftime("%Y-%m-%d"),
         device=torch.cuda.get_device_name() if device == "cuda" else device,
         precision="fp32",
-        batch=request.batch,
-        crops=request.crops,
-        workers=request.workers,
+        batch=batch,
+        crops=crops,
+        workers=workers,
         threads=torch.get_num_threads(),
         photos=facts,
-        cases=cases,
         seconds=round(time.monotonic() - start, 1),
         environment=machine,
+        cases=cases,
     )
 
 
-def measure_pipeline(
-    request: AdaptationRequest, photos: Sequence[Path], preprocess: Preprocess
+def measure_loading(
+    work: Work, photos: Sequence[Path], preprocess: Preprocess, *, repeats: int, workers: int
 ) -> tuple[Pipeline, Pipeline]:
     """Measure loading with nobody else at work: decoding alone, and decoding with all views."""
-    at_once = max(request.workers, 1)
-    count = request.batch * at_once * (request.repeats + 1)  # the first round starts processes
-    paths = list(islice(cycle(photos), count))
-    images = AdaptImages(paths, preprocess, ViewConfig(crops=request.crops), seed=0)
-    batches = images.epoch(0, request.batch, workers=request.workers)
-    views = _rounds(batches, at_once)
-    decoded = _rounds(_decoded(paths, request.batch, request.workers), at_once)
-    size = request.batch * at_once
-    return Pipeline(size, decoded), Pipeline(size, views)
-
-
-def _require_possible(request: AdaptationRequest) -> None:
-    if request.device not in ("cpu", "cuda", "auto"):
-        raise UsageError(f"--device: expected cpu, cuda or auto, found '{request.device}'")
-    least = {"batch": 1, "crops": 1, "repeats": 1, "workers": 0}
-    for name, value in request._asdict().items():
-        if name in least and value < least[name]:
-            raise UsageError(f"--{name}: expected {least[name]} or more, found {value}")
-    if request.crops > 64:
-        raise UsageError(f"--crops: expected at most 64, found {request.crops}")
-    unknown = [name for name in request.geometries if name not in (TINY, *open_clip.list_models())]
-    if unknown or not request.geometries:
-        raise UsageError(
-            f"--geometry: expected open_clip model names such as ViT-B-32, found "
-            f"{', '.join(map(printable, unknown)) or 'none'}"
-        )
-
-
-def _measure_case(
-    name: str, request: AdaptationRequest, device: str, photos: Sequence[Path], notes: Console
-) -> Case:
-    work = Work(name, request.batch, request.crops, device)
-    sides = [PRODUCT, PLAIN] if request.plain else [PRODUCT]
-    notes.print(f"{name}: training steps")
-    times = _steps(work, sides, request.repeats)
-    notes.print(f"{name}: peak memory, in fresh processes")
-    peaks = {side: peak_memory_mib(work, side) for side in sides}
-    notes.print(f"{name}: loading, {request.workers} workers")
-    decode, views = measure_pipeline(request, photos, times.preprocess)
-    return Case(
-        geometry=name,
-        side=times.preprocess.size,
-        batch=request.batch,
-        samples_s=times.samples_s,
-        parts_s=times.parts_s,
-        losses=times.losses,
-        peak_mib=peaks,
-        decode=decode,
-        views=views,
+    at_once = max(workers, 1)
+    size = work.batch * at_once
+    paths = list(islice(cycle(photos), size * (repeats + 1)))  # the first round starts processes
+    images = AdaptImages(paths, preprocess, ViewConfig(crops=work.crops), seed=0)
+    views = _rounds(images.epoch(0, work.batch, workers=workers), at_once)
+    # Started as adaptation starts its own: from the clean server process that is there by now.
+    known = "forkserver" in multiprocessing.get_all_start_methods()
+    only_decoded: DataLoader[str] = DataLoader(
+        [str(path) for path in paths],  # type: ignore[arg-type]  # has all that a Dataset needs
+        batch_size=work.batch,
+        num_workers=workers,
+        collate_fn=_decode,
+        multiprocessing_context=("forkserver" if known else "spawn") if workers else None,
+        generator=torch.Generator(),  # leaves the global one alone
     )
+    decoded = _rounds(only_decoded, at_once)
+    return Pipeline(images=size, samples_s=decoded), Pipeline(images=size, samples_s=views)
 
 
-def _steps(work: Work, sides: Sequence[str], repeats: int) -> StepTimes:
-    try:
-        return measure_steps(work, sides, repeats)
-    except torch.cuda.OutOfMemoryError as error:
-        raise EnvironmentProblem(
-            f"{work.geometry}: the GPU is out of memory; use a smaller --batch-size or fewer "
-            "--crops"
-        ) from error
-    finally:
-        if work.device == "cuda":  # the next fresh process needs the memory
-            gc.collect()
-            torch.cuda.empty_cache()
-
-
-@contextmanager
-def _photos(source: Path | None) -> Iterator[tuple[str, tuple[Path, ...]]]:
-    """Yield a name and the files of photos that can be read."""
-    if source is not None:
-        listed = list_images(source).paths
-        chosen = listed[:: -(-len(listed) // MOST_PHOTOS)]
-        yield printable(source.resolve().name), check_images(chosen, max_bad=len(chosen)).good
-        return
-    with tempfile.TemporaryDirectory(prefix="microclip-bench-") as folder:
-        paths = tuple(Path(folder) / f"{number:02}.jpg" for number in range(MADE_UP))
-        for path, photo in zip(paths, made_up_jpegs(MADE_UP, SIDE), strict=True):
-            path.write_bytes(photo)
-        yield "made-up JPEG photos", paths
-
-
-def _photo_facts(source: str, photos: Sequence[Path]) -> dict[str, Any]:
-    return {
-        "source": source,
-        "count": len(photos),
-        "median_short_side_px": median(min(read_image(path).size) for path in photos),
-        "median_kib": round(median(os.path.getsize(path) for path in photos) / 1024, 1),
-    }
+def _decode(files: Sequence[str]) -> int:
+    """Decode images and drop them: pixels are not sent between processes."""
+    return sum(read_image(file).width for file in files)
 
 
 def _rounds(batches: Iterable[object], at_once: int) -> list[float]:
@@ -197,28 +145,59 @@ def _rounds(batches: Iterable[object], at_once: int) -> list[float]:
     return [end - start for start, end in pairwise(ends)]
 
 
-class _Decoded(Dataset[int]):
-    """Images that are decoded and dropped: pixels are not sent between processes."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._files = [str(path) for path in paths]
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> int:
-        return read_image(self._files[index]).width
-
-
-def _decoded(paths: Sequence[Path], batch: int, workers: int) -> Iterable[int]:
-    """Return a loader of adaptation's kind that only decodes."""
-    # Started as adaptation starts its own: from the clean server process that is there by now.
-    known = "forkserver" in multiprocessing.get_all_start_methods()
-    return DataLoader(
-        _Decoded(paths),
-        batch_size=batch,
-        num_workers=workers,
-        collate_fn=len,
-        multiprocessing_context=("forkserver" if known else "spawn") if workers else None,
-        generator=torch.Generator(),  # leaves the global one alone
+def _measure_case(
+    work: Work,
+    photos: Sequence[Path],
+    notes: Console,
+    sides: Sequence[str],
+    repeats: int,
+    workers: int,
+) -> Case:
+    name, geometry = work.geometry, random_geometry(work.geometry)
+    notes.print(f"{name}: training steps")
+    try:
+        steps = measure_steps(geometry, work, sides, repeats)
+    except torch.cuda.OutOfMemoryError as error:
+        raise EnvironmentProblem(
+            f"{name}: the GPU is out of memory; use a smaller --batch-size or fewer --crops"
+        ) from error
+    if work.device == "cuda":  # the next fresh process needs the memory
+        gc.collect()
+        torch.cuda.empty_cache()
+    notes.print(f"{name}: peak memory, in fresh processes")
+    peaks = {side: peak_memory_mib(work, side) for side in sides}
+    notes.print(f"{name}: loading, {workers} workers")
+    preprocess = geometry.preprocess
+    decode, views = measure_loading(work, photos, preprocess, repeats=repeats, workers=workers)
+    return Case(
+        geometry=name,
+        side=preprocess.size,
+        **steps.model_dump(),
+        peak_mib=peaks,
+        decode=decode,
+        views=views,
     )
+
+
+@contextmanager
+def _photos(source: Path | None) -> Iterator[tuple[Path, ...]]:
+    """Yield the files of photos that can be read."""
+    if source is not None:
+        listed = list_images(source).paths
+        chosen = listed[:: -(-len(listed) // MOST_PHOTOS)]
+        yield check_images(chosen, max_bad=len(chosen)).good
+        return
+    with tempfile.TemporaryDirectory(prefix="microclip-bench-") as folder:
+        paths = tuple(Path(folder) / f"{number:02}.jpg" for number in range(MADE_UP))
+        for path, photo in zip(paths, made_up_jpegs(MADE_UP, SIDE), strict=True):
+            path.write_bytes(photo)
+        yield paths
+
+
+def _photo_facts(source: Path | None, photos: Sequence[Path]) -> dict[str, Any]:
+    return {
+        "source": printable(source.resolve().name) if source else "made-up JPEG photos",
+        "count": len(photos),
+        "median_short_side_px": median(min(read_image(path).size) for path in photos),
+        "median_kib": round(median(os.path.getsize(path) for path in photos) / 1024, 1),
+    }

@@ -8,14 +8,13 @@ is float32, what `adapt` uses unless told otherwise.
 """
 
 import copy
-import json
 import math
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,24 +22,19 @@ from torch import Tensor
 from microclip_deploy.adapt.train_step import AdaptConfig, Views, make_optimizer, train_step
 from microclip_deploy.bench.geometry import Geometry, random_geometry
 from microclip_deploy.bench.memory import forget_peak, peak_rss_bytes
-from microclip_deploy.bench.training.plain import PlainMicroCLIP, plain_step
-from microclip_deploy.data.preprocess import Preprocess
+from microclip_deploy.bench.training.plain import plain_of, plain_step
+from microclip_deploy.bench.training.report import LABELLING, OPTIMISER, PRODUCT, STRONG, Steps
 from microclip_deploy.errors import EnvironmentProblem, VerificationError
-from microclip_deploy.model.text import TextHeads
 
-PRODUCT, PLAIN = "product", "plain"
-LABELLING, STRONG, OPTIMISER = "labelling", "strong view", "optimiser"
 PARTS = (LABELLING, STRONG, OPTIMISER)
 
 LOSS_TOLERANCE = 1e-3
 """Relative: float32 sums in another order, scaled by 100 in the logits."""
 
-_MODULE = "microclip_deploy.bench.training.step"  # __name__ is "__main__" in the fresh process
-
 Step = Callable[[], Tensor]
 """Move the model once and return the loss."""
-Mark = float | torch.cuda.Event
-"""A moment: seconds of the host's clock, or an event in the device's stream."""
+Mark = Any
+"""A moment: seconds of the host's clock, or a CUDA event in the device's stream."""
 
 
 class Work(NamedTuple):
@@ -55,23 +49,11 @@ class Work(NamedTuple):
     """"cpu" or "cuda"."""
 
 
-class StepTimes(NamedTuple):
-    """Raw samples of the steps, which took turns."""
-
-    samples_s: dict[str, list[float]]
-    """Side -> seconds a step."""
-    parts_s: dict[str, list[float]]
-    """Part -> seconds of it in each of the product's steps."""
-    losses: dict[str, float]
-    """Side -> loss of its first step, which was not timed."""
-    preprocess: Preprocess
-    """Of the geometry."""
-
-
-def measure_steps(work: Work, sides: Sequence[str], repeats: int) -> StepTimes:
+def measure_steps(geometry: Geometry, work: Work, sides: Sequence[str], repeats: int) -> Steps:
     """Time `repeats` steps of each side, taking turns, after a warm-up.
 
     Args:
+        geometry: the model of `work`; it stays as it is.
         work: what a step does.
         sides: of PRODUCT and PLAIN; the product must be among them.
         repeats: at least 1.
@@ -80,7 +62,6 @@ def measure_steps(work: Work, sides: Sequence[str], repeats: int) -> StepTimes:
         VerificationError: the sides compute different losses.
     """
     marks: list[Mark] = []
-    geometry = random_geometry(work.geometry)
     steps = make_steps(geometry, work, sides, marks)
     losses = {side: step().item() for side, step in steps.items()}
     require_equal(losses)
@@ -96,23 +77,29 @@ def measure_steps(work: Work, sides: Sequence[str], repeats: int) -> StepTimes:
             if side == PRODUCT:
                 for part, (start, end) in zip(PARTS, pairwise(marks), strict=True):
                     parts[part].append(_between(start, end))
-    return StepTimes(samples, parts, losses, geometry.preprocess)
+    return Steps(batch=work.batch, samples_s=samples, parts_s=parts, losses=losses)
 
 
 def make_steps(
     geometry: Geometry, work: Work, sides: Sequence[str], marks: list[Mark]
 ) -> dict[str, Step]:
-    """Return side -> its step; all start from the same weights and see the same views."""
+    """Return side -> its step; all start from the same weights and see the same views.
+
+    The product's step appends the moments between which its parts lie to `marks`.
+    """
     if work.device == "cuda":  # as load_clip does: float32 means float32
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
     views = made_up_views(work, geometry.preprocess.size)
-    return {
-        side: product_side(geometry, views, work.device, marks)
-        if side == PRODUCT
-        else plain_side(geometry, views, work.device)
-        for side in sides
-    }
+    steps = {}
+    for side in sides:
+        own = geometry._replace(visual=copy.deepcopy(geometry.visual))
+        steps[side] = (
+            _product_step(own, views, work.device, marks)
+            if side == PRODUCT
+            else _plain_step(own, views, work.device)
+        )
+    return steps
 
 
 def require_equal(losses: dict[str, float]) -> None:
@@ -128,41 +115,6 @@ def require_equal(losses: dict[str, float]) -> None:
                 f"first training step: expected the same loss within {LOSS_TOLERANCE:g} of all "
                 f"sides, found {losses} ({side}); no time of such steps is to be used"
             )
-
-
-def product_side(geometry: Geometry, views: Views, device: str, marks: list[Mark]) -> Step:
-    """Return the product's step; it appends the moments between which its parts lie to `marks`.
-
-    The moments come from hooks in the very step that is timed, so that the parts add up to it.
-    """
-    own = geometry._replace(visual=copy.deepcopy(geometry.visual))
-    model, config = own.model().to(device), AdaptConfig()
-    optimizer = make_optimizer(model.trainable(), config)
-
-    def at_forward(*_: object) -> None:
-        if torch.is_grad_enabled():  # the strong view; labels are computed without gradient
-            marks.append(_mark(device))
-
-    model.register_forward_pre_hook(at_forward)
-    optimizer.register_step_pre_hook(lambda *_: marks.append(_mark(device)))
-
-    def step() -> Tensor:
-        marks.append(_mark(device))
-        taken = train_step(model, optimizer, views, config, average=None, rate=config.lr)
-        marks.append(_mark(device))
-        return taken.losses.total.detach()
-
-    return step
-
-
-def plain_side(geometry: Geometry, views: Views, device: str) -> Step:
-    """Return the step of the plain algorithm."""
-    heads = TextHeads(*(matrix.to(device) for matrix in geometry.heads))
-    model = PlainMicroCLIP(copy.deepcopy(geometry.visual), heads).eval().to(device)
-    config = AdaptConfig()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
-    return lambda: plain_step(model, optimizer, views, config)
 
 
 def made_up_views(work: Work, size: int) -> Views:
@@ -187,46 +139,62 @@ def peak_memory_mib(work: Work, side: str) -> float:
     allocated. Building the model is not part of it, its weights are.
 
     Raises:
-        EnvironmentProblem: the process ended early, as for want of memory.
+        EnvironmentProblem: the process failed or was killed, as for want of memory.
     """
-    # -P: a file named torch.py in the working directory must not be taken for the package.
-    call = [sys.executable, "-P", "-m", _MODULE, side, *map(str, work)]
-    done = subprocess.run(call, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"no message, exit {done.returncode}"])[-1]
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, mp_context=spawn) as fresh:
+            return fresh.submit(_peak_mib, work, side).result()
+    except (MemoryError, RuntimeError) as error:  # torch's, or that of a broken pool
         raise EnvironmentProblem(
             f"peak memory of {work.geometry}, {side}: expected a fresh process to take two steps, "
-            f"found: {last[:300]}; use a smaller --batch-size or fewer --crops"
-        )
-    return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
+            f"found: {str(error)[:300]}; use a smaller --batch-size or fewer --crops"
+        ) from error
 
 
-def tell_peak(arguments: Sequence[str]) -> None:
-    """Take two steps in this process and print their peak memory as one line of JSON.
-
-    Args:
-        arguments: side, geometry, batch, crops, device.
-    """
-    side, geometry, batch, crops, device = arguments
-    work = Work(geometry, int(batch), int(crops), device)
-    step = make_steps(random_geometry(geometry), work, [side], [])[side]
-    _forget_peak(device)
-    step(), step()
-    print(json.dumps({"peak_mib": _peak_bytes(device) / 2**20}))
-
-
-def _forget_peak(device: str) -> None:
-    if device == "cuda":
+def _peak_mib(work: Work, side: str) -> float:
+    step = make_steps(random_geometry(work.geometry), work, [side], [])[side]
+    if work.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    else:
-        forget_peak()
+        step(), step()
+        return torch.cuda.max_memory_allocated() / 2**20
+    forget_peak()
+    step(), step()
+    return peak_rss_bytes() / 2**20
 
 
-def _peak_bytes(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_rss_bytes()
+def _product_step(geometry: Geometry, views: Views, device: str, marks: list[Mark]) -> Step:
+    """Take the moments by hooks in the very step that is timed, so that its parts add up."""
+    model, config = geometry.model().to(device), AdaptConfig()
+    optimizer = make_optimizer(model.trainable(), config)
+
+    def mark(*_: object) -> None:
+        marks.append(_now(device))
+
+    def at_forward(*_: object) -> None:
+        if torch.is_grad_enabled():  # the strong view; labels are computed without gradient
+            mark()
+
+    model.register_forward_pre_hook(at_forward)
+    optimizer.register_step_pre_hook(mark)
+
+    def step() -> Tensor:
+        mark()
+        taken = train_step(model, optimizer, views, config, average=None, rate=config.lr)
+        mark()
+        return taken.losses.total.detach()
+
+    return step
 
 
-def _mark(device: str) -> Mark:
+def _plain_step(geometry: Geometry, views: Views, device: str) -> Step:
+    model, config = plain_of(geometry.model()).to(device).eval(), AdaptConfig()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
+    return lambda: plain_step(model, optimizer, views, config)
+
+
+def _now(device: str) -> Mark:
     if device != "cuda":
         return perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -236,11 +204,8 @@ def _mark(device: str) -> Mark:
 
 def _between(start: Mark, end: Mark) -> float:
     """Return the seconds between two moments of one clock; the device must have reached events."""
-    if isinstance(start, float) and isinstance(end, float):
-        return end - start
-    assert isinstance(start, torch.cuda.Event)
-    assert isinstance(end, torch.cuda.Event)
-    return float(start.elapsed_time(end)) / 1000
+    on_host = isinstance(start, float)
+    return float(end - start if on_host else start.elapsed_time(end) / 1000)
 
 
 def _seconds(step: Step, device: str) -> float:
@@ -252,7 +217,3 @@ def _seconds(step: Step, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return perf_counter() - start
-
-
-if __name__ == "__main__":
-    tell_peak(sys.argv[1:])

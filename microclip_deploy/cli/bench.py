@@ -183,29 +183,29 @@ def bench_ncut(
     The last line of stdout is one JSON document. Exit 5 where a mask is wrong.
     """
     require("torch", "adapt")
-    from microclip_deploy.bench import option_text
     from microclip_deploy.bench.kernel import report, run
+    from microclip_deploy.bench.option_text import parse_numbers
 
-    request = run.KernelRequest(
-        tokens=option_text.parse_numbers("--tokens", tokens),
-        batches=option_text.parse_numbers("--batches", batches),
+    measured = run.run_kernel_bench(
+        parse_numbers("--tokens", tokens),
+        parse_numbers("--batches", batches),
+        notes,
         dtype=dtype,
         device=device,
     )
-    found = run.run_kernel_bench(request, notes)
     if out_dir is not None:
-        notes.print(f"wrote {report.write_report(found, out_dir)}")
+        notes.print(f"wrote {report.write_report(measured, out_dir)}", markup=False)
     shown = notes if as_json else out
-    shown.print(report.plain(found), markup=False, soft_wrap=True)
-    print_json(found.to_json())
-    report.require_right(found)
+    shown.print(report.plain(measured), markup=False, soft_wrap=True)
+    print_json(measured.model_dump())
+    report.require_right(measured)
 
 
 @app.command("adapt")
 def bench_adapt(
     geometry: Annotated[str, typer.Option(help="open_clip model names.")] = "ViT-B-32",
     batch_size: Annotated[int, typer.Option(help="Images a step.", min=2)] = 16,
-    crops: Annotated[int, typer.Option(help="Of the multi-view prior.", min=1)] = 8,
+    crops: Annotated[int, typer.Option(help="Of the multi-view prior.", min=1, max=64)] = 8,
     repeats: Annotated[int, typer.Option(help="Timed steps a side.", min=1)] = 5,
     workers: Annotated[int, typer.Option(help="Image loading processes.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
@@ -227,22 +227,22 @@ def bench_adapt(
     require("torch", "adapt")
     from microclip_deploy.bench.training import report, run
 
-    request = run.AdaptationRequest(
-        geometries=tuple(name.strip() for name in geometry.split(",")),
+    if out_dir is not None:  # before minutes of measuring
+        make_directory(out_dir)
+    measured = run.run_adaptation_bench(
+        [name.strip() for name in geometry.split(",")],
+        notes,
         batch=batch_size,
         crops=crops,
         repeats=repeats,
         workers=workers,
         device=device,
         plain=plain_peer,
-        photos=images,
+        images=images,
     )
-    if out_dir is not None:  # before minutes of measuring
-        make_directory(out_dir)
-    found = run.run_adaptation_bench(request, notes)
     shown = notes if as_json else out
-    shown.print(report.plain(found), markup=False, highlight=False, soft_wrap=True)
+    shown.print(report.plain(measured), markup=False, highlight=False, soft_wrap=True)
     if out_dir is not None:
-        notes.print(f"wrote {report.write_report(found, out_dir)}", markup=False)
+        notes.print(f"wrote {report.write_report(measured, out_dir)}", markup=False)
     if as_json:
-        print_json(found.to_json())
+        print_json(measured.model_dump())

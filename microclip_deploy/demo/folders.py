@@ -11,8 +11,6 @@ The number in a file name is the index of the image: with seed and split it deci
 so writing the same images again, for instance after an interruption, gives the same files.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 from enum import IntEnum
 from functools import partial
@@ -95,14 +93,13 @@ def write_images(directory: Path, split: Split, count: int, *, seed: int = 0) ->
     """
     if count < 1:
         raise UsageError(f"number of images: expected at least 1, found {count}; ask for more")
-    chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-    write = partial(_write_chunk, directory, split, seed)
+    write = partial(_write_image, directory, split, seed)
     # spawn, not fork: the caller may already run torch threads.
     try:
         for folder in _folders(directory, split):
             folder.mkdir(parents=True, exist_ok=True)
-        with multiprocessing.get_context("spawn").Pool(min(_WORKERS, len(chunks))) as workers:
-            workers.map(write, chunks)
+        with multiprocessing.get_context("spawn").Pool(_WORKERS) as workers:
+            workers.map(write, range(count), chunksize=_CHUNK)
     except OSError as error:
         raise write_problem(directory, error) from error
     return directory / split.name.lower()
@@ -140,16 +137,14 @@ def _folders(directory: Path, split: Split) -> list[Path]:
     return [top / class_name for top in tops for class_name in class_names()]
 
 
-def _write_chunk(directory: Path, split: Split, seed: int, indices: range) -> None:
-    name = split.name.lower()
-    for index in indices:
-        character, glyph = target_image(split, index, seed=seed)
-        image = Image.fromarray(glyph.image)
-        file_name = f"{index:06d}.png"
-        if split is Split.ADAPT:
-            image.save(directory / name / file_name)
-            continue
-        class_name = glyph_name(character)
-        image.save(directory / name / class_name / file_name)
-        ink = Image.fromarray(np.rint(glyph.ink * 255).astype(np.uint8))
-        ink.save(directory / f"{name}-ink" / class_name / file_name)
+def _write_image(directory: Path, split: Split, seed: int, index: int) -> None:
+    name, file_name = split.name.lower(), f"{index:06d}.png"
+    character, glyph = target_image(split, index, seed=seed)
+    image = Image.fromarray(glyph.image)
+    if split is Split.ADAPT:
+        image.save(directory / name / file_name)
+        return
+    class_name = glyph_name(character)
+    image.save(directory / name / class_name / file_name)
+    ink = Image.fromarray(np.rint(glyph.ink * 255).astype(np.uint8))
+    ink.save(directory / f"{name}-ink" / class_name / file_name)

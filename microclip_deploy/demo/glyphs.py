@@ -1,30 +1,12 @@
-"""The 82 classes of the benchmark: characters, names, descriptions and pretraining captions.
+"""The 82 classes of the benchmark: characters, names and descriptions.
 
 A class is a precomposed small Latin letter with one combining mark. Its name comes from the
 Unicode standard; its five descriptions stand in for the sentences a language model would write
-about a fine-grained class. Plain and stroked letters exist only in pretraining: they teach the
-model that a mark can be absent.
+about a fine-grained class.
 """
 
-from __future__ import annotations
-
 import unicodedata
-from dataclasses import dataclass
-from random import Random
 from typing import NamedTuple
-
-__all__ = [
-    "CLASS_CHARACTERS",
-    "PRETRAINING_CHARACTERS",
-    "Parts",
-    "PrintStyle",
-    "caption",
-    "class_names",
-    "descriptions",
-    "descriptions_by_name",
-    "glyph_name",
-    "parts",
-]
 
 _BY_MARK = (
     "áéíóúýćĺńŕśźẃ",
@@ -44,9 +26,6 @@ _BY_MARK = (
     "ơư",
 )
 CLASS_CHARACTERS = "".join(_BY_MARK)
-_STROKED = "øłđħŧ"
-_PLAIN = "abcdefghijklmnopqrstuvwxyz"
-PRETRAINING_CHARACTERS = CLASS_CHARACTERS + _STROKED + _PLAIN
 
 
 class Parts(NamedTuple):
@@ -56,25 +35,17 @@ class Parts(NamedTuple):
     mark: str
 
 
-class PrintStyle(NamedTuple):
-    """What a caption may say about the print itself: face style, ink and paper colour."""
-
-    style: str
-    ink: str
-    paper: str
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """Wording of one mark: nouns, shapes (the first four feed the descriptions), position."""
+class Mark(NamedTuple):
+    """Wording of one mark."""
 
     nouns: tuple[str, str]
     shapes: tuple[str, str, str, str]
+    """One for each of the last four descriptions."""
     position: str = "above"
 
 
-_MARKS = {
-    "acute": _Mark(
+MARKS = {
+    "acute": Mark(
         ("an acute accent", "an acute"),
         (
             "a short slanted stroke rising to the right",
@@ -83,7 +54,7 @@ _MARKS = {
             "a small tick climbing from left to right",
         ),
     ),
-    "grave": _Mark(
+    "grave": Mark(
         ("a grave accent", "a grave"),
         (
             "a short slanted stroke falling to the right",
@@ -92,7 +63,7 @@ _MARKS = {
             "a small tick dropping from left to right",
         ),
     ),
-    "circumflex": _Mark(
+    "circumflex": Mark(
         ("a circumflex", "a circumflex accent"),
         (
             "a small hat with its peak in the middle",
@@ -101,7 +72,7 @@ _MARKS = {
             "a small arrow head pointing up",
         ),
     ),
-    "caron": _Mark(
+    "caron": Mark(
         ("a caron", "a hacek"),
         (
             "a small wedge with its point at the bottom",
@@ -110,7 +81,7 @@ _MARKS = {
             "a small arrow head pointing down",
         ),
     ),
-    "tilde": _Mark(
+    "tilde": Mark(
         ("a tilde", "a tilde accent"),
         (
             "a small wave",
@@ -119,7 +90,7 @@ _MARKS = {
             "a short ripple lying flat",
         ),
     ),
-    "macron": _Mark(
+    "macron": Mark(
         ("a macron", "a long mark"),
         (
             "a flat bar",
@@ -128,7 +99,7 @@ _MARKS = {
             "a short bar lying flat",
         ),
     ),
-    "breve": _Mark(
+    "breve": Mark(
         ("a breve", "a breve accent"),
         (
             "a small bowl open at the top",
@@ -137,7 +108,7 @@ _MARKS = {
             "a little smile",
         ),
     ),
-    "dot above": _Mark(
+    "dot above": Mark(
         ("a dot above", "an overdot"),
         (
             "a single round dot",
@@ -146,7 +117,7 @@ _MARKS = {
             "a lone dot",
         ),
     ),
-    "diaeresis": _Mark(
+    "diaeresis": Mark(
         ("a diaeresis", "an umlaut"),
         (
             "two dots side by side",
@@ -155,7 +126,7 @@ _MARKS = {
             "twin dots",
         ),
     ),
-    "ring above": _Mark(
+    "ring above": Mark(
         ("a ring above", "a ring"),
         (
             "a small circle",
@@ -164,7 +135,7 @@ _MARKS = {
             "a tiny ring",
         ),
     ),
-    "double acute": _Mark(
+    "double acute": Mark(
         ("a double acute", "a double acute accent"),
         (
             "two slanted strokes rising to the right",
@@ -173,7 +144,7 @@ _MARKS = {
             "twin ticks climbing from left to right",
         ),
     ),
-    "cedilla": _Mark(
+    "cedilla": Mark(
         ("a cedilla", "a cedilla mark"),
         (
             "a small hook attached at the bottom",
@@ -183,7 +154,7 @@ _MARKS = {
         ),
         "below",
     ),
-    "comma": _Mark(
+    "comma": Mark(
         ("a comma below", "a cedilla drawn as a comma"),
         (
             "a small comma",
@@ -193,7 +164,7 @@ _MARKS = {
         ),
         "below",
     ),
-    "ogonek": _Mark(
+    "ogonek": Mark(
         ("an ogonek", "an ogonek tail"),
         (
             "a small tail curling to the right",
@@ -203,7 +174,7 @@ _MARKS = {
         ),
         "below",
     ),
-    "horn": _Mark(
+    "horn": Mark(
         ("a horn", "a horn mark"),
         (
             "a small hook at the shoulder",
@@ -213,7 +184,7 @@ _MARKS = {
         ),
         "at the upper right of",
     ),
-    "stroke": _Mark(
+    "stroke": Mark(
         ("a stroke", "a bar"),
         (
             "a line cutting through",
@@ -225,7 +196,7 @@ _MARKS = {
     ),
 }
 
-_LETTER_SHAPES = {
+LETTER_SHAPES = {
     "a": ("a round bowl with a stem on the right", "a closed bowl"),
     "b": ("a tall stem with a bowl on the right", "a tall stem on the left and a bowl"),
     "c": ("an open curve with a gap on the right", "a half circle open to the right"),
@@ -254,31 +225,6 @@ _LETTER_SHAPES = {
     "z": ("two level bars joined by a slanted line", "a sharp zigzag"),
 }
 
-_OPENINGS = (
-    "a photo of",
-    "an image of",
-    "a picture of",
-    "",
-    "",
-    "a print of",
-    "this is",
-    "close up of",
-    "a view of",
-)
-_ADJECTIVES = ("", "", "", "small ", "lowercase ", "printed ", "plain ")
-_ENDINGS = (
-    "",
-    "",
-    "",
-    "",
-    " on {paper} paper",
-    " in {ink} ink",
-    " in {style} type",
-    ", {style}",
-    ", {ink} on {paper}",
-)
-_NAME_SHARE = 0.35  # share of captions that use the Unicode name; the rest describe
-
 
 def glyph_name(character: str) -> str:
     """Return the Unicode name in lower case, e.g. 'latin small letter e with acute'."""
@@ -305,7 +251,7 @@ def parts(character: str) -> Parts:
 def descriptions(character: str) -> tuple[str, ...]:
     """Return the five descriptive sentences of one class character."""
     letter, key = parts(character)
-    mark, shape = _MARKS[key], _LETTER_SHAPES[letter][0]
+    mark, shape = MARKS[key], LETTER_SHAPES[letter][0]
     place = mark.position
     return (
         f"The letter {letter} carries {mark.nouns[0]}.",
@@ -319,70 +265,3 @@ def descriptions(character: str) -> tuple[str, ...]:
 def descriptions_by_name() -> dict[str, list[str]]:
     """Return {class name: five sentences}, the content of a descriptions.json file."""
     return {glyph_name(c): list(descriptions(c)) for c in CLASS_CHARACTERS}
-
-
-def caption(character: str, rng: Random, style: PrintStyle) -> str:
-    """Draw one random pretraining caption.
-
-    Args:
-        character: one of `PRETRAINING_CHARACTERS`.
-        rng: source of every choice; same state, same caption.
-        style: what the rendered print looks like, for captions that mention it.
-
-    Returns:
-        One lower-case phrase: the Unicode name or a description, sometimes with the print style.
-    """
-    opening = rng.choice(_OPENINGS)
-    ending = rng.choice(_ENDINGS).format(**style._asdict())
-    if rng.random() < _NAME_SHARE:
-        body = _name_phrase(character, rng)
-    elif parts(character).mark:
-        body = _marked_phrase(parts(character), rng)
-    else:
-        body = _plain_phrase(parts(character).letter, rng)
-    return f"{opening} {body}{ending}".strip()
-
-
-def _name_phrase(character: str, rng: Random) -> str:
-    name = glyph_name(character)
-    if rng.random() >= 0.7:
-        name = name.replace("latin small ", "")
-    return f"the {name}" if rng.random() < 0.3 else name
-
-
-def _plain_phrase(letter: str, rng: Random) -> str:
-    shape, adjective = rng.choice(_LETTER_SHAPES[letter]), rng.choice(_ADJECTIVES)
-    return rng.choice(
-        (
-            f"a {adjective}letter {letter} without accent",
-            f"the {adjective}letter {letter} with no mark",
-            f"a bare {letter} with nothing above or below it",
-            f"{letter}, {shape}, and no accent",
-            f"only a {adjective}{letter}: {shape}",
-            f"{shape}, the letter {letter}, without any mark",
-        )
-    )
-
-
-def _marked_phrase(glyph: Parts, rng: Random) -> str:
-    letter, mark = glyph.letter, _MARKS[glyph.mark]
-    shape, noun, place = rng.choice(mark.shapes), rng.choice(mark.nouns), mark.position
-    body, adjective = rng.choice(_LETTER_SHAPES[letter]), rng.choice(_ADJECTIVES)
-    return rng.choice(
-        (
-            f"a {adjective}letter {letter} with {noun}",
-            f"the {adjective}letter {letter} with {shape} {place} it",
-            f"{shape} {place} a {adjective}{letter}",
-            f"{noun} {place} the letter {letter}",
-            f"a {adjective}{letter} that has {noun}",
-            f"the letter {letter} carries {shape}",
-            f"{body} and {shape} {place} it",
-            f"{letter}, {body}, with {noun}",
-            f"a {adjective}{letter}: {body}, {shape} {place} it",
-            f"you see {shape} {place} the {adjective}letter {letter}",
-            f"there is {noun} {place} the {letter}",
-            f"look for {shape} {place} the {letter}",
-            f"it is a {letter} and {place} it {shape}",
-            f"a {letter} wearing {noun}, {shape}",
-        )
-    )

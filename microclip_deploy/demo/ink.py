@@ -36,5 +36,5 @@ def inked_tokens(path: Path, tokens: int) -> NDArray[np.bool_]:
     """Return bool (N,): the tokens of a row-major square grid that hold ink."""
     side = round(tokens**0.5)
     coverage = Image.open(path).convert("L").resize((side, side), Image.Resampling.BOX)
-    found: NDArray[np.bool_] = np.asarray(coverage).reshape(-1) >= 255 * INKED_SHARE
-    return found
+    inked: NDArray[np.bool_] = np.asarray(coverage).reshape(-1) >= 255 * INKED_SHARE
+    return inked

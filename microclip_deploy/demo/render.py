@@ -9,34 +9,13 @@ Every random number of an image comes from one generator, `image_generator(seed,
 so any image can be rendered again from its index alone.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-
-from microclip_deploy.demo.glyphs import PrintStyle
-
-__all__ = [
-    "HELD_OUT_FACES",
-    "IMAGE_SIDE",
-    "SOURCE",
-    "SOURCE_FACES",
-    "TARGET",
-    "TARGET_FACES",
-    "TARGET_SEVERITY",
-    "Domain",
-    "RenderedGlyph",
-    "image_generator",
-    "load_face",
-    "render_glyph",
-    "target_domain",
-]
 
 IMAGE_SIDE = 64
 SOURCE_FACES = (
@@ -106,17 +85,21 @@ class Domain:
     """Standard deviation of the pixel noise."""
 
 
-class RenderedGlyph(NamedTuple):
-    """One image and what is known about it.
+class PrintStyle(NamedTuple):
+    """What a caption may say about the print itself: face style, ink and paper colour."""
 
-    Attributes:
-        image: uint8 (64, 64, 3), RGB.
-        ink: float32 (64, 64) in [0, 1], coverage by the glyph's ink before blur and noise.
-        style: face style, ink and paper colour, for captions.
-    """
+    style: str
+    ink: str
+    paper: str
+
+
+class RenderedGlyph(NamedTuple):
+    """One image and what is known about it."""
 
     image: NDArray[np.uint8]
+    """(64, 64, 3), RGB."""
     ink: NDArray[np.float32]
+    """(64, 64) in [0, 1], coverage by the glyph's ink before blur and noise."""
     style: PrintStyle
 
 
@@ -172,14 +155,9 @@ def render_glyph(character: str, domain: Domain, rng: np.random.Generator) -> Re
 @lru_cache(maxsize=512)
 def load_face(face: str, size_px: int) -> ImageFont.FreeTypeFont:
     """Load a face of the matplotlib package at one pixel size (cached per process)."""
-    return ImageFont.truetype(str(_font_folder() / f"{face}.ttf"), size_px)
-
-
-@lru_cache(maxsize=1)
-def _font_folder() -> Path:
     import matplotlib  # heavy, and only its data folder is needed
 
-    return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{face}.ttf", size_px)
 
 
 def _style(face: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from microclip_deploy.bench.kernel.tokens import grid_side, smooth_noise, unit, voronoi
 from microclip_deploy.ncut.spec import NCutSpec
 
 Bools = NDArray[np.bool_]
@@ -38,14 +39,14 @@ def two_clusters(rng: Generator, batch: int, count: int) -> Bools:
     own = noise * _noise(rng, batch, count, 0.5, 1.0)
     ones = np.ones((batch, count, 1), np.float32)
     tokens = np.concatenate([common * ones, contrast * inside, contrast * ~inside, own], axis=2)
-    return joined(_unit(tokens))
+    return joined(unit(tokens))
 
 
 def segments(rng: Generator, batch: int, count: int) -> Bools:
     """Join tokens of the cells of a Voronoi diagram that have a direction in common."""
     tokens = segment_tokens(rng, batch, count)
     common = np.sqrt(_uniform(rng, batch, 0, 0.7)) * np.ones((batch, count, 1), np.float32)
-    return joined(_unit(np.concatenate([common, tokens], axis=2)))
+    return joined(unit(np.concatenate([common, tokens], axis=2)))
 
 
 def fields(rng: Generator, batch: int, count: int) -> Bools:
@@ -53,9 +54,9 @@ def fields(rng: Generator, batch: int, count: int) -> Bools:
     channels = int(rng.integers(6, CHANNELS + 1))
     decay = rng.uniform(0.8, 1.8, batch)
     common = _uniform(rng, batch, 0, 0.4 * math.sqrt(channels))
-    tokens = _smooth(rng, batch, count, channels, decay)
+    tokens = smooth_noise(rng, batch, count, channels, decay)
     ones = np.ones((batch, count, 1), np.float32)
-    return joined(_unit(np.concatenate([common * ones, tokens], axis=2)))
+    return joined(unit(np.concatenate([common * ones, tokens], axis=2)))
 
 
 def layer_norm(rng: Generator, batch: int, count: int) -> Bools:
@@ -73,7 +74,7 @@ def short_tokens(rng: Generator, batch: int, count: int) -> Bools:
 
 def neighbours(rng: Generator, batch: int, count: int) -> Bools:
     """Join every token with those most like it."""
-    tokens = _unit(segment_tokens(rng, batch, count))
+    tokens = unit(segment_tokens(rng, batch, count))
     likeness = tokens @ tokens.transpose(0, 2, 1)
     most = np.minimum(rng.integers(4, max(5, count // 8), batch), count - 1)
     ranked = -np.sort(-likeness, axis=2)
@@ -254,15 +255,9 @@ def joined(tokens: Floats) -> Bools:
 
 def segment_tokens(rng: Generator, batch: int, count: int) -> Floats:
     """Return tokens (B, N, CHANNELS) around the prototypes of 3 to 12 Voronoi cells."""
-    side, y, x = _grid(count)
-    centres = rng.uniform(0, side, (batch, 12, 2))
-    distance = (y[:, None] - centres[:, None, :, 0]) ** 2 + (
-        x[:, None] - centres[:, None, :, 1]
-    ) ** 2
-    distance[np.broadcast_to(_unused(rng, batch)[:, None], distance.shape)] = np.inf
-    cell = distance.argmin(axis=2)
-    related = _unit(_normal(rng, batch, 12, 8)) @ _normal(rng, batch, 8, CHANNELS)
-    prototypes = np.take_along_axis(_unit(related), cell[:, :, None], axis=1)
+    cells = voronoi(rng, batch, count)
+    related = unit(_normal(rng, batch, 12, 8)) @ _normal(rng, batch, 8, CHANNELS)
+    prototypes = np.take_along_axis(unit(related), cells[:, :, None], axis=1)
     strength = _uniform(rng, batch, 0.2, 0.8) / math.sqrt(CHANNELS)
     return np.asarray(prototypes + strength * _noise(rng, batch, count, 0.6, 1.2))
 
@@ -270,9 +265,9 @@ def segment_tokens(rng: Generator, batch: int, count: int) -> Floats:
 def layer_norm_tokens(rng: Generator, batch: int, count: int, width: int) -> Floats:
     """Return raw tokens float32 (B, N, width) as a LayerNorm with gains leaves them."""
     tokens = segment_tokens(rng, batch, count) @ _normal(rng, CHANNELS, width)
-    tokens = _unit(tokens - tokens.mean(axis=1, keepdims=True))
+    tokens = unit(tokens - tokens.mean(axis=1, keepdims=True))
     share = _uniform(rng, batch, 0, 0.6)
-    tokens = np.sqrt(share) * _unit(_normal(rng, batch, 1, width)) + np.sqrt(1 - share) * tokens
+    tokens = np.sqrt(share) * unit(_normal(rng, batch, 1, width)) + np.sqrt(1 - share) * tokens
     tokens -= tokens.mean(axis=2, keepdims=True)
     gains = rng.lognormal(0, 0.25, width).astype(np.float32)
     return np.asarray(tokens / tokens.std(axis=2, keepdims=True) * gains)
@@ -304,30 +299,14 @@ def _noise(rng: Generator, batch: int, count: int, smooth: float, decay: float) 
     """Return smooth and white noise (B, N, CHANNELS)."""
     steady = np.full(batch, decay)
     white = _normal(rng, batch, count, CHANNELS)
-    return np.asarray(np.float32(smooth) * _smooth(rng, batch, count, CHANNELS, steady) + white)
-
-
-def _smooth(
-    rng: Generator, batch: int, count: int, channels: int, decay: NDArray[np.float64]
-) -> Floats:
-    """Return 1/f noise (B, N, channels) of mean 0 and deviation 1, of one decay an image."""
-    side = _grid(count)[0]
-    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
-    frequency[0, 0] = np.inf
-    gains = (frequency ** -decay[:, None, None])[:, None].astype(np.float32)
-    spectrum = np.fft.rfft2(_normal(rng, batch, channels, side, side)) * gains
-    field = np.fft.irfft2(spectrum, s=(side, side)).reshape(batch, channels, -1)
-    field /= field.std(axis=2, keepdims=True)
-    return field[:, :, :count].transpose(0, 2, 1).astype(np.float32)
-
-
-def _unused(rng: Generator, batch: int) -> Bools:
-    return np.asarray(np.arange(12) >= rng.integers(3, 13, (batch, 1)))
+    return np.asarray(
+        np.float32(smooth) * smooth_noise(rng, batch, count, CHANNELS, steady) + white
+    )
 
 
 def _grid(count: int) -> tuple[int, Any, Any]:
     """Return side, rows and columns of the square grid whose first cells are the tokens."""
-    side = math.isqrt(count - 1) + 1
+    side = grid_side(count)
     y, x = np.divmod(np.arange(count), side)
     return side, y, x
 
@@ -338,10 +317,6 @@ def _uniform(rng: Generator, batch: int, low: float, high: float) -> Floats:
 
 def _normal(rng: Generator, *shape: int) -> Floats:
     return rng.standard_normal(shape, np.float32)
-
-
-def _unit(rows: Floats) -> Floats:
-    return np.asarray(rows / np.linalg.norm(rows, axis=-1, keepdims=True))
 
 
 def _draws(rng: Generator, batch: int, count: int) -> Floats:

@@ -7,29 +7,25 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from microclip_deploy.bench.kernel.peers import TooSlow, time_peer
+from microclip_deploy.bench.kernel.report import NotTimed
+from microclip_deploy.bench.kernel.run import time_peer
 from microclip_deploy.cli.main import main
 
 
-def no_device() -> int:
+def no_device(number: int) -> object:
     raise RuntimeError("cudaErrorNoDevice")
 
 
-def test_without_a_device_it_says_what_is_missing(
+def test_what_a_gpu_needs_is_said(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cupy = ModuleType("cupy")
-    vars(cupy)["cuda"] = SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=no_device))
+    vars(cupy)["cuda"] = SimpleNamespace(runtime=SimpleNamespace(getDeviceProperties=no_device))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     assert main(["bench", "ncut"]) == 4
     shown = capsys.readouterr().err
     assert "CuPy finds no CUDA device (cudaErrorNoDevice)" in shown
     assert "--device cpu" in shown
-
-
-def test_without_cupy_it_names_the_extra(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert main(["bench", "ncut"]) == 4
     assert 'pip install "microclip-deploy[gpu]"' in capsys.readouterr().err
@@ -41,14 +37,16 @@ def test_the_solvers_of_a_cpu_are_measured(
     arguments = ["--device", "cpu", "--tokens", "16,25", "--batches", "1,4", "--out", str(tmp_path)]
     assert main(["bench", "ncut", *arguments]) == 0
     shown = capsys.readouterr().out.splitlines()
-    found = json.loads(shown[-1])
-    assert [(case["tokens"], case["batch"]) for case in found["cases"]] == [
-        (16, 1), (16, 4), (25, 1), (25, 4)
-    ]  # fmt: skip
-    assert set(found["cases"][0]["times"]) == {"exact, CPU", "iterative, CPU"}
-    assert found["tokens"][0]["wrong"] == {"exact, CPU": 0, "iterative, CPU": 0}
+    report = json.loads(shown[-1])
+    cases = [(case["tokens"], case["batch"]) for case in report["cases"]]
+    assert cases == [(16, 1), (16, 4), (25, 1), (25, 4)]
+    assert set(report["cases"][0]["times"]) == {"exact, CPU", "iterative, CPU"}
+    assert set(report["timed"]) == {"exact, CPU", "iterative, CPU"}
+    assert report["tokens"][0]["wrong"] == {"exact, CPU": 0, "iterative, CPU": 0}
     assert any("exact, CPU" in line for line in shown[:-1])
-    assert len(list(tmp_path.glob("*-cpu-kernel.*"))) == 3
+    (written,) = tmp_path.glob("*-cpu-kernel.json")
+    assert json.loads(written.read_text()) == report
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".svg"}
 
 
 def test_json_is_all_of_stdout_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,14 +75,11 @@ def test_bad_options_are_usage_errors(
 def test_a_slow_contestant_is_tried_on_a_part_and_left_out() -> None:
     tried: list[int] = []
 
-    def run(images: int) -> None:
-        tried.append(images)
-
-    def clock(call: object) -> float:
+    def two_seconds(call: object) -> float:
         assert callable(call)
         call()
         return 2e6
 
-    with pytest.raises(TooSlow, match=r"4 of 32 images took 2\.0 s"):
-        time_peer(run, 32, clock)
+    with pytest.raises(NotTimed, match=r"4 of 32 images took 2\.0 s"):
+        time_peer(tried.append, 32, two_seconds)
     assert tried == [1, 4]
