@@ -11,6 +11,7 @@ import torch
 
 from microclip_deploy.bench.card import gpu
 from microclip_deploy.bench.kernel.report import NotTimed, Timing
+from microclip_deploy.model.clip import exact_float32
 
 Launch = Callable[[], object]
 
@@ -129,9 +130,9 @@ def _copy_us(stream: Any) -> float:
     return _median_us(lambda: target.copy_(source), stream)
 
 
+@exact_float32()
 def _product_us(dtype: str, stream: Any) -> tuple[float, dict[str, Any] | None]:
     """Return the time of a large matrix product, and the card's state under that load."""
-    torch.backends.cuda.matmul.allow_tf32 = False  # float32 tokens are compared in float32
     shape = (PRODUCT_SIDE, PRODUCT_SIDE)
     left, right = (torch.randn(shape, device="cuda").to(getattr(torch, dtype)) for _ in "ab")
     product = torch.empty_like(left)

@@ -6,7 +6,8 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.cuda.ncut import Cut, NCutKernels, Workspace
+from microclip_deploy.cuda.layout import Cut, Workspace
+from microclip_deploy.cuda.ncut import NCutKernels
 from microclip_deploy.cuda.soap import CudaFusion, Fused
 from microclip_deploy.ncut.spec import NCutSpec
 
@@ -53,7 +54,8 @@ class Batch(NamedTuple):
     def poison(self) -> None:
         """Fill the outputs with bytes that no result has, so that what is unwritten shows."""
         for array in (*self.cut, *self.fused):
-            array.data.memset_async(0xA5, array.nbytes)  # on the current stream, as what follows
+            if array is not None:  # on the current stream, as what follows
+                array.data.memset_async(0xA5, array.nbytes)
 
 
 def device_tokens(tokens: NDArray[Any]) -> Any:

@@ -25,6 +25,7 @@ from microclip_deploy.bench.memory import forget_peak, peak_rss_bytes
 from microclip_deploy.bench.training.plain import plain_of, plain_step
 from microclip_deploy.bench.training.report import LABELLING, OPTIMISER, PRODUCT, STRONG, Steps
 from microclip_deploy.errors import EnvironmentProblem, VerificationError
+from microclip_deploy.model.clip import exact_float32
 
 PARTS = (LABELLING, STRONG, OPTIMISER)
 
@@ -87,9 +88,6 @@ def make_steps(
 
     The product's step appends the moments between which its parts lie to `marks`.
     """
-    if work.device == "cuda":  # as load_clip does: float32 means float32
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
     views = made_up_views(work, geometry.preprocess.size)
     steps = {}
     for side in sides:
@@ -191,7 +189,12 @@ def _plain_step(geometry: Geometry, views: Views, device: str) -> Step:
     model, config = plain_of(geometry.model()).to(device).eval(), AdaptConfig()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
-    return lambda: plain_step(model, optimizer, views, config)
+
+    @exact_float32()  # as the product's own step
+    def step() -> Tensor:
+        return plain_step(model, optimizer, views, config)
+
+    return step
 
 
 def _now(device: str) -> Mark:

@@ -101,7 +101,7 @@ def log_chart(groups: Mapping[str, Mapping[str, Line]], *, x_label: str, y_label
                 axes.plot(*zip(*line, strict=True), dash, color=colour, marker=".", label=label)
         axes.set(xscale="log", yscale="log", xlabel=x_label)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
         axes.set_title(y_label, loc="left", fontsize="medium")
         if len(xs) <= 10:
             axes.set_xticks(xs, [f"{x:.3g}" for x in xs])
