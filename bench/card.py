@@ -58,7 +58,7 @@ def environment(number: int = 0) -> dict[str, Any]:
         "gpu": gpu(number),
         "os": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": {name: tag for name in PACKAGES if (tag := _version(name))},
         "commit": _commit(),
     }
 

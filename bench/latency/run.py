@@ -215,9 +215,7 @@ def _from_photos(session: Session, encoded: Sequence[bytes]) -> Request:
 def _row(name: str, case: Case, measured: Measured) -> Row:
     return Row(
         contestant=name,
-        scope=case.scope,
-        batch=case.batch,
-        concurrency=case.concurrency,
+        **case._asdict(),
         samples_s=measured.samples_s.tolist(),
         images_per_s=case.batch * measured.requests_per_s,
         stable=measured.stable,

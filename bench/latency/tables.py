@@ -48,12 +48,12 @@ def as_json(report: Report, samples: bool = True) -> dict[str, Any]:
 
 def tables(report: Report) -> dict[str, list[list[str]]]:
     """Return title -> table, headers first, of every table that has rows."""
-    found = {
+    titled = {
         f"times as long as {report.subject}, p50 in brackets": _ratio_rows(report),
         "milliseconds a request": _time_rows(report),
         "milliseconds a batch, by stage of the export": _stage_rows(report),
     }
-    return {title: rows for title, rows in found.items() if rows}
+    return {title: rows for title, rows in titled.items() if rows}
 
 
 def _ratio_rows(report: Report) -> list[list[str]]:
@@ -121,7 +121,7 @@ def remarks(report: Report) -> dict[str, list[str]]:
         PRODUCT: "GFLOP/s in a large product",
     }
     rates = [(units.get(key, key), rate) for key, rate in (report.ceilings or {}).items()]
-    found = {
+    titled = {
         "cold start": [f"{step}: {in_ms(s)} ms" for step, s in (report.cold_start or {}).items()],
         "the model's stages, added, of the whole request": [
             f"batch {batch}: {percent(share)}" for batch, share in report.explained().items()
@@ -133,7 +133,7 @@ def remarks(report: Report) -> dict[str, list[str]]:
         "warnings": [f"{row}: {text}" for row in report.rows for text in row.warnings],
         ADVICE: advice(report),
     }
-    return {title: lines for title, lines in found.items() if lines}
+    return {title: lines for title, lines in titled.items() if lines}
 
 
 def plain(report: Report) -> str:
