@@ -13,7 +13,7 @@ setup: $(VENV)/.done ## Make the virtual environment and install everything a CP
 $(VENV)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[adapt,export,cpu,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[adapt,bench,export,cpu,dev]"
 	touch $@
 
 demo: setup     ## Adapt, evaluate, predict, export and verify on the embedded benchmark

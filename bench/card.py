@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from microclip_deploy.environment import usable_cpus
+from microclip_deploy.errors import require
 
 PACKAGES = (
     "microclip-deploy", "torch", "open_clip_torch", "timm", "numpy", "pillow", "onnxruntime",
@@ -20,20 +21,6 @@ INSTRUCTIONS = (
 )  # fmt: skip
 """What decides how fast matrices are multiplied, as Linux names it on x86 and ARM."""
 
-GPU_FIELDS = {
-    "name": "name",
-    "driver": "driver_version",
-    "memory": "memory.total",
-    "clock_sm": "clocks.sm",
-    "clock_sm_max": "clocks.max.sm",
-    "clock_memory": "clocks.mem",
-    "power": "power.draw",
-    "power_limit": "power.limit",
-    "temperature_c": "temperature.gpu",
-    "mig": "mig.mode.current",
-}
-"""Key on the card -> field of nvidia-smi; values keep their units."""
-
 THROTTLE_REASONS = {
     0x1: "idle",
     0x2: "application clocks",
@@ -45,68 +32,100 @@ THROTTLE_REASONS = {
     0x80: "hardware power brake",
     0x100: "display clocks",
 }
-"""Bits of nvidia-smi's clocks_event_reasons.active."""
+"""Bits of NVML's clocks event reasons."""
 
 
 def environment(number: int = 0) -> dict[str, Any]:
     """Return processor, cores, memory, GPU, library versions and commit as plain values.
 
+    `load` is the mean number of running processes in the last minute: what else was at work.
+
     Args:
         number: of the GPU that is measured.
 
-    `load` is the mean number of running processes in the last minute: what else was at work.
+    Raises:
+        EnvironmentProblem: a package of the extra `bench` is not installed.
     """
-    cpu = _cpu()
-    known = (cpu.get("flags") or cpu.get("Features") or "").split()
+    psutil = require("psutil", "bench")
+    load = round(psutil.getloadavg()[0], 2)  # first: finding out about the processor is work
+    cpu = require("cpuinfo", "bench").get_cpu_info()
     return {
-        "cpu": cpu.get("model name") or platform.processor(),
-        "instructions": [name for name in INSTRUCTIONS if name in known],
+        "cpu": cpu.get("brand_raw") or platform.processor(),
+        "instructions": [name for name in INSTRUCTIONS if name in cpu.get("flags", ())],
         "cores": usable_cpus(),
-        "load": round(os.getloadavg()[0], 2),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load": load,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": gpu(number),
         "os": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": {name: tag for name in PACKAGES if (tag := _version(name))},
         "commit": _commit(),
     }
 
 
 def gpu(number: int = 0) -> dict[str, Any] | None:
-    """Return what nvidia-smi and CuPy say about a GPU now, or None where there is none.
+    """Return what NVML and CuPy say about a GPU now, or None where there is none.
 
     A value that this driver does not tell is None. Clocks and what throttles them are those of
     the moment of the call.
-    """
-    if _query("name", number) is None:
-        return None
-    found: dict[str, Any] = {key: _query(field, number) for key, field in GPU_FIELDS.items()}
-    asked = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
-    active = next((answer for field in asked if (answer := _query(field, number))), None)
-    return {**found, "throttled_by": throttle_reasons(active), "cuda_runtime": _cuda_runtime()}
-
-
-def throttle_reasons(active: str | None) -> list[str] | None:
-    """Name the bits that lower the clocks; None where the driver does not tell them.
 
     Args:
-        active: hexadecimal, as nvidia-smi prints it.
+        number: as CUDA counts, of those that CUDA_VISIBLE_DEVICES shows.
+
+    Raises:
+        EnvironmentProblem: nvidia-ml-py is not installed.
     """
-    try:
-        bits = int(active or "", 16)
-    except ValueError:
+    nvml = require("pynvml", "bench")
+    device = _device(nvml, number)
+    if device is None:
         return None
+
+    def ask(question: str, *details: int) -> Any:
+        try:
+            return getattr(nvml, f"nvmlDeviceGet{question}")(device, *details)
+        except nvml.NVMLError:
+            return None
+
+    memory, power, limit = ask("MemoryInfo"), ask("PowerUsage"), ask("PowerManagementLimit")
+    mig, reasons = ask("MigMode"), ask("CurrentClocksEventReasons")
+    return {
+        "name": ask("Name"),
+        "driver": nvml.nvmlSystemGetDriverVersion(),
+        "memory": _text("{:.0f} MiB", memory and memory.total / 2**20),
+        "clock_sm": _text("{} MHz", ask("ClockInfo", nvml.NVML_CLOCK_SM)),
+        "clock_sm_max": _text("{} MHz", ask("MaxClockInfo", nvml.NVML_CLOCK_SM)),
+        "clock_memory": _text("{} MHz", ask("ClockInfo", nvml.NVML_CLOCK_MEM)),
+        "power": _text("{:.2f} W", power and power / 1000),
+        "power_limit": _text("{:.2f} W", limit and limit / 1000),
+        "temperature_c": _text("{}", ask("Temperature", nvml.NVML_TEMPERATURE_GPU)),
+        "mig": mig and ("Disabled", "Enabled")[mig[0]],
+        "throttled_by": None if reasons is None else throttle_reasons(reasons),
+        "cuda_runtime": _cuda_runtime(),
+    }
+
+
+def throttle_reasons(bits: int) -> list[str]:
+    """Name the bits that lower the clocks."""
     known = [name for bit, name in THROTTLE_REASONS.items() if bits & bit]
     rest = bits & ~sum(THROTTLE_REASONS)
     return [*known, hex(rest)] if rest else known
 
 
-def _query(field: str, number: int) -> str | None:
-    """Return one field of a GPU; an unknown field would spoil a query of several."""
+def _text(pattern: str, value: float | None) -> str | None:
+    return None if value is None else pattern.format(value)
+
+
+def _device(nvml: Any, number: int) -> Any:
+    """Return NVML's handle of a GPU; None without a driver or without that GPU."""
     visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
-    name = visible[number] if number < len(visible) else number  # nvidia-smi sees all GPUs
-    shown = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", f"--id={name}")
-    return None if shown is None or shown.startswith("[") else shown
+    name = visible[number] if number < len(visible) else str(number)  # NVML sees all GPUs
+    try:
+        nvml.nvmlInit()
+        if name.isdecimal():
+            return nvml.nvmlDeviceGetHandleByIndex(int(name))
+        return nvml.nvmlDeviceGetHandleByUUID(name)
+    except nvml.NVMLError:
+        return None
 
 
 def _cuda_runtime() -> str | None:
@@ -127,16 +146,6 @@ def _commit() -> str | None:
     if _output(*git, "ls-files", "--error-unmatch", here.name) is None:  # another repository
         return None
     return _output(*git, "describe", "--always", "--dirty", "--exclude=*")
-
-
-def _cpu() -> dict[str, str]:
-    """Return what Linux tells about the first processor; nothing on other systems."""
-    try:
-        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _output(*command: str) -> str | None:

@@ -1,114 +1,81 @@
-"""What people write after an option of the benchmark, as numbers: times, shares, percentiles."""
+"""What people write after an option of the benchmark, as numbers: times, shares, percentiles.
+
+Each function is the `parser` of an option: it takes the text and raises typer.BadParameter, which
+the command line completes with the option's name.
+"""
 
 import math
 import re
 from collections.abc import Sequence
 
-from microclip_deploy.errors import UsageError
+from typer import BadParameter
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)"  # no sign, no exponent, neither nan nor inf
 _TIME = re.compile(rf"{_NUMBER} ?(ms|s)?", re.ASCII)
 _SHARE = re.compile(rf"{_NUMBER} ?(%)?", re.ASCII)
 _PERCENTILE = re.compile(_NUMBER, re.ASCII)
 _LIMIT = re.compile(rf"p{_NUMBER} ?= ?{_NUMBER} ?(ms|s)", re.ASCII)
-
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?", re.ASCII)
 
 _SECONDS = {"ms": 1e-3, "s": 1.0}
 
 
-def parse_seconds(option: str, text: str) -> float:
-    """Read "2s", "500ms" or "1.5" as seconds, 0 or more; without a unit they are seconds.
-
-    Raises:
-        UsageError: `text` is something else.
-    """
+def parse_seconds(text: str) -> float:
+    """Read "2s", "500ms" or "1.5" as seconds, 0 or more; without a unit they are seconds."""
     match = _TIME.fullmatch(text.strip())
     seconds = float(match[1]) * _SECONDS[match[2] or "s"] if match else math.inf
     if not math.isfinite(seconds):
-        raise UsageError(f"{option}: expected a time such as 2s, 500ms or 1.5, found '{text}'")
+        raise _refused("a time such as 2s, 500ms or 1.5", text)
     return seconds
 
 
-def parse_share(option: str, text: str) -> float:
-    """Read "5%" or "0.05" as a share, over 0 and up to 1.
-
-    Raises:
-        UsageError: `text` is something else; "5" is, too, as it could mean either.
-    """
+def parse_share(text: str) -> float:
+    """Read "5%" or "0.05" as a share, over 0 and up to 1; "5" could mean either and is refused."""
     match = _SHARE.fullmatch(text.strip())
     share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
     if not 0 < share <= 1:
-        raise UsageError(
-            f"{option}: expected a share over 0 and up to 1 such as 5% or 0.05, found '{text}'"
-        )
+        raise _refused("a share over 0 and up to 1 such as 5% or 0.05", text)
     return share
 
 
-def parse_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Read "1,32" as whole numbers of at least 1, in rising order.
-
-    Raises:
-        UsageError: `text` is something else.
-    """
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Read "1,32" as whole numbers of at least 1, in rising order."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"{option}: expected whole numbers such as 1,32, found '{text}'")
+        raise _refused("whole numbers such as 1,32", text)
     return tuple(sorted({int(part) for part in parts}))
 
 
-def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of a comma list; "all" and "none" are short for the obvious.
-
-    Raises:
-        UsageError: another name.
-    """
+def parse_names(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of a comma list; "all" and "none" are short for the obvious."""
     if text in ("all", "none"):
         return tuple(known) if text == "all" else ()
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise UsageError(
-            f"{option}: expected a comma list of {', '.join(known)}, or all or none, found "
-            f"{', '.join(unknown)}"
-        )
+    if unknown := [name for name in names if name not in known]:
+        raise _refused(f"a comma list of {', '.join(known)}, or all or none", ", ".join(unknown))
     return names
 
 
-def parse_device(option: str, text: str) -> str:
-    """Read "cpu", "cuda" or "cuda:1".
-
-    Raises:
-        UsageError: `text` is something else.
-    """
+def parse_device(text: str) -> str:
+    """Read "cpu", "cuda" or "cuda:1"."""
     if not _DEVICE.fullmatch(text):
-        raise UsageError(f"{option}: expected cpu, cuda or cuda:N, found '{text}'")
+        raise _refused("cpu, cuda or cuda:N", text)
     return text
 
 
-def parse_percentiles(option: str, text: str) -> tuple[float, ...]:
-    """Read "50,90,99.9" as percentiles from 0 to 100, in rising order.
-
-    Raises:
-        UsageError: `text` is something else.
-    """
+def parse_percentiles(text: str) -> tuple[float, ...]:
+    """Read "50,90,99.9" as percentiles from 0 to 100, in rising order."""
     parts = [part.strip() for part in text.split(",")]
     if not all(_PERCENTILE.fullmatch(part) and float(part) <= 100 for part in parts):
-        raise UsageError(
-            f"{option}: expected percentiles from 0 to 100 such as 50,90,99.9, found '{text}'"
-        )
+        raise _refused("percentiles from 0 to 100 such as 50,90,99.9", text)
     return tuple(sorted({float(part) for part in parts}))
 
 
-def parse_limits(option: str, text: str) -> dict[float, float]:
-    """Read "p99=10ms,p50=5ms" as the most seconds that a percentile of the latencies may take.
+def parse_limits(text: str) -> dict[float, float]:
+    """Read "p99=10ms,p50=5ms" as percentile -> the most seconds that latencies may take.
 
-    Returns:
-        Percentile from 0 to 100 -> seconds over 0, in the order of the percentiles.
-
-    Raises:
-        UsageError: `text` is something else, or has two limits for one percentile. A limit without
-            a unit is refused: one meant in ms and read in seconds would never be missed.
+    In the order of the percentiles. A limit without a unit is refused: one meant in ms and read in
+    seconds would never be missed.
     """
     limits: dict[float, float] = {}
     for part in text.split(","):
@@ -116,10 +83,12 @@ def parse_limits(option: str, text: str) -> dict[float, float]:
         q = float(match[1]) if match else math.inf
         limit_s = float(match[2]) * _SECONDS[match[3]] if match else 0.0
         if not (q <= 100 and 0 < limit_s < math.inf):
-            raise UsageError(
-                f"{option}: expected limits with a unit such as p99=10ms,p50=5ms, found '{text}'"
-            )
+            raise _refused("limits with a unit such as p99=10ms,p50=5ms", text)
         if q in limits:
-            raise UsageError(f"{option}: expected one limit for p{q:g}, found two in '{text}'")
+            raise _refused(f"one limit for p{q:g}", text)
         limits[q] = limit_s
     return dict(sorted(limits.items()))
+
+
+def _refused(expected: str, text: str) -> BadParameter:
+    return BadParameter(f"expected {expected}, found '{text}'")

@@ -75,5 +75,5 @@ def inline(text: str) -> str:
 
 def slug(text: str) -> str:
     """Return a part of a file's name: small letters, digits and hyphens."""
-    found = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-    return found[:_LONGEST_SLUG].rstrip("-") or "unnamed"
+    hyphened = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return hyphened[:_LONGEST_SLUG].rstrip("-") or "unnamed"

@@ -30,6 +30,9 @@ EXTRA_OF: Mapping[str, str] = {
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "cpu",
+    "cpuinfo": "bench",
+    "psutil": "bench",
+    "pynvml": "bench",
     "tensorrt": "gpu",
     "cupy": "gpu",
 }

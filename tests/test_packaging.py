@@ -53,6 +53,7 @@ def test_wheel_holds_one_package_with_its_data(tmp_path: Path) -> None:
         "cuda/product.cu",
         "cuda/preprocess.cu",
         "cuda/token.cuh",
+        "bench/latency/page.html.j2",
         "bench/latency/run.py",
         "export/__init__.py",
     )

@@ -16,8 +16,14 @@ from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.export.graphs import BackboneGraph, Block, LastBlock
 from microclip_deploy.export.to_onnx import OPSET
 from microclip_deploy.head import LOGIT_SCALE
-from microclip_deploy.model.backbone import BlockWeights
 from microclip_deploy.model.microclip import MicroCLIP
+
+
+class _ClassRowBlock(LastBlock):
+    """The last block for the class row alone."""
+
+    def rows(self, x: Tensor, attended: Tensor, value: Tensor) -> Tensor:
+        return self.finish(x[:, :1], attended)
 
 
 class ClsGraph(nn.Module):
@@ -27,9 +33,8 @@ class ClsGraph(nn.Module):
         super().__init__()
         tower = model.backbone.weights()
         self.backbone = BackboneGraph(tower, preprocess, torch.float32)
-        last = tower.blocks[-1]
-        block: Any = _ClassRowBlock(last) if pruned else _WholeBlock(last)
-        self.backbone.last = block
+        last: Any = _ClassRowBlock if pruned else Block
+        self.backbone.last = last(tower.blocks[-1], torch.float32)
         matrix = model.class_matrix().detach()
         self.classifier = nn.Parameter(LOGIT_SCALE * matrix, requires_grad=False)
 
@@ -37,23 +42,6 @@ class ClsGraph(nn.Module):
         """Classify images by their class embedding."""
         cls: Tensor = self.backbone(image).cls
         return cls @ self.classifier.T
-
-
-class _WholeBlock(Block):
-    """An ordinary block in the last one's place."""
-
-    def __init__(self, weights: BlockWeights) -> None:
-        super().__init__(weights, torch.float32)
-
-
-class _ClassRowBlock(LastBlock):
-    """The last block for the class row alone."""
-
-    def __init__(self, weights: BlockWeights) -> None:
-        super().__init__(weights, torch.float32)
-
-    def rows(self, x: Tensor, attended: Tensor, value: Tensor) -> Tensor:
-        return self.finish(x[:, :1], attended)
 
 
 def write_cls_graph(model: MicroCLIP, preprocess: Preprocess, path: Path, *, pruned: bool) -> None:

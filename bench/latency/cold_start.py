@@ -14,14 +14,11 @@ own work is timed inside it, one step after the other:
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 
-from microclip_deploy import errors
 from microclip_deploy.bench.memory import peak_rss_bytes
 from microclip_deploy.errors import EnvironmentProblem, MicroclipError
 from microclip_deploy.serving import open_session
@@ -32,23 +29,12 @@ TIMEOUT_S = 600.0
 _CHILD = (
     "import sys; from time import perf_counter; start = perf_counter();"
     "import microclip_deploy.serving; import_s = perf_counter() - start;"
-    "from microclip_deploy.bench.latency.cold_start import tell;"
-    "sys.exit(tell(import_s, sys.argv[1:]))"
+    "from microclip_deploy.bench.latency.cold_start import print_times;"
+    "print_times(import_s, *sys.argv[1:])"
 )
 
-_STARTS = ('{"import_s": ', '{"error": ')
-"""Of the line of JSON."""
-
-_ERRORS = {
-    kind.__name__: kind
-    for kind in (
-        errors.UsageError,
-        errors.DataError,
-        errors.CheckpointError,
-        EnvironmentProblem,
-        errors.VerificationError,
-    )
-}
+_FIRST_KEY = '{"import_s": '
+"""How the line of JSON begins; libraries print, too, before and after it."""
 
 
 def cold_start(target: Path, device: str, batch: int) -> dict[str, float]:
@@ -63,8 +49,7 @@ def cold_start(target: Path, device: str, batch: int) -> dict[str, float]:
         Seconds of each step, and `peak_rss_bytes`: the largest resident size of that process.
 
     Raises:
-        EnvironmentProblem: the process cannot be started, crashes, or takes over `TIMEOUT_S`.
-        MicroclipError: what the process itself met, such as CheckpointError.
+        EnvironmentProblem: the process cannot be started, fails, or takes over `TIMEOUT_S`.
     """
     # -P: a file named torch.py in the working directory must not be taken for the package.
     command = [sys.executable, "-P", "-c", _CHILD, str(target), device, str(batch)]
@@ -83,59 +68,36 @@ def cold_start(target: Path, device: str, batch: int) -> dict[str, float]:
     except OSError as error:
         raise _failed(f"no process could be started: {error}") from error
     process_s = perf_counter() - start
-    return {**_told(done), "process_s": process_s}
-
-
-def tell(import_s: float, arguments: Sequence[str]) -> int:
-    """Print what the fresh process measured, or what it met, as one line of JSON.
-
-    Args:
-        import_s: seconds of the import that came before.
-        arguments: target, device, batch.
-
-    Returns:
-        Exit status.
-    """
-    target, device, batch = arguments
-    try:
-        times = _times(Path(target), device, int(batch))
-    except MicroclipError as error:
-        print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        return error.exit_code
-    print(json.dumps({"import_s": import_s, **times, "peak_rss_bytes": peak_rss_bytes()}))
-    return 0
-
-
-def _times(target: Path, device: str, batch: int) -> dict[str, float]:
-    start = perf_counter()
-    with open_session(target, device) as session:
-        opened = perf_counter()
-        side = session.preprocess.size
-        images = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
-        ready = perf_counter()
-        session.predict(images)
-        first = perf_counter()
-        session.predict(images)
-        second = perf_counter()
-    return {"open_s": opened - start, "first_s": first - ready, "second_s": second - first}
-
-
-def _told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """Return the times in the line of JSON, or raise the error in it."""
-    # Libraries print, too, before and after it.
-    lines = (line for line in done.stdout.splitlines() if line.startswith(_STARTS))
-    said = dict(json.loads(next(lines, "{}")))
-    if "error" in said:
-        raise _ERRORS.get(said["error"], MicroclipError)(said["message"])
-    if done.returncode or not said:
+    line = next((x for x in done.stdout.splitlines() if x.startswith(_FIRST_KEY)), None)
+    if done.returncode or line is None:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
-        raise _failed(f"{ended} ({last[:300]})")
-    return said
+        raise _failed(f"{ended} ({last[:500]})")
+    return {**json.loads(line), "process_s": process_s}
 
 
-def _failed(found: str) -> EnvironmentProblem:
+def print_times(import_s: float, target: str, device: str, batch: str) -> None:
+    """Print what the fresh process measured as one line of JSON, or end with the error it met."""
+    start = perf_counter()
+    try:
+        with open_session(Path(target), device) as session:
+            opened, side = perf_counter(), session.preprocess.size
+            shape = (int(batch), side, side, 3)
+            images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+            ready = perf_counter()
+            session.predict(images)
+            first = perf_counter()
+            session.predict(images)
+            second = perf_counter()
+    except MicroclipError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    times = {"open_s": opened - start, "first_s": first - ready, "second_s": second - first}
+    print(json.dumps({"import_s": import_s, **times, "peak_rss_bytes": peak_rss_bytes()}))
+
+
+def _failed(outcome: str) -> EnvironmentProblem:
     return EnvironmentProblem(
-        f"cold start: expected the times of a fresh Python process, found {found}; "
+        f"cold start: expected the times of a fresh Python process, found {outcome}; "
         "run `microclip-deploy doctor`, which tries the packages one by one"
     )

@@ -1,40 +1,57 @@
 """What a request costs on a CUDA device: host and device by themselves, and without a graph."""
 
-from typing import Any, NamedTuple
+from dataclasses import replace
+from statistics import median
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from microclip_deploy.bench.latency.report import Row
 from microclip_deploy.serving import Prediction, Session
 from microclip_deploy.serving.cuda_session import CudaSession, fill
 
 SAMPLES = 30
 
-
-class Split(NamedTuple):
-    """Seconds of the same requests, one each."""
-
-    host: list[float]
-    """Until upload, graph and download are launched."""
-    device: list[float]
-    """From the start of the upload to the end of the download."""
+SYNCHRONISATION_SLACK = 0.05
+"""Share by which a device's time may exceed the wall clock: both are from different repeats."""
 
 
-def split_time(session: Session, views: NDArray[np.uint8]) -> Split | None:
-    """Measure requests of a batch from the pinned buffer on.
+def with_split(row: Row, session: Session | None, views: NDArray[np.uint8]) -> Row:
+    """Add the times of host and device by themselves, and a warning where they are impossible.
 
-    The host's copy into that buffer, and out of that of the answers, is outside.
+    Measured from the pinned buffer on: the host's copy into that buffer, and out of that of the
+    answers, is outside. The row stays as it is without a session that has a device of its own kind,
+    and for a batch that the session splits.
 
-    Returns:
-        Samples; None for a session without a device of its own kind, or a batch that it splits.
+    Args:
+        row: of a contestant.
+        session: that of the contestant; None where it has none.
+        views: uint8 (B, S, S, 3), those of the row.
     """
     if not isinstance(session, CudaSession) or len(views) not in session.buckets:
-        return None
+        return row
     pipeline: Any = session.pipeline
     pipeline.pixels(len(views))[:] = views
     pipeline.run(len(views))
     samples = [pipeline.time_run(len(views)) for _ in range(SAMPLES)]
-    return Split([each.host for each in samples], [each.device for each in samples])
+    host_s, device_s = [each.host for each in samples], [each.device for each in samples]
+    warnings = _impossible(row.median_s, median(device_s))
+    return replace(row, host_s=host_s, device_s=device_s, warnings=warnings)
+
+
+def _impossible(wall_s: float, device_s: float) -> list[str]:
+    """Warn of a request that returns before the device is done with it.
+
+    Then the clock saw how long it takes to ask for the work, not to do it.
+    """
+    if device_s <= wall_s * (1 + SYNCHRONISATION_SLACK):
+        return []
+    return [
+        f"a request is answered after {1e3 * wall_s:.3g} ms while the device works on it for "
+        f"{1e3 * device_s:.3g} ms: it returns before the device is done, and its times are not to "
+        "be used; synchronise, or copy the answer to the host, before it returns"
+    ]
 
 
 def answer_eagerly(session: CudaSession, images: NDArray[np.uint8]) -> NDArray[np.float32]:

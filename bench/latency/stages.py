@@ -6,172 +6,161 @@ alone add up to a little more or less than the whole; the report says how much. 
 the exported graphs, but for K1 on a device, whose kernel does half of it.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from microclip_deploy.bench.kernel.report import affinity_work
-from microclip_deploy.bench.latency.graph_parts import PATCHES, Part, Work, open_parts
-from microclip_deploy.bench.latency.report import (
-    BACKBONE,
-    D2H,
-    DECODE,
-    H2D,
-    K1,
-    K2,
-    K3_HEAD,
-    POST,
-    PREPROCESS,
-    SALIENCY,
-    StageRow,
-    floor_s,
-)
-from microclip_deploy.bench.latency.windows import PAUSE_S
+from microclip_deploy.bench.latency.graph_parts import Part, Work, open_parts
+from microclip_deploy.bench.latency.report import COPY, PRODUCT, Stage, StageRow
+from microclip_deploy.bench.latency.windows import repeated
 from microclip_deploy.bench.photos import decoded
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.evaluation.predict import softmax
 from microclip_deploy.serving import open_session
-from microclip_deploy.serving.exported import read_export
+from microclip_deploy.serving.exported import BACKBONE as BACKBONE_FILE
+from microclip_deploy.serving.exported import Export, read_export
 
 TIMED: Mapping[str, str] = {
-    DECODE: "encoded photos in memory -> RGB images, one after the other",
-    PREPROCESS: "images -> test views: resizing and cropping in Pillow, one after the other; on a "
-    "CUDA device with the upload of the images",
-    H2D: "views from pinned memory to the device",
-    BACKBONE: "views -> [CLS] embedding and patch tokens",
-    K1: "tokens -> edges of the graph",
-    K2: "edges -> mask: the normalised cut",
-    SALIENCY: "tokens -> mask, where the graph does not tell K1 from K2",
-    K3_HEAD: "tokens and mask -> [FG], fused logits, attention",
-    D2H: "answers from the device to pinned memory",
-    POST: "logits -> probabilities and the best five classes",
+    Stage.DECODE: "encoded photos in memory -> RGB images, one after the other",
+    Stage.PREPROCESS: "images -> test views: resizing and cropping in Pillow, one after the other; "
+    "on a CUDA device with the upload of the images",
+    Stage.H2D: "views from pinned memory to the device",
+    Stage.BACKBONE: "views -> [CLS] embedding and patch tokens",
+    Stage.K1: "tokens -> edges of the graph",
+    Stage.K2: "edges -> mask: the normalised cut",
+    Stage.SALIENCY: "tokens -> mask, where the graph does not tell K1 from K2",
+    Stage.HEAD: "tokens and mask -> [FG], fused logits, attention",
+    Stage.D2H: "answers from the device to pinned memory",
+    Stage.POST: "logits -> probabilities and the best five classes",
 }
 
 _BEST = 5
-_BUDGET_S, _FEWEST, _MOST = 1.0, 9, 200
+BUDGET_S, FEWEST, MOST = 1.0, 9, 200
 """Of a stage: seconds, and samples whatever they take."""
 
-Run = Callable[[], object]
 
-
-class StageRequest(NamedTuple):
-    """What to measure."""
-
-    export: Path
-    photos: Sequence[bytes]
-    """Encoded."""
-    batches: Sequence[int]
-    device: str
-    """"cpu", "cuda" or "cuda:N"."""
-    threads: int | None
-
-
-class _Stage(NamedTuple):
-    """A stage on the CPU and what is known of it."""
-
-    run: Run
-    work: Work | None = None
-
-
-def measure_stages(request: StageRequest, ceilings: Mapping[str, float] | None) -> list[StageRow]:
+def measure_stages(
+    directory: Path,
+    photos: Sequence[bytes],
+    batches: Sequence[int],
+    ceilings: Mapping[str, float] | None,
+    *,
+    device: str,
+    threads: int | None,
+) -> list[StageRow]:
     """Time every stage at every batch size, one after the other.
+
+    Args:
+        directory: an export.
+        photos: encoded; they come again where a batch holds more.
+        batches: images each.
+        ceilings: rates of this machine, for the floors; None for no floors.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: of one operator on a CPU; None for one a core.
 
     Raises:
         CheckpointError: the export cannot be used.
         EnvironmentProblem: the device or a package is missing.
     """
-    export = read_export(request.export)
-    rows = []
+    export, rows = read_export(directory), []
     with TemporaryDirectory(prefix="microclip-bench-") as folder:
-        parts = open_parts(request.export, Path(folder), request.threads)
-        for batch in request.batches:
-            photos = _Photos(request.photos, batch, export.manifest.preprocess)
-            if request.device == "cpu":
-                stages = _on_cpu(photos, parts, export.classifier)
-                samples = {name: _samples(stage.run) for name, stage in stages.items()}
-                work = {name: stage.work for name, stage in stages.items() if stage.work}
+        parts = open_parts(directory, Path(folder), threads)
+        for batch in batches:
+            work: Mapping[Stage, Work] = {
+                part.stage: part.work(batch, len(export.classifier)) for part in parts
+            }
+            encoded = [photos[number % len(photos)] for number in range(batch)]
+            if device == "cpu":
+                samples = _on_cpu(export, parts, encoded)
             else:
-                samples = _on_device(request, photos, len(export.classifier))
-                work = _device_work(parts, batch, export.classifier)
-            rows += [
-                _row(name, batch, taken, work.get(name), ceilings)
-                for name in TIMED
-                if (taken := samples.get(name))
-            ]
+                samples = _on_device(export, device, encoded)
+                work = _device_work(export, work, batch)
+            for stage in (stage for stage in Stage if stage in samples):
+                flop, moved = work.get(stage, (None, None))
+                rows.append(
+                    StageRow(
+                        stage=stage,
+                        batch=batch,
+                        samples_s=samples[stage],
+                        flop=flop,
+                        bytes=moved,
+                        floor_s=floor_s(flop, moved, ceilings),
+                    )
+                )
     return rows
 
 
-class _Photos:
-    """Photos of a batch in every state before the model."""
+def floor_s(
+    flop: int | None, moved_bytes: int | None, ceilings: Mapping[str, float] | None
+) -> float | None:
+    """Return the seconds that work needs at least: the longer of arithmetic and memory traffic.
 
-    def __init__(self, encoded: Sequence[bytes], batch: int, preprocess: Preprocess) -> None:
-        self.encoded = [encoded[number % len(encoded)] for number in range(batch)]
-        self.decoded = self.decode()
-        self._preprocess = preprocess
-
-    def decode(self) -> list[Image.Image]:
-        return decoded(self.encoded)
-
-    def views(self) -> NDArray[np.uint8]:
-        return np.stack([self._preprocess.test_view(image) for image in self.decoded])
+    None where one of them is not known.
+    """
+    if flop is None or moved_bytes is None or ceilings is None:
+        return None
+    return max(flop / ceilings[PRODUCT], moved_bytes / ceilings[COPY])
 
 
 def _on_cpu(
-    photos: _Photos, parts: Sequence[Part], classifier: NDArray[np.float32]
-) -> dict[str, _Stage]:
-    """Return all stages; each graph runs on what those before it answered."""
-    values: dict[str, NDArray[Any]] = {"image": photos.views(), "classifier": classifier}
-    stages = {DECODE: _Stage(photos.decode), PREPROCESS: _Stage(photos.views)}
-    for part in parts:
-        work = part.work(len(photos.encoded), classifier.shape)
-        values |= part.run(values)
-        stages[part.stage] = _Stage(partial(part.run, values), work)
-    stages[POST] = _Stage(partial(_best, values["logits"]))
-    return stages
-
-
-def _on_device(request: StageRequest, photos: _Photos, classes: int) -> dict[str, list[float]]:
-    """Return seconds of each stage: launches of the session, and what the host does around them."""
-    batch = len(photos.encoded)
-    logits = np.zeros((batch, classes), np.float32)
-    on_host: dict[str, Callable[[], object]] = {
-        DECODE: photos.decode,
-        PREPROCESS: photos.views,
-        POST: partial(_best, logits),
+    export: Export, parts: Sequence[Part], encoded: Sequence[bytes]
+) -> dict[Stage, list[float]]:
+    """Return seconds of each stage; each graph runs on what those before it answered."""
+    photos, preprocess = decoded(encoded), export.manifest.preprocess
+    values: dict[str, NDArray[Any]] = {
+        "image": _views(photos, preprocess),
+        "classifier": export.classifier,
     }
-    samples = {name: _samples(run) for name, run in on_host.items()}
-    with open_session(request.export, request.device) as session:
+    samples = {
+        Stage.DECODE: _samples(partial(decoded, encoded)),
+        Stage.PREPROCESS: _samples(partial(_views, photos, preprocess)),
+    }
+    for part in parts:
+        samples[part.stage] = _samples(partial(part.run, values))
+        values |= part.run(values)
+    return {**samples, Stage.POST: _samples(partial(_best, values["logits"]))}
+
+
+def _on_device(export: Export, device: str, encoded: Sequence[bytes]) -> dict[Stage, list[float]]:
+    """Return seconds of each stage: launches of the session, and what the host does around them."""
+    batch, photos = len(encoded), decoded(encoded)
+    logits = np.zeros((batch, len(export.classifier)), np.float32)
+    samples = {
+        Stage.DECODE: _samples(partial(decoded, encoded)),
+        Stage.PREPROCESS: _samples(partial(_views, photos, export.manifest.preprocess)),
+        Stage.POST: _samples(partial(_best, logits)),
+    }
+    with open_session(export.directory, device) as session:
         if batch not in session.buckets:  # type: ignore[attr-defined]  # of CUDA sessions
             return samples  # a request of this size is padded or split: there is no such launch
-        views = photos.views()
+        views = _views(photos, session.preprocess)
         session.predict(views)
         pipeline: Any = session.pipeline  # type: ignore[attr-defined]  # of CUDA sessions
         pipeline.pixels(batch)[:] = views
-        return {**samples, **pipeline.time_stages(batch, _MOST)}
+        taken = pipeline.time_stages(batch, MOST)
+        return samples | {Stage(name): seconds for name, seconds in taken.items()}
 
 
-def _device_work(
-    parts: Sequence[Part], batch: int, classifier: NDArray[np.float32]
-) -> dict[str, Work]:
+def _device_work(export: Export, work: Mapping[Stage, Work], batch: int) -> dict[Stage, Work]:
     """Return what the device does at least, of the stages that its kernels share with the graphs.
 
     K1 reads float32 tokens and does one triangle of the products; K2 has none to count.
     """
-    work = {part.stage: part.work(batch, classifier.shape) for part in parts}
-    backbone = next(part for part in parts if part.stage == BACKBONE)
-    _, tokens, width = backbone.shape(PATCHES, batch)
-    return {
-        BACKBONE: work[BACKBONE],
-        K1: Work(*affinity_work(batch, tokens, width, item_bytes=4)),
-        K3_HEAD: work[K3_HEAD],
-    }
+    outputs = export.manifest.graphs[BACKBONE_FILE].outputs
+    _, tokens, width = next(each.shape for each in outputs if each.name == "patches")
+    k1 = Work(*affinity_work(batch, int(tokens), int(width), item_bytes=4))
+    return {Stage.BACKBONE: work[Stage.BACKBONE], Stage.K1: k1, Stage.HEAD: work[Stage.HEAD]}
+
+
+def _views(photos: Sequence[Image.Image], preprocess: Preprocess) -> NDArray[np.uint8]:
+    return np.stack([preprocess.test_view(photo) for photo in photos])
 
 
 def _best(logits: NDArray[np.float32]) -> NDArray[np.intp]:
@@ -179,25 +168,5 @@ def _best(logits: NDArray[np.float32]) -> NDArray[np.intp]:
     return best
 
 
-def _samples(run: Run) -> list[float]:
-    """Return seconds of each run, after one that warms up and a pause before it."""
-    time.sleep(PAUSE_S)
-    run()
-    samples: list[float] = []
-    while len(samples) < _FEWEST or (sum(samples) < _BUDGET_S and len(samples) < _MOST):
-        start = time.perf_counter()
-        run()
-        samples.append(time.perf_counter() - start)
-    return samples
-
-
-def _row(
-    name: str,
-    batch: int,
-    samples: list[float],
-    work: Work | None,
-    ceilings: Mapping[str, float] | None,
-) -> StageRow:
-    flop, moved = work or (None, None)
-    floor = floor_s(flop, moved, ceilings)
-    return StageRow(name, batch, samples, flop=flop, bytes=moved, floor_s=floor)
+def _samples(run: Callable[[], object]) -> list[float]:
+    return repeated(run, budget_s=BUDGET_S, fewest=FEWEST, most=MOST)

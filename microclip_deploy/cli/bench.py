@@ -1,5 +1,7 @@
 """`microclip-deploy bench`: measurements a user can repeat."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from microclip_deploy.artifact import make_directory
+from microclip_deploy.bench import option_text
 from microclip_deploy.cli.options import AsJson, ExportDtype
 from microclip_deploy.console import notes, out, print_json
 from microclip_deploy.errors import require
@@ -43,51 +46,91 @@ def bench() -> None:
     """
 
 
+def _backends(text: str) -> tuple[str, ...]:
+    from microclip_deploy.bench.latency.contestants import BACKENDS
+
+    return option_text.parse_names(text, BACKENDS)
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    from microclip_deploy.bench.latency.contestants import PEERS
+
+    return option_text.parse_names(text, PEERS)
+
+
+def _parsed(parser: Callable[[str], object], metavar: str, text: str) -> Any:
+    """Return an option whose text a parser reads; its value has the parser's type."""
+    return typer.Option(parser=parser, metavar=metavar, help=text)
+
+
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        help="Run, export, or open_clip model name for random weights.",
+        show_default=False,
+    ),
+]
+Backends = Annotated[
+    Any, _parsed(_backends, "NAMES", "Of onnx, torch, trt; all: those that the target has.")
+]
+Peers = Annotated[
+    Any, _parsed(_peers, "NAMES", "Of plain, compiled, cls, int8, openvino; or all, none.")
+]
+Device = Annotated[Any, _parsed(option_text.parse_device, "DEVICE", "cpu, cuda or cuda:N.")]
+Batches = Annotated[Any, _parsed(option_text.parse_numbers, "NUMBERS", "Images a request.")]
+Concurrency = Annotated[
+    Any, _parsed(option_text.parse_numbers, "NUMBERS", "Requests under way at once.")
+]
+Warmup = Annotated[Any, _parsed(option_text.parse_seconds, "TIME", "Before each measurement.")]
+Duration = Annotated[
+    Any, _parsed(option_text.parse_seconds, "TIME", "Measured at least, in three windows.")
+]
+UntilStable = Annotated[
+    Any,
+    _parsed(option_text.parse_share, "SHARE", "How near the windows must be; else measured again."),
+]
+Percentiles = Annotated[Any, _parsed(option_text.parse_percentiles, "NUMBERS", "Shown.")]
+MadeDtype = Annotated[
+    ExportDtype, typer.Option(help="Of the export that is made of a run or a model name.")
+]
+Photos = Annotated[Path | None, typer.Option(help="Photos of yours in place of made-up ones.")]
+Threads = Annotated[
+    int | None, typer.Option(help="Of one operator on a CPU. [default: one a core]", min=1)
+]
+Stages = Annotated[bool, typer.Option(help="Time each stage by itself too.")]
+ReportDirectory = Annotated[
+    Path | None, typer.Option("--out", help="Write a .json, .md and .html report here.")
+]
+Baseline = Annotated[Path | None, typer.Option(help="Earlier .json to compare with.")]
+MaxRegression = Annotated[
+    Any, _parsed(option_text.parse_share, "SHARE", "How much slower than the baseline is allowed.")
+]
+Slo = Annotated[
+    Any, _parsed(option_text.parse_limits, "LIMITS", "Such as p99=10ms, from pixels to logits.")
+]
+
+
 @app.command(_MODEL)
 def bench_model(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET",
-            help="Run, export, or open_clip model name for random weights.",
-            show_default=False,
-        ),
-    ],
-    backends: Annotated[
-        str, typer.Option(help="Of onnx, torch, trt; all: those that the target has.")
-    ] = "all",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    batches: Annotated[str, typer.Option(help="Images a request.")] = "1,8,32",
-    concurrency: Annotated[str, typer.Option(help="Requests under way at once.")] = "1",
-    warmup: Annotated[str, typer.Option(help="Before each measurement.")] = "2s",
-    duration: Annotated[str, typer.Option(help="Measured at least, in three windows.")] = "10s",
-    until_stable: Annotated[
-        str, typer.Option(help="How near the windows must be; else measured again.")
-    ] = "5%",
-    percentiles: Annotated[str, typer.Option(help="Shown.")] = "50,90,95,99",
-    dtype: Annotated[
-        ExportDtype, typer.Option(help="Of the export that is made of a run or a model name.")
-    ] = ExportDtype.fp32,
-    peers: Annotated[
-        str, typer.Option(help="Of plain, compiled, cls, int8, openvino; or all, none.")
-    ] = "plain,cls,int8,openvino",
-    images: Annotated[
-        Path | None, typer.Option(help="Photos of yours in place of made-up ones.")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Of one operator on a CPU. [default: one a core]", min=1)
-    ] = None,
-    stages: Annotated[bool, typer.Option(help="Time each stage by itself too.")] = True,
-    out_dir: Annotated[
-        Path | None, typer.Option("--out", help="Write a .json, .md and .html report here.")
-    ] = None,
-    baseline: Annotated[Path | None, typer.Option(help="Earlier .json to compare with.")] = None,
-    max_regression: Annotated[
-        str, typer.Option(help="How much slower than the baseline is allowed.")
-    ] = "10%",
-    slo: Annotated[
-        str | None, typer.Option(help="Limits such as p99=10ms, from pixels to logits.")
-    ] = None,
+    target: Target,
+    backends: Backends = "all",
+    device: Device = "cpu",
+    batches: Batches = "1,8,32",
+    concurrency: Concurrency = "1",
+    warmup: Warmup = "2s",
+    duration: Duration = "10s",
+    until_stable: UntilStable = "5%",
+    percentiles: Percentiles = "50,90,95,99",
+    dtype: MadeDtype = ExportDtype.fp32,
+    peers: Peers = "plain,cls,int8,openvino",
+    images: Photos = None,
+    threads: Threads = None,
+    stages: Stages = True,
+    out_dir: ReportDirectory = None,
+    baseline: Baseline = None,
+    max_regression: MaxRegression = "10%",
+    slo: Slo = None,
     as_json: AsJson = False,
 ) -> None:
     """Time a model from pixels and from JPEG to logits, with its stages and its peers.
@@ -96,58 +139,58 @@ def bench_model(
 
     Example: microclip-deploy bench exports/birds --batches 1,8 --slo p99=50ms
     """
-    require("onnxruntime", "cpu")
-    from microclip_deploy.bench import option_text
+    _require_packages(out_dir)
     from microclip_deploy.bench.latency import limits
-    from microclip_deploy.bench.latency.contestants import BACKENDS, PEERS
-    from microclip_deploy.bench.latency.page import write_report
     from microclip_deploy.bench.latency.report import read_report
-    from microclip_deploy.bench.latency.run import LatencyRequest, run_latency_bench
+    from microclip_deploy.bench.latency.run import run_latency_bench
     from microclip_deploy.bench.latency.windows import Plan
 
-    plan = Plan(
-        option_text.parse_seconds("--warmup", warmup),
-        option_text.parse_seconds("--duration", duration),
-        option_text.parse_share("--until-stable", until_stable),
-    )
-    wanted = None if slo is None else option_text.parse_limits("--slo", slo)
-    allowed = option_text.parse_share("--max-regression", max_regression)
-    request = LatencyRequest(
-        target=target,
-        backends=option_text.parse_names("--backends", backends, BACKENDS),
-        device=option_text.parse_device("--device", device),
-        batches=option_text.parse_numbers("--batches", batches),
-        concurrency=option_text.parse_numbers("--concurrency", concurrency),
-        plan=plan,
-        percentiles=option_text.parse_percentiles("--percentiles", percentiles),
-        baseline=None if baseline is None else read_report(baseline),
+    earlier = None if baseline is None else read_report(baseline)
+    measured = run_latency_bench(
+        target,
+        notes,
+        backends=backends,
+        peers=peers,
+        batches=batches,
+        concurrency=concurrency,
+        plan=Plan(warmup, duration, until_stable),
+        device=device,
         precision=dtype.value,
-        peers=option_text.parse_names("--peers", peers, PEERS),
-        images=images,
         threads=threads,
+        images=images,
         with_stages=stages,
+        baseline=earlier,
     )
-    if out_dir is not None:  # before minutes of measuring
-        make_directory(out_dir)
-    report = run_latency_bench(request, notes)
-    _show(report, as_json=as_json)
-    if out_dir is not None:
-        notes.print(f"wrote {write_report(report, out_dir)}", markup=False)
-    if request.baseline is not None:
-        for line in limits.require_no_regression(report, request.baseline, allowed):
+    report = replace(measured, percentiles=list(percentiles))
+    _show(report, out_dir, as_json=as_json)
+    if earlier is not None:
+        for line in limits.require_no_regression(report, earlier, max_regression):
             notes.print(line, markup=False)
-    if wanted is not None:
-        limits.require_slo(report, wanted)
+    limits.require_slo(report, slo or {})
 
 
-def _show(report: "Report", *, as_json: bool) -> None:
-    from microclip_deploy.bench.latency.tables import as_json as plain_values
-    from microclip_deploy.bench.latency.tables import plain
+def _require_packages(out_dir: Path | None) -> None:
+    """Make sure, before minutes of measuring, that they can be measured and written."""
+    require("onnxruntime", "cpu")
+    for package in ("cpuinfo", "psutil", "pynvml"):
+        require(package, "bench")
+    if out_dir is not None:
+        require("jinja2", "bench")
+        require("matplotlib", "bench")
+        make_directory(out_dir)
+
+
+def _show(report: "Report", out_dir: Path | None, *, as_json: bool) -> None:
+    from microclip_deploy.bench.latency import tables
 
     shown = notes if as_json else out
-    shown.print(plain(report), markup=False, highlight=False, soft_wrap=True)
+    shown.print(tables.plain(report), markup=False, highlight=False, soft_wrap=True)
     if as_json:
-        print_json(plain_values(report, samples=False))
+        print_json(tables.as_json(report, samples=False))
+    if out_dir is not None:
+        from microclip_deploy.bench.latency.page import write_report
+
+        notes.print(f"wrote {write_report(report, out_dir)}", markup=False)
 
 
 @app.command("compare")
@@ -165,8 +208,12 @@ def bench_compare(
 
 @app.command("ncut")
 def bench_ncut(
-    batches: Annotated[str, typer.Option(help="Images a batch.")] = "1,32,256",
-    tokens: Annotated[str, typer.Option(help="Patch tokens an image.")] = "49,196,256,576",
+    batches: Annotated[
+        Any, _parsed(option_text.parse_numbers, "NUMBERS", "Images a batch.")
+    ] = "1,32,256",
+    tokens: Annotated[
+        Any, _parsed(option_text.parse_numbers, "NUMBERS", "Patch tokens an image.")
+    ] = "49,196,256,576",
     dtype: Annotated[
         str, typer.Option(help="Of the tokens: float16, bfloat16 or float32.")
     ] = "float16",
@@ -183,12 +230,12 @@ def bench_ncut(
     The last line of stdout is one JSON document. Exit 5 where a mask is wrong.
     """
     require("torch", "adapt")
+    require("psutil", "bench")
     from microclip_deploy.bench.kernel import report, run
-    from microclip_deploy.bench.option_text import parse_numbers
 
     measured = run.run_kernel_bench(
-        parse_numbers("--tokens", tokens),
-        parse_numbers("--batches", batches),
+        tokens,
+        batches,
         notes,
         dtype=dtype,
         device=device,
@@ -225,6 +272,7 @@ def bench_adapt(
     Example: microclip-deploy bench adapt --images photos/ --workers 4
     """
     require("torch", "adapt")
+    require("psutil", "bench")
     from microclip_deploy.bench.training import report, run
 
     if out_dir is not None:  # before minutes of measuring

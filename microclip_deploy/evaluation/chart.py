@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from microclip_deploy.errors import printable, require
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#3f7fd6", "#d0752b", "#3a9f75", "#9a62c4", "#a58a35", "#c9527a")
+COLOURS = (
+    "#3f7fd6", "#d0752b", "#3a9f75", "#9a62c4", "#a58a35", "#c9527a", "#2a9fb5", "#8f6248",
+)  # fmt: skip
 _DASHES = ("-", "--", ":", "-.")
 _GREY = "#7d8794"
 _SETTINGS: Any = {
@@ -100,12 +103,13 @@ def log_chart(groups: Mapping[str, Mapping[str, Line]], *, x_label: str, y_label
                 label = printable(f"{group}, {name}" if name else group)
                 axes.plot(*zip(*line, strict=True), dash, color=colour, marker=".", label=label)
         axes.set(xscale="log", yscale="log", xlabel=x_label)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}")
         axes.set_title(y_label, loc="left", fontsize="medium")
-        if len(xs) <= 10:
+        if len(xs) <= 10 and all(b > 1.2 * a for a, b in pairwise(xs)):  # labels have room
             axes.set_xticks(xs, [f"{x:.3g}" for x in xs])
-            axes.minorticks_off()
+        axes.minorticks_off()
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         return _svg(figure)
 

@@ -2,95 +2,89 @@
 
 import json
 import platform
-from collections.abc import Callable
-from pathlib import Path
+import sys
+from types import SimpleNamespace
+from typing import Any
 
+import cpuinfo
 import pytest
 
 from microclip_deploy.bench import card
 
-ANSWERS = {
-    "name": "NVIDIA H200",
-    "driver_version": "580.1",
-    "memory.total": "143771 MiB",
-    "clocks.sm": "1980 MHz",
-    "mig.mode.current": "[N/A]",
-    "clocks_event_reasons.active": "0x0000000000000204",
-}
+
+class Driver:
+    """Stands for the module pynvml: tells what it is given, and raises for anything else."""
+
+    NVMLError = KeyError
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("nvmlDeviceGetHandleBy"):
+            return lambda index_or_uuid: index_or_uuid
+        if name == "nvmlDeviceGetName":
+            return lambda handle: f"GPU {handle}"
+        return lambda *_: self.answers[name.removeprefix("nvmlDeviceGet")]
 
 
-def answering(answers: dict[str, str]) -> Callable[..., str | None]:
-    def output(*command: str) -> str | None:
-        field = next((part for part in command if part.startswith("--query-gpu=")), "")
-        return answers.get(field.removeprefix("--query-gpu="))
+@pytest.fixture
+def describe(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what the card says of a GPU whose driver tells so much, but the runtime's version."""
 
-    return output
+    def described(number: int = 0, **answers: Any) -> dict[str, Any]:
+        driver = Driver(nvmlInit=None, nvmlSystemGetDriverVersion="580.1", **answers)
+        monkeypatch.setitem(sys.modules, "pynvml", driver)
+        found = card.gpu(number)
+        assert found is not None
+        del found["cuda_runtime"]
+        return found
+
+    return described
 
 
-def test_without_a_gpu_the_card_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card, "_output", answering({}))
+def test_without_a_driver_the_card_says_so() -> None:
     found = card.environment()
     assert found["gpu"] is None
     assert found["packages"]["torch"]
+    assert found["memory_gib"] > 0
     json.dumps(found, allow_nan=False)
 
 
 @pytest.mark.parametrize(
-    ("told", "cpu", "instructions"),
+    ("processor", "cpu", "instructions"),
     [
-        ("model name\t: EPYC\nflags\t\t: fpu avx2 avx512_vnni\n\nmodel name\t: other\n", "EPYC",
+        ({"brand_raw": "EPYC", "flags": ["fpu", "avx512_vnni", "avx2"]}, "EPYC",
          ["avx2", "avx512_vnni"]),
-        ("processor\t: 0\nFeatures\t: fp asimddp sve\n", None, ["asimddp", "sve"]),
-        (None, None, []),
+        ({}, "generic", []),
     ],
 )  # fmt: skip
 def test_the_processor_and_its_instructions_are_told(
-    monkeypatch: pytest.MonkeyPatch, told: str | None, cpu: str | None, instructions: list[str]
+    processor: dict[str, Any], cpu: str, instructions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(path: Path, **_: str) -> str:
-        if told is None:
-            raise FileNotFoundError(path)
-        return told
-
-    monkeypatch.setattr(card, "_output", answering({}))
-    monkeypatch.setattr(Path, "read_text", read)
-    monkeypatch.setattr(card, "_version", lambda package: None)  # reads files too
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: processor)
     monkeypatch.setattr(platform, "processor", lambda: "generic")
     found = card.environment()
-    assert (found["cpu"], found["instructions"]) == (cpu or "generic", instructions)
+    assert (found["cpu"], found["instructions"]) == (cpu, instructions)
 
 
-def test_a_gpu_is_described_and_what_is_unknown_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card, "_output", answering(ANSWERS))
-    monkeypatch.setattr(card, "_cuda_runtime", lambda: "13.0")
-    found = card.gpu()
-    assert found is not None
-    assert found["name"] == "NVIDIA H200"
-    assert found["clock_sm"] == "1980 MHz"
-    assert found["mig"] is None
-    assert found["power"] is None
-    assert found["cuda_runtime"] == "13.0"
-    assert found["throttled_by"] == ["software power cap", "0x200"]
+def test_a_gpu_is_described_and_what_is_unknown_is_none(describe: Any) -> None:
+    found = describe(
+        MemoryInfo=SimpleNamespace(total=143771 << 20), ClockInfo=1980, PowerUsage=120953,
+        Temperature=35, MigMode=[1, 1], CurrentClocksEventReasons=0x204,
+    )  # fmt: skip
+    assert found == {
+        "name": "GPU 0", "driver": "580.1", "memory": "143771 MiB", "clock_sm": "1980 MHz",
+        "clock_sm_max": None, "clock_memory": "1980 MHz", "power": "120.95 W", "power_limit": None,
+        "temperature_c": "35", "mig": "Enabled", "throttled_by": ["software power cap", "0x200"],
+    }  # fmt: skip
+    assert describe(CurrentClocksEventReasons=0)["throttled_by"] == []
+    assert describe()["throttled_by"] is None
 
 
-def test_an_older_driver_names_the_reasons_differently(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {"name": "Tesla T4", "clocks_throttle_reasons.active": "0x0000000000000000"}
-    monkeypatch.setattr(card, "_output", answering(answers))
-    found = card.gpu()
-    assert found is not None
-    assert found["throttled_by"] == []
-
-
-def test_unreadable_reasons_are_none() -> None:
-    assert card.throttle_reasons(None) is None
-    assert card.throttle_reasons("Active") is None
-
-
-def test_the_gpu_that_is_measured_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(card, "_output", lambda *command: asked.append(command[-1]))
+def test_the_gpu_that_is_measured_is_described(
+    describe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8a56")
-    card.gpu(0), card.gpu(1)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    card.gpu(1)
-    assert asked == ["--id=3", "--id=GPU-8a56", "--id=1"]
+    assert [describe(number)["name"] for number in (0, 1, 2)] == ["GPU 3", "GPU GPU-8a56", "GPU 2"]
