@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from microclip_deploy.bench.kernel.report import affinity_work
+from microclip_deploy.bench.latency.device_time import time_stages
 from microclip_deploy.bench.latency.graph_parts import Part, Work, open_parts
 from microclip_deploy.bench.latency.report import COPY, PRODUCT, Stage, StageRow
 from microclip_deploy.bench.latency.windows import repeated
@@ -144,8 +145,7 @@ def _on_device(export: Export, device: str, encoded: Sequence[bytes]) -> dict[St
         session.predict(views)
         pipeline: Any = session.pipeline  # type: ignore[attr-defined]  # of CUDA sessions
         pipeline.pixels(batch)[:] = views
-        taken = pipeline.time_stages(batch, MOST)
-        return samples | {Stage(name): seconds for name, seconds in taken.items()}
+        return samples | time_stages(pipeline, batch, MOST)
 
 
 def _device_work(export: Export, work: Mapping[Stage, Work], batch: int) -> dict[Stage, Work]:

@@ -214,6 +214,14 @@ class KernelLayout:
         grid, shared = (len(cut.mask), 1), self.cut_bytes()
         return Launch(self.cut_source(), "ncut_cut", grid, self.threads, arguments, shared)
 
+    def sources(self) -> tuple[CudaSource, ...]:
+        """Return all that the launches need."""
+        if self.spec.affinity == "dot":
+            return self.affinity_source(), self.cut_source()
+        centred = self.spec.affinity == "centered_cosine"
+        affinity = self.centred_affinity_source() if centred else self.affinity_source()
+        return self.lengths_source(), affinity, self.cut_source()
+
     def affinity_source(self) -> CudaSource:
         """Return tokens -> bits."""
         return self._affinity("dot" if self.spec.affinity == "dot" else "cosine", self.token)

@@ -72,7 +72,10 @@ class NCutKernels:
     """
 
     def __init__(self, layout: KernelLayout) -> None:
+        """Compile, or take from CuPy's cache."""
         self.layout = layout
+        for source in layout.sources():
+            source.compile()
 
     @staticmethod
     def of(count: int, width: int, token: str, spec: NCutSpec) -> "NCutKernels":
@@ -80,6 +83,7 @@ class NCutKernels:
 
         Raises:
             UsageError: the kernels are not made for this shape or type.
+            EnvironmentProblem: they cannot be compiled here.
         """
         return _kernels(count, width, token, spec, cupy.cuda.runtime.getDevice())
 
@@ -96,7 +100,6 @@ class NCutKernels:
 
         Raises:
             UsageError: more images than one launch can take.
-            EnvironmentProblem: a kernel cannot be compiled here.
         """
         self.affinity(tokens, work)
         self.solve(work, cut)

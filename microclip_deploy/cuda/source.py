@@ -52,6 +52,15 @@ class CudaSource(NamedTuple):
         """Return the compiler's options; the architecture is the device's."""
         return (*OPTIONS, f"-I{_FILES}", *(f"-D{name}={value}" for name, value in self.defines))
 
+    def compile(self) -> None:
+        """Compile for the current device, once.
+
+        Raises:
+            EnvironmentProblem: CuPy is not installed, or the source cannot be compiled here.
+        """
+        cupy = require("cupy", "gpu")
+        _compiled(self, cupy.cuda.runtime.getDevice())
+
 
 class Launch(NamedTuple):
     """One launch of a kernel: everything but the device and the stream.

@@ -8,7 +8,6 @@ at every replay, so a batch costs one upload, one launch and one download.
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +25,7 @@ from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.serving.answer_block import Sizes, block_bytes, block_views
 from microclip_deploy.serving.session import Prediction
 
-_CAPTURE = threading.Lock()
+CAPTURE = threading.Lock()
 """While a stream is captured no other thread may wait for the whole device, as freeing memory does
 and as PyTorch does before each capture: sessions build and release buckets one after the other."""
 
@@ -75,15 +74,6 @@ class Encoder(Protocol):
         """Release the weights."""
 
 
-class Timing(NamedTuple):
-    """Seconds of one request, uint8 views in the pinned buffer to answers in another."""
-
-    host: float
-    """Until everything is launched: what the host does itself."""
-    device: float
-    """Upload, encoder, kernels and download, between two events."""
-
-
 class Kernels(NamedTuple):
     """What launches each kernel of a bucket by itself."""
 
@@ -92,7 +82,7 @@ class Kernels(NamedTuple):
     fuse: Callable[[], None]
 
 
-class _Bucket(NamedTuple):
+class Bucket(NamedTuple):
     """Buffers for a batch size, and the work on them."""
 
     host_pixels: NDArray[np.uint8]
@@ -101,6 +91,7 @@ class _Bucket(NamedTuple):
     block: cupy.ndarray
     answers: Prediction
     """Views of `host_block`."""
+    cls: cupy.ndarray
     patches: cupy.ndarray
     launches: Launches
     """Encoder and kernels."""
@@ -127,15 +118,15 @@ class CudaPipeline:
             EnvironmentProblem: the device fails, or is out of memory.
         """
         self.device = f"cuda:{stream.device_id}"
-        self._stream = stream
-        self._encoder = encoder
+        self.stream = stream
+        self.encoder = encoder
         self._side = side
         self._width = head.project.shape[1]
         self._sizes = Sizes(encoder.tokens, len(head.project), len(head.classifier))
         self._pool = cupy.cuda.MemoryPool()
         self._pinned = cupy.cuda.PinnedMemoryPool()
-        self._buckets: dict[int, _Bucket] = {}
-        with self._current():
+        self._buckets: dict[int, Bucket] = {}
+        with self.current():
             self._kernels = NCutKernels.of(
                 count=encoder.tokens, width=self._width, token="float32", spec=ncut
             )
@@ -151,7 +142,7 @@ class CudaPipeline:
         if bucket not in self._buckets:
             problem = self._add(bucket)
             if problem is not None:
-                with _CAPTURE, self._current():
+                with CAPTURE, self.current():
                     self._pool.free_all_blocks()
                 raise EnvironmentProblem(problem)
         return self._buckets[bucket].host_pixels
@@ -163,96 +154,41 @@ class CudaPipeline:
             EnvironmentProblem: the device fails, or is out of memory.
         """
         found = self._buckets[bucket]
-        return self._answered(found, found.launches.replay)
-
-    def run_eagerly(self, bucket: int) -> Prediction:
-        """Do what `run` does without a CUDA graph, operator by operator."""
-        found = self._buckets[bucket]
-        return self._answered(found, found.launches.eager)
-
-    def time_run(self, bucket: int) -> Timing:
-        """Do what `run` does and return how long host and device took."""
-        found = self._buckets[bucket]
-        with self._current():
-            return self._timed(lambda: self._launch(found, found.launches.replay))
-
-    def time_stages(self, bucket: int, repeats: int) -> dict[str, list[float]]:
-        """Return the seconds of each stage by itself, between two events.
-
-        The pixels must be in the buffer, and the bucket have been run, so that each stage finds
-        what those before it wrote. Encoder and kernels are captured once more, each in a graph of
-        its own: launched one by one, the gaps between launches would be counted.
-
-        Args:
-            bucket: batch size.
-            repeats: samples a stage.
-        """
-        found = self._buckets[bucket]
-        with _CAPTURE, self._current():
-            cls = block_views(found.block, bucket, self._sizes).cls
-            encode = self._encoder.capture(found.pixels, cls, found.patches, lambda: None).replay
-            kernels = (found.kernels.edges, found.kernels.cut, found.kernels.fuse)
-            edges, cut, fuse = (captured(each, self._stream).replay for each in kernels)
-        stages: dict[str, Callable[[], object]] = {
-            "H2D": lambda: found.pixels.set(found.host_pixels, stream=self._stream),
-            "backbone": encode,
-            "K1": edges,
-            "K2": cut,
-            "K3/head": fuse,
-            "D2H": lambda: self._download(found),
-        }
-        with self._current():
-            return {
-                name: [self._timed(launch).device for _ in range(repeats)]
-                for name, launch in stages.items()
-            }
-
-    def _timed(self, launch: Callable[[], object]) -> Timing:
-        """Launch work on the idle stream between two events."""
-        start, end = cupy.cuda.Event(), cupy.cuda.Event()
-        self._stream.synchronize()
-        start.record(self._stream)
-        asked = time.perf_counter()
-        launch()
-        host = time.perf_counter() - asked
-        end.record(self._stream)
-        end.synchronize()
-        return Timing(host, 1e-3 * float(cupy.cuda.get_elapsed_time(start, end)))
-
-    def _answered(self, found: _Bucket, launch: Callable[[], None]) -> Prediction:
-        with self._current():
-            self._launch(found, launch)
-            self._stream.synchronize()
+        with self.current():
+            self.launch(found, found.launches.replay)
+            self.stream.synchronize()
         return found.answers
 
-    def _launch(self, found: _Bucket, launch: Callable[[], None]) -> None:
-        found.pixels.set(found.host_pixels, stream=self._stream)
-        launch()
-        self._download(found)
+    def bucket(self, size: int) -> Bucket:
+        """Return the buffers and the work of a batch size; `pixels` has made it."""
+        return self._buckets[size]
 
-    def _download(self, found: _Bucket) -> None:
-        found.block.get(stream=self._stream, out=found.host_block, blocking=False)
+    def launch(self, bucket: Bucket, work: Callable[[], None]) -> None:
+        """Upload the buffer, launch work of the bucket, and download: nothing waits."""
+        bucket.pixels.set(bucket.host_pixels, stream=self.stream)
+        work()
+        bucket.block.get(stream=self.stream, out=bucket.host_block, blocking=False)
 
     def close(self) -> None:
         """Release graphs, buffers, weights and stream."""
-        with _CAPTURE, self._current():
+        with CAPTURE, self.current():
             self._buckets.clear()
             del self._kernels, self._fusion
-            self._encoder.close()
+            self.encoder.close()
             self._pool.free_all_blocks()
             self._pinned.free_all_blocks()
-        del self._stream
+        del self.stream
 
     def _add(self, bucket: int) -> str | None:
         """Build a bucket or return why not; the error itself would hold the buffers it had."""
         try:
-            with _CAPTURE, self._current():
+            with CAPTURE, self.current():
                 self._buckets[bucket] = self._build(bucket)
         except EnvironmentProblem as error:
             return str(error)
         return None
 
-    def _build(self, batch: int) -> _Bucket:
+    def _build(self, batch: int) -> Bucket:
         """Allocate a bucket's buffers and capture the work on them."""
         size = block_bytes(batch, self._sizes)
         block = cupy.zeros(size, cupy.uint8)
@@ -278,20 +214,22 @@ class CudaPipeline:
             for launch in each:
                 launch()
 
-        launches = self._encoder.capture(pixels, answers.cls, patches, rest)
+        launches = self.encoder.capture(pixels, answers.cls, patches, rest)
         views = block_views(host_block, batch, self._sizes)
-        return _Bucket(host_pixels, pixels, host_block, block, views, patches, launches, each)
+        return Bucket(
+            host_pixels, pixels, host_block, block, views, answers.cls, patches, launches, each
+        )
 
     def _pinned_bytes(self, size: int) -> NDArray[np.uint8]:
         return np.frombuffer(self._pinned.malloc(size), np.uint8, size)
 
     @contextmanager
-    def _current(self) -> Iterator[None]:
+    def current(self) -> Iterator[None]:
         """Make device, stream and memory pool CuPy's current ones; turn its errors into ours."""
         with (
             cuda_errors(self.device),
-            cupy.cuda.Device(self._stream.device_id),
-            self._stream,
+            cupy.cuda.Device(self.stream.device_id),
+            self.stream,
             cupy.cuda.using_allocator(self._pool.malloc),
         ):
             yield

@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from microclip_deploy.bench.latency import device_time
 from microclip_deploy.errors import EnvironmentProblem, UsageError
 from microclip_deploy.serving import Prediction, Session, open_session
 from microclip_deploy.serving.cuda_session import CudaSession
@@ -95,11 +96,11 @@ def test_the_same_work_without_a_graph_and_by_stage(
         assert isinstance(session, CudaSession)
         pipeline: Any = session.pipeline
         pipeline.pixels(4)[:] = batch
-        assert_like(pipeline.run_eagerly(4), reference.predict(batch))
-        timing = pipeline.time_run(4)
+        assert_like(device_time.run_eagerly(pipeline, 4), reference.predict(batch))
+        timing = device_time.time_run(pipeline, 4)
         assert 0 < timing.host < 1
         assert 0 < timing.device < 1
-        stages = pipeline.time_stages(4, 3)
+        stages = device_time.time_stages(pipeline, 4, 3)
         assert [*stages] == ["H2D", "backbone", "K1", "K2", "K3/head", "D2H"]
         assert all(len(samples) == 3 and min(samples) > 0 for samples in stages.values())
         assert_like(session.predict(batch), reference.predict(batch))  # nothing was left behind
