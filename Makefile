@@ -22,7 +22,7 @@ demo: setup     ## Adapt, evaluate, predict, export and verify on the embedded b
 test: setup     ## Run the default test suite
 	$(BIN)/python -m pytest
 
-check: setup    ## Lint, format check, types, import layers
+check: setup    ## Lint, format check, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
