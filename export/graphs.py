@@ -67,6 +67,8 @@ class Everything(NamedTuple):
     """bool (B,): the graph joins every pair of tokens."""
     residual: Tensor
     """float32 (B,): how far the cut's filter is from one eigenvector."""
+    patches: Tensor
+    """float32 (B, N, D): what the backbone gives the cut and the head; no output of full.onnx."""
 
 
 class BackboneGraph(nn.Module):
@@ -145,15 +147,11 @@ class FullGraph(nn.Module):
 
     def forward(self, image: Tensor, classifier: Tensor) -> Everything:
         """Run the whole of microCLIP."""
-        return self.conclude(self.backbone(image), classifier)
-
-    def conclude(self, tokens: Tokens, classifier: Tensor) -> Everything:
-        """Cut, pool, fuse and classify what the backbone saw."""
-        cls, patches = tokens
-        found = saliency_iterative(patches, self.ncut)
-        logits, embedding, fg, attention = self.head(cls, patches, found.mask, classifier)
+        cls, patches = self.backbone(image)
+        cut = saliency_iterative(patches, self.ncut)
+        logits, embedding, fg, attention = self.head(cls, patches, cut.mask, classifier)
         return Everything(
-            logits, embedding, cls, fg, found.mask, attention, found.complete, found.residual
+            logits, embedding, cls, fg, cut.mask, attention, cut.complete, cut.residual, patches
         )
 
 
