@@ -102,10 +102,10 @@ def require_proven(
     if proof.departure is None:
         return
     stage = next(stage for stage in proof.stages if stage.departs)
-    wanted, found = f"at most {stage.limit:.3g} from {proof.reference}", f"{stage.difference:.3g}"
-    if stage.limit is None:
-        wanted = "a number"
-    elif stage.stage == "pixels":
+    limit, source = stage.limit, proof.reference
+    wanted = "a number" if limit is None else f"at most {limit:.3g} from {source}"
+    found = f"{stage.difference:.3g}"
+    if stage.stage == "pixels":
         remedy = "use the Pillow and torchvision of the export"
     elif stage.stage == "precision":
         wanted, found = f"layers in {proof.precision}", "others in TensorRT's inspector"
