@@ -73,7 +73,7 @@ def run_build(
         notes: gets progress and remarks.
         timing_cache: folder of timing caches; None: the export's folder of engines.
         images: the user's, proven on as well.
-        device: "cuda" or "cuda:N".
+        device: "cuda" or "cuda:N"; any other stands for "cuda".
         atol: as for `Limits.changed`.
         min_agreement: as for `Limits.changed`.
 
@@ -93,6 +93,7 @@ def run_build(
     from microclip_deploy.serving.cuda_pipeline import cuda_errors, open_stream
     from microclip_deploy.serving.tensorrt_engine import target
 
+    device = device if device.startswith("cuda") else "cuda"
     stream = open_stream(device)
     here = target(stream.device_id)
     limits = stored_limits(export).changed(atol, min_agreement)

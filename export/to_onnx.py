@@ -1,6 +1,6 @@
 """A checkpoint's model -> full.onnx, backbone.onnx and head.onnx.
 
-The model is traced once, with the patch tokens as one of its outputs, and cut into the three files, so
+The model is traced once, with the patch tokens among its outputs, and cut into the three files, so
 that the split path runs the very nodes of the full graph. Two exports give the same bytes.
 """
 

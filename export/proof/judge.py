@@ -290,9 +290,9 @@ def _determined(tokens: Array, reference: Reference, spec: NCutSpec, precision: 
     return certain
 
 
-def _least_cosine(found: Array, expected: Array) -> float:
+def _least_cosine(rows: Array, expected: Array) -> float:
     """Return the least cosine of rows (..., D); NaN where a row is no number."""
-    one, other = found.astype(np.float64), expected.astype(np.float64)
+    one, other = rows.astype(np.float64), expected.astype(np.float64)
     with np.errstate(invalid="ignore"):  # of rows that are no numbers
         norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
         cosines = (one * other).sum(axis=-1) / np.maximum(norms, 1e-30)

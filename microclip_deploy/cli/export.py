@@ -75,7 +75,8 @@ def export(
     given |= {"--timing-cache": timing_cache, "--version-compatible": version_compatible or None}
     given |= {"--hardware-compat": hardware_compat, "--print-trtexec": print_trtexec or None}
     build = parse_options(trt, given)
-    limits = {"atol": atol, "min_agreement": min_agreement}
+    proving: dict[str, Any] = {"images": images, "device": device}
+    proving |= {"atol": atol, "min_agreement": min_agreement}
     if build is not None and is_export(source):
         directory = _inside(source, out_dir)
     else:
@@ -83,14 +84,7 @@ def export(
         from microclip_deploy.export.command import run_export
 
         proof = run_export(
-            source,
-            directory,
-            notes,
-            dtype=dtype.value,
-            images=images,
-            device=device,
-            overwrite=overwrite,
-            **limits,
+            source, directory, notes, dtype=dtype.value, overwrite=overwrite, **proving
         )
         _show(proof, as_json)
     if build is not None and print_trtexec:
@@ -98,10 +92,7 @@ def export(
     elif build is not None:
         from microclip_deploy.export.engine_command import run_build
 
-        on = device if device.startswith("cuda") else "cuda"
-        proof = run_build(
-            directory, build, notes, timing_cache=timing_cache, images=images, device=on, **limits
-        )
+        proof = run_build(directory, build, notes, timing_cache=timing_cache, **proving)
         _show(proof, as_json)
 
 

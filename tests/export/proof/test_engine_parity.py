@@ -6,7 +6,7 @@ In the place of TensorRT the graphs themselves answer, on the CPU; then some dam
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -64,95 +64,50 @@ class Run(NamedTuple):
 
 
 Damage = Callable[[Run], None]
-When = Callable[[Run], bool]
+
+HOW: Mapping[str, Callable[[Array], Array]] = {
+    "exchanged": lambda rows: rows[::-1],
+    "first everywhere": lambda rows: np.repeat(rows[:1], len(rows), axis=0),
+    "last as first": lambda rows: np.concatenate([rows[:-1], rows[:1]]),
+    "wrapped": lambda rows: rows[np.arange(len(rows)) % LARGEST],
+    "zero": np.zeros_like,
+    "unknown": lambda rows: rows * np.nan if rows.dtype == np.float32 else rows,
+    "enlarged": lambda rows: rows * np.float32(1.001),
+    "higher": lambda rows: rows + np.float32(1),
+    "a bit higher": lambda rows: rows + np.float32(0.01),
+    "other classes": lambda rows: np.roll(rows, 1, axis=1),
+    "inverted": np.logical_not,
+    "one token off": lambda rows: rows ^ (np.arange(rows.size).reshape(rows.shape) == 3),
+}
+"""What may be wrong with the rows of an output."""
+
+WHEN: Mapping[str, Callable[[Run], bool]] = {
+    "always": lambda run: True,
+    "in batches": lambda run: run.size > 1,
+    "padded": lambda run: run.size < LARGEST and run.size not in BUCKETS,
+    "split": lambda run: run.size > LARGEST,
+    "profile 0": lambda run: run.profile == 0,
+    "profile 1": lambda run: run.profile == 1,
+    "size 1": lambda run: run.size == 1,
+    "size 2": lambda run: run.size == 2,
+    "size 4": lambda run: run.size == 4,
+    "size 6": lambda run: run.size == 6,
+}
 
 
 def intact(_run: Run) -> None:
     """Do no damage."""
 
 
-def always(_run: Run) -> bool:
-    return True
+def damage(names: str, how: str, when: str = "always") -> Damage:
+    """Return what changes some outputs; "all" changes all of them."""
 
+    def do(run: Run) -> None:
+        if WHEN[when](run):
+            for name in run.outputs if names == "all" else names.split():
+                run.outputs[name] = HOW[how](run.outputs[name])
 
-def in_batches(run: Run) -> bool:
-    return run.size > 1
-
-
-def of_profile(number: int) -> When:
-    return lambda run: run.profile == number
-
-
-def of_size(size: int) -> When:
-    return lambda run: run.size == size
-
-
-def padded(run: Run) -> bool:
-    """Say whether a session has to fill a bucket up."""
-    return run.size < LARGEST and run.size not in BUCKETS
-
-
-def split(run: Run) -> bool:
-    return run.size > LARGEST
-
-
-def changed(*names: str, by: Callable[[Array], Array], when: When = always) -> Damage:
-    """Return what changes some outputs; all of them if none is named."""
-
-    def damage(run: Run) -> None:
-        if when(run):
-            for name in names or tuple(run.outputs):
-                run.outputs[name] = by(run.outputs[name].copy())
-
-    return damage
-
-
-def exchanged(rows: Array) -> Array:
-    return rows[::-1]
-
-
-def of_first_row(rows: Array) -> Array:
-    return np.repeat(rows[:1], len(rows), axis=0)
-
-
-def of_nobody(rows: Array) -> Array:
-    return np.zeros_like(rows)
-
-
-def last_as_first(rows: Array) -> Array:
-    rows[-1] = rows[0]
-    return rows
-
-
-def wrapped(rows: Array) -> Array:
-    """Answer what does not fit into the largest bucket with the first answers."""
-    return rows[np.arange(len(rows)) % LARGEST]
-
-
-def unknown(rows: Array) -> Array:
-    return rows * np.nan if rows.dtype == np.float32 else rows
-
-
-def enlarged(rows: Array) -> Array:
-    larger: Array = rows * np.float32(1.001)
-    return larger
-
-
-def higher(rows: Array) -> Array:
-    return rows + np.float32(1)
-
-
-def of_other_classes(rows: Array) -> Array:
-    return np.roll(rows, 1, axis=1)
-
-
-def inverted(rows: Array) -> Array:
-    return ~rows
-
-
-def one_token_off(rows: Array) -> Array:
-    rows[0, 3] ^= True
-    return rows
+    return do
 
 
 class Stream:
@@ -329,7 +284,7 @@ def manifest_of(export: Export, batch: tuple[int, int, int] = SMALL) -> EngineMa
 
 def prove(
     rig: Rig,
-    damage: Mapping[str, Damage] | None = None,
+    harm: Mapping[str, Damage] = MappingProxyType({}),
     *,
     full_plan: type[Plan] = Plan,
     told: Mapping[str, Any] | None = None,
@@ -337,14 +292,14 @@ def prove(
     batch: tuple[int, int, int] = SMALL,
 ) -> Proven:
     """Prove engines of a rig, with damage to the plans and the session; layers may be others."""
-    manifest, stream, harm = manifest_of(rig.export, batch), Stream(), damage or {}
+    manifest, stream = manifest_of(rig.export, batch), Stream()
     kinds: dict[str, type[Plan]] = {BACKBONE_PLAN: Plan, FULL_PLAN: full_plan}
     plans = {
         plan: kinds[plan](rig.graphs[graph], stream, harm.get(plan, intact))
         for graph, plan in PLAN_OF.items()
     }
     session = WatchedSession(rig.graphs[FULL], rig.export, harm.get(KERNELS, intact))
-    inspected = dict.fromkeys(plans, layers(TYPES[manifest.precision])) | (told or {})
+    inspected = {**dict.fromkeys(plans, layers(TYPES[manifest.precision])), **(told or {})}
     subject = engine_parity.Subject(manifest, plans, session, inspected, stream)
     limits = limits or LIMITS[manifest.precision]
     proof = engine_parity.prove_engines(rig.export, subject, rig.reference, PHOTOS, limits)
@@ -389,7 +344,7 @@ def test_intact_engines_in_half_precision_are_proven(write: "Write", precision: 
     assert prove(rig).proof.departure is None
     in_float32 = {BACKBONE_PLAN: layers("Float")}
     assert prove(rig, told=in_float32).proof.departure == "backbone.plan: precision"
-    broken = {BACKBONE_PLAN: changed("cls", by=exchanged, when=in_batches)}
+    broken = {BACKBONE_PLAN: damage("cls", "exchanged", "in batches")}
     assert prove(rig, broken).proof.departure == "backbone.plan: cls"
 
 
@@ -438,76 +393,83 @@ def test_every_batch_holds_different_images_and_fits_its_profile(
 @pytest.mark.parametrize("batch", [(1, 1, 1), (10, 12, 16), (32, 48, 64), (1, 8, 64)])
 def test_engines_are_proven_whatever_their_batches(rig: Rig, batch: tuple[int, int, int]) -> None:
     assert prove(rig, batch=batch).proof.departure is None
-    wrong = {BACKBONE_PLAN: changed("patches", by=enlarged)}
+    wrong = {BACKBONE_PLAN: damage("patches", "enlarged")}
     assert prove(rig, wrong, batch=batch).proof.departure == "backbone.plan: patches"
 
 
+DEPARTURES = {
+    BACKBONE_PLAN: [
+        ("cls", "cls", "enlarged", ["always", "in batches", "profile 0", "profile 1"]),
+        ("cls", "cls", "last as first", ["size 4"]),
+        ("cls", "cls", "zero", ["always"]),
+        ("cls", "cls", "unknown", ["always"]),
+        ("cls", "all", "exchanged", ["in batches"]),
+        ("cls", "all", "first everywhere", ["in batches"]),
+        ("cls", "all", "unknown", ["always"]),
+        ("patches", "patches", "enlarged", ["always", "profile 0", "size 2"]),
+        ("patches", "patches", "exchanged", ["in batches"]),
+        ("patches", "patches", "first everywhere", ["in batches"]),
+        ("patches", "patches", "zero", ["always"]),
+        ("patches", "patches", "unknown", ["profile 1"]),
+    ],
+    FULL_PLAN: [
+        ("mask", "mask", "inverted", ["always", "profile 0", "profile 1"]),
+        ("mask", "mask", "one token off", ["size 4"]),
+        ("mask", "complete", "inverted", ["profile 0"]),
+        ("mask", "mask", "exchanged", ["in batches"]),
+        ("mask", "mask", "first everywhere", ["size 2"]),
+        ("cls", "all", "exchanged", ["in batches"]),
+        ("cls", "all", "first everywhere", ["in batches"]),
+        ("cls", "all", "unknown", ["always"]),
+        ("cls", "cls", "enlarged", ["always"]),
+        ("cls", "cls", "last as first", ["size 4"]),
+        ("attention", "attention", "exchanged", ["in batches"]),
+        ("attention", "attention", "zero", ["always"]),
+        ("fg", "fg", "exchanged", ["size 2"]),
+        ("fg", "fg", "unknown", ["profile 0"]),
+        ("logits", "logits", "higher", ["always", "in batches", "profile 0"]),
+        ("logits", "logits", "exchanged", ["size 4"]),
+        ("logits", "logits", "unknown", ["always"]),
+        ("logits", "logits", "other classes", ["always"]),
+        ("classes", "embedding", "enlarged", ["always", "profile 0"]),
+        ("classes", "embedding", "exchanged", ["size 4"]),
+        ("classes", "embedding", "unknown", ["always"]),
+    ],
+    KERNELS: [
+        ("cls", "all", "last as first", ["padded"]),
+        ("cls", "all", "wrapped", ["split"]),
+        ("cls", "all", "unknown", ["always"]),
+        ("cls", "cls", "last as first", ["padded"]),
+        ("cls", "cls", "first everywhere", ["always"]),
+        ("mask", "mask", "last as first", ["padded"]),
+        ("mask", "mask", "wrapped", ["split"]),
+        ("mask", "mask", "inverted", ["always"]),
+        ("mask", "complete", "inverted", ["always"]),
+        ("mask", "mask", "one token off", ["size 1"]),
+        ("attention", "attention", "first everywhere", ["always"]),
+        ("fg", "fg", "exchanged", ["split"]),
+        ("logits", "logits", "last as first", ["padded"]),
+        ("logits", "logits", "wrapped", ["split"]),
+        ("logits", "logits", "other classes", ["size 6"]),
+        ("logits", "logits", "unknown", ["split"]),
+    ],
+}
+"""By graph: the stage that must depart, the outputs, how they are wrong, and when."""
+
+
 @pytest.mark.parametrize(
-    ("graph", "stage", "damage"),
+    ("graph", "stage", "names", "how", "when"),
     [
-        (BACKBONE_PLAN, "cls", changed("cls", by=enlarged)),
-        (BACKBONE_PLAN, "cls", changed("cls", by=enlarged, when=in_batches)),
-        (BACKBONE_PLAN, "cls", changed("cls", by=enlarged, when=of_profile(0))),
-        (BACKBONE_PLAN, "cls", changed("cls", by=enlarged, when=of_profile(1))),
-        (BACKBONE_PLAN, "cls", changed("cls", by=last_as_first, when=of_size(4))),
-        (BACKBONE_PLAN, "cls", changed("cls", by=of_nobody)),
-        (BACKBONE_PLAN, "cls", changed("cls", by=unknown)),
-        (BACKBONE_PLAN, "cls", changed(by=exchanged, when=in_batches)),
-        (BACKBONE_PLAN, "cls", changed(by=of_first_row, when=in_batches)),
-        (BACKBONE_PLAN, "cls", changed(by=unknown)),
-        (BACKBONE_PLAN, "patches", changed("patches", by=enlarged)),
-        (BACKBONE_PLAN, "patches", changed("patches", by=enlarged, when=of_profile(0))),
-        (BACKBONE_PLAN, "patches", changed("patches", by=enlarged, when=of_size(2))),
-        (BACKBONE_PLAN, "patches", changed("patches", by=exchanged, when=in_batches)),
-        (BACKBONE_PLAN, "patches", changed("patches", by=of_first_row, when=in_batches)),
-        (BACKBONE_PLAN, "patches", changed("patches", by=of_nobody)),
-        (BACKBONE_PLAN, "patches", changed("patches", by=unknown, when=of_profile(1))),
-        (FULL_PLAN, "mask", changed("mask", by=inverted)),
-        (FULL_PLAN, "mask", changed("mask", by=inverted, when=of_profile(0))),
-        (FULL_PLAN, "mask", changed("mask", by=inverted, when=of_profile(1))),
-        (FULL_PLAN, "mask", changed("mask", by=one_token_off, when=of_size(4))),
-        (FULL_PLAN, "mask", changed("complete", by=inverted, when=of_profile(0))),
-        (FULL_PLAN, "mask", changed("mask", by=exchanged, when=in_batches)),
-        (FULL_PLAN, "mask", changed("mask", by=of_first_row, when=of_size(2))),
-        (FULL_PLAN, "cls", changed(by=exchanged, when=in_batches)),
-        (FULL_PLAN, "cls", changed(by=of_first_row, when=in_batches)),
-        (FULL_PLAN, "cls", changed("cls", by=enlarged)),
-        (FULL_PLAN, "cls", changed("cls", by=last_as_first, when=of_size(4))),
-        (FULL_PLAN, "cls", changed(by=unknown)),
-        (FULL_PLAN, "attention", changed("attention", by=exchanged, when=in_batches)),
-        (FULL_PLAN, "attention", changed("attention", by=of_nobody)),
-        (FULL_PLAN, "fg", changed("fg", by=exchanged, when=of_size(2))),
-        (FULL_PLAN, "fg", changed("fg", by=unknown, when=of_profile(0))),
-        (FULL_PLAN, "logits", changed("logits", by=higher)),
-        (FULL_PLAN, "logits", changed("logits", by=higher, when=in_batches)),
-        (FULL_PLAN, "logits", changed("logits", by=higher, when=of_profile(0))),
-        (FULL_PLAN, "logits", changed("logits", by=exchanged, when=of_size(4))),
-        (FULL_PLAN, "logits", changed("logits", by=unknown)),
-        (FULL_PLAN, "logits", changed("logits", by=of_other_classes)),
-        (FULL_PLAN, "classes", changed("embedding", by=enlarged)),
-        (FULL_PLAN, "classes", changed("embedding", by=enlarged, when=of_profile(0))),
-        (FULL_PLAN, "classes", changed("embedding", by=exchanged, when=of_size(4))),
-        (FULL_PLAN, "classes", changed("embedding", by=unknown)),
-        (KERNELS, "cls", changed(by=last_as_first, when=padded)),
-        (KERNELS, "cls", changed(by=wrapped, when=split)),
-        (KERNELS, "mask", changed("mask", by=last_as_first, when=padded)),
-        (KERNELS, "mask", changed("mask", by=wrapped, when=split)),
-        (KERNELS, "mask", changed("mask", by=inverted)),
-        (KERNELS, "mask", changed("complete", by=inverted)),
-        (KERNELS, "mask", changed("mask", by=one_token_off, when=of_size(1))),
-        (KERNELS, "cls", changed("cls", by=last_as_first, when=padded)),
-        (KERNELS, "cls", changed("cls", by=of_first_row)),
-        (KERNELS, "cls", changed(by=unknown)),
-        (KERNELS, "attention", changed("attention", by=of_first_row)),
-        (KERNELS, "fg", changed("fg", by=exchanged, when=split)),
-        (KERNELS, "logits", changed("logits", by=last_as_first, when=padded)),
-        (KERNELS, "logits", changed("logits", by=wrapped, when=split)),
-        (KERNELS, "logits", changed("logits", by=of_other_classes, when=of_size(6))),
-        (KERNELS, "logits", changed("logits", by=unknown, when=split)),
+        (graph, *row, when)
+        for graph, rows in DEPARTURES.items()
+        for *row, moments in rows
+        for when in moments
     ],
 )
-def test_the_damaged_stage_is_named(rig: Rig, graph: str, stage: str, damage: Damage) -> None:
-    found = departures(prove(rig, {graph: damage}).proof)
+def test_the_damaged_stage_is_named(
+    rig: Rig, graph: str, stage: str, names: str, how: str, when: str
+) -> None:
+    found = departures(prove(rig, {graph: damage(names, how, when)}).proof)
     assert found[0] == f"{graph}: {stage}"
     assert all(departure.startswith(f"{graph}: ") for departure in found)
 
@@ -518,7 +480,7 @@ def test_a_plan_with_constant_classes_departs(rig: Rig) -> None:
 
 
 def test_the_first_of_several_departures_is_named(rig: Rig) -> None:
-    wrong = changed("logits", by=higher)
+    wrong = damage("logits", "higher")
     proof = prove(rig, {FULL_PLAN: wrong, KERNELS: wrong}).proof
     assert departures(proof)[0] == proof.departure == f"{KERNELS}: logits"
     assert "full.plan: logits" in departures(proof)
@@ -526,7 +488,7 @@ def test_the_first_of_several_departures_is_named(rig: Rig) -> None:
 
 @pytest.mark.parametrize("graph", [KERNELS, FULL_PLAN])
 def test_other_classes_depart_where_logits_have_no_limit(rig: Rig, graph: str) -> None:
-    swapped = changed("logits", by=of_other_classes)
+    swapped = damage("logits", "other classes")
     proof = prove(rig, {graph: swapped}, limits=LIMITS["bf16"]).proof
     assert departures(proof)[0] == f"{graph}: top1"
     assert {flip.image for flip in proof.flips} == set(PHOTOS.names)
@@ -537,17 +499,17 @@ def test_other_classes_depart_where_logits_have_no_limit(rig: Rig, graph: str) -
 @pytest.mark.parametrize("graph", [KERNELS, FULL_PLAN])
 @pytest.mark.parametrize("name", ["cls", "attention", "fg", "logits"])
 def test_what_is_no_number_departs_without_a_limit(rig: Rig, graph: str, name: str) -> None:
-    nowhere = changed(name, by=unknown, when=of_size(4))
+    nowhere = damage(name, "unknown", "size 4")
     proof = prove(rig, {graph: nowhere}, limits=LIMITS["bf16"]).proof
     assert proof.departure == f"{graph}: {name}"
 
 
 def test_limits_of_the_users_decide(rig: Rig) -> None:
-    damage = {FULL_PLAN: changed("logits", by=lambda rows: rows + np.float32(0.01))}
-    assert prove(rig, damage).proof.departure == "full.plan: logits"
+    harm = {FULL_PLAN: damage("logits", "a bit higher")}
+    assert prove(rig, harm).proof.departure == "full.plan: logits"
     # The sum of class products is float32 in every precision: no limit of the user's moves that.
     loose = LIMITS["fp32"].changed(0.02, None)
-    assert departures(prove(rig, damage, limits=loose).proof) == ["full.plan: classes"]
+    assert departures(prove(rig, harm, limits=loose).proof) == ["full.plan: classes"]
 
 
 @pytest.mark.parametrize("plan", [BACKBONE_PLAN, FULL_PLAN])

@@ -88,7 +88,9 @@ def test_made_up_images_are_stored_and_photos_of_the_users_never(
     longer = Reference(*(np.concatenate([part, part[:5]]) for part in reference))
     longer.images[COUNT:] = 77
     longer.write(tmp_path / PROBES)
-    for part, expected in zip(Reference.read(tmp_path / PROBES), reference, strict=True):
+    stored = Reference.read(tmp_path / PROBES)
+    for name in Reference._fields:
+        part, expected = getattr(stored, name), getattr(reference, name)
         np.testing.assert_array_equal(part, expected)
         assert part.dtype == expected.dtype
 
