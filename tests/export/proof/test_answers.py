@@ -1,22 +1,17 @@
 """Graphs are asked in batches of many sizes; what cannot be asked is bad data."""
 
-import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import pytest
 
-from microclip_deploy.errors import CheckpointError, EnvironmentProblem
+from microclip_deploy.errors import CheckpointError
 from microclip_deploy.export.proof.answers import Answers, Asked, Graphs, ask, rotating
 from microclip_deploy.export.proof.probes import Reference, silent
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.serving.exported import FULL, Precision
-
-if TYPE_CHECKING:
-    from tests.export.conftest import Write
 
 ROWS = np.eye(4, 32, dtype=np.float32)
 """A class matrix from outside."""
@@ -48,12 +43,6 @@ def test_graphs_are_asked_at_every_batch_size(asked: Asked, reference: Reference
     for each in asked[:4]:
         for name, value in each.outputs.items():
             np.testing.assert_allclose(value, getattr(reference, name)[each.rows], atol=5e-5)
-
-
-def test_the_class_matrix_from_outside_is_served(asked: Asked) -> None:
-    outputs = asked.served.outputs
-    fused = 50 * (outputs["cls"] + outputs["fg"])
-    np.testing.assert_allclose(outputs["logits"], fused @ ROWS.T, atol=5e-5)
 
 
 def test_the_parts_are_given_what_the_graphs_made(
@@ -115,12 +104,3 @@ def with_a_weight_outside(content: bytes) -> bytes:
     entry = tensor.external_data.add()
     entry.key, entry.value = "location", "../x"
     return bytes(model.SerializeToString())
-
-
-def test_asking_bfloat16_on_a_cpu_needs_onnx(
-    write: "Write", reference: Reference, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = write("bf16")
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(EnvironmentProblem, match=r"microclip-deploy\[export\]"):
-        ask(graphs(directory, "bf16"), reference, "cpu", silent)

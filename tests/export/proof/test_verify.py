@@ -87,25 +87,14 @@ def test_verifying_needs_no_training_stack(export: Path) -> None:
     assert proof == artifact.read_json(export / VERIFIED)
 
 
-@pytest.mark.parametrize(
-    ("name", "tensor", "expected"),
-    [
-        (BACKBONE, "backbone.patch", "backbone.onnx: cls"),
-        (HEAD, "head.match", "head.onnx: attention"),
-        (FULL, "head.project", "full.onnx: fg"),
-        (FULL, "classifier", "full.onnx: logits"),
-    ],
-)
-def test_a_graph_changed_behind_the_manifest_departs(
-    export: Path, error_line: "ErrorLine", name: str, tensor: str, expected: str
-) -> None:
-    change(export / name, weight(tensor, lambda array: array[::-1]))
-    declare(export, name)
+def test_a_graph_changed_behind_the_manifest_departs(export: Path, error_line: "ErrorLine") -> None:
+    change(export / HEAD, weight("head.match", lambda array: array[::-1]))
+    declare(export, HEAD)
     assert verify(export) == 5
     line = error_line()
-    assert line.startswith(f"error: {expected}: expected at most ")
+    assert line.startswith("error: head.onnx: attention: expected at most ")
     assert str(export / VERIFIED) in line
-    assert artifact.read_json(export / VERIFIED)["departure"] == expected
+    assert artifact.read_json(export / VERIFIED)["departure"] == "head.onnx: attention"
 
 
 @pytest.mark.parametrize(
