@@ -17,8 +17,9 @@ import typer
 from microclip_deploy.artifact import write_json
 from microclip_deploy.bench.card import environment
 from microclip_deploy.bench.geometry import random_geometry
+from microclip_deploy.export.proof.answers import Graphs
 from microclip_deploy.export.proof.limits import LIMITS
-from microclip_deploy.export.proof.parity import Serving, Stage, compare_pixels, prove
+from microclip_deploy.export.proof.parity import compare_pixels, prove
 from microclip_deploy.export.proof.probes import Reference, made_up_photos
 from microclip_deploy.export.to_onnx import write_graphs
 from microclip_deploy.serving.exported import FULL, Precision
@@ -33,23 +34,20 @@ def rows(name: str, precisions: list[str], images: int) -> Iterator[dict[str, An
     model, preprocess = geometry.model(), geometry.preprocess
     photos = made_up_photos(preprocess.size, images)
     views = photos.views(preprocess)
-    pixels: Stage = compare_pixels(photos.read(), views, preprocess)
-    reference = Reference.of(model, preprocess, views, lambda done, total: None)
+    pixels = compare_pixels(photos.read(), views, preprocess)
+    reference = Reference.of(model, preprocess, views)
     for precision in cast(list[Precision], precisions):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             write_graphs(model, preprocess, precision, Path(folder), {})
             written = time.perf_counter()
+            matrix, share = model.class_matrix().detach().numpy(), model.cls_share
             proof = prove(
-                Path(folder),
+                Graphs(Path(folder), precision, model.ncut, matrix, share),
                 reference,
-                model.ncut,
-                precision,
+                photos,
                 limits=LIMITS[precision],
-                serving=Serving(model.class_matrix().detach().numpy(), model.cls_share),
                 pixels=pixels,
-                names=photos.names,
-                source=photos.source,
             )
             yield {
                 "geometry": name,

@@ -13,8 +13,8 @@ no photo was ever compared with it. Only `add_classes` needs PyTorch.
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,11 +85,11 @@ def add_classes(
 
     Source: docs/numerics.md section 4, Θ.
     """
-    with _locked(directory):
-        export = read_export(directory)
+    with _held(directory) as export:
         old = export.manifest
-        texts = _texts(export, _new_names(names, old.classes), descriptions)
-        matrix = np.concatenate([export.classifier, _text_rows(export, texts, (model, pretrained))])
+        texts = _texts(_new_names(names, old.classes), descriptions, old.templates)
+        rows = _text_rows(export, texts, model, pretrained)
+        matrix = np.concatenate([export.classifier, rows])
         return _replace(
             export, matrix, (*old.classes, *texts.names), (*old.unadapted, *texts.names)
         )
@@ -111,8 +111,7 @@ def remove_classes(directory: Path, names: Sequence[str]) -> tuple[ClassRow, ...
         CheckpointError: the export is missing or damaged.
         EnvironmentProblem: the export cannot be written.
     """
-    with _locked(directory):
-        export = read_export(directory)
+    with _held(directory) as export:
         classes = export.manifest.classes
         removed = {_known_name(name, classes) for name in names}
         kept = [row for row, name in enumerate(classes) if name not in removed]
@@ -163,9 +162,10 @@ def _known_name(text: str, classes: Sequence[str]) -> str:
     raise UsageError(f"class '{name}': expected a class of the export, found none; {hint}")
 
 
-def _texts(export: Export, names: tuple[str, ...], descriptions: Path | None) -> ClassTexts:
+def _texts(
+    names: tuple[str, ...], descriptions: Path | None, templates: tuple[str, ...]
+) -> ClassTexts:
     """Return the sentences of new classes."""
-    templates = export.manifest.templates
     if descriptions is None:
         filled = tuple(tuple(t.replace("{}", name) for t in templates) for name in names)
         return ClassTexts(names, filled, templates)
@@ -173,7 +173,7 @@ def _texts(export: Export, names: tuple[str, ...], descriptions: Path | None) ->
 
 
 def _text_rows(
-    export: Export, texts: ClassTexts, moved: tuple[str | None, str | None]
+    export: Export, texts: ClassTexts, model: str | None, pretrained: str | None
 ) -> NDArray[np.float32]:
     """Encode texts with the CLIP behind the export: float32 (new classes, E), unit rows."""
     require("microclip_deploy.model.text", "adapt")  # names whichever package below it is missing
@@ -181,7 +181,6 @@ def _text_rows(
     from microclip_deploy.model.text import text_heads
 
     parent = export.manifest.parent
-    model, pretrained = moved
     # A model at another place names its weights itself, unless their file is given too.
     stored = None if model else parent.pretrained
     clip = load_clip(BackboneSpec(model=model or parent.model, pretrained=pretrained or stored))
@@ -215,8 +214,9 @@ def _replace(
     return _rows(classes, unadapted)
 
 
-def _locked(directory: Path) -> AbstractContextManager[None]:
-    """Hold the export.
+@contextmanager
+def _held(directory: Path) -> Iterator[Export]:
+    """Hold an export and read it.
 
     Raises:
         UsageError: another process changes the classes.
@@ -225,6 +225,6 @@ def _locked(directory: Path) -> AbstractContextManager[None]:
     """
     if artifact.read_schema(directory) != SCHEMA:
         read_export(directory)  # says so, and no lock file is left in what is no export
-    return exclusive(
-        directory, "another process is changing the classes; wait for it and run again"
-    )
+    busy = "another process is changing the classes; wait for it and run again"
+    with exclusive(directory, busy):
+        yield read_export(directory)

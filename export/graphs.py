@@ -67,6 +67,8 @@ class Everything(NamedTuple):
     """bool (B,): the graph joins every pair of tokens."""
     residual: Tensor
     """float32 (B,): how far the cut's filter is from one eigenvector."""
+    patches: Tensor
+    """float32 (B, N, D): what the backbone gives the cut and the head; no output of full.onnx."""
 
 
 class BackboneGraph(nn.Module):
@@ -82,10 +84,10 @@ class BackboneGraph(nn.Module):
         self.side = int(tower.patch.shape[-1])
         self.patch = _frozen(weight, dtype)
         self.position = _frozen(position, torch.float32)
-        self.ln_pre = _LayerNorm(tower.ln_pre) if isinstance(tower.ln_pre, nn.LayerNorm) else None
+        self.ln_pre = _layer_norm(tower.ln_pre) if isinstance(tower.ln_pre, nn.LayerNorm) else None
         self.blocks = nn.ModuleList(Block(block, dtype) for block in tower.blocks[:-1])
         self.last = LastBlock(tower.blocks[-1], dtype)
-        self.ln_post = _LayerNorm(tower.ln_post)
+        self.ln_post = _layer_norm(tower.ln_post)
         self.projection = _frozen(tower.projection, torch.float32)
 
     def forward(self, image: Tensor) -> Tokens:
@@ -147,41 +149,12 @@ class FullGraph(nn.Module):
 
     def forward(self, image: Tensor, classifier: Tensor) -> Everything:
         """Run the whole of microCLIP."""
-        return self.conclude(self.backbone(image), classifier)
-
-    def conclude(self, tokens: Tokens, classifier: Tensor) -> Everything:
-        """Cut, pool, fuse and classify what the backbone saw."""
-        cls, patches = tokens
-        found = saliency_iterative(patches, self.ncut)
-        logits, embedding, fg, attention = self.head(cls, patches, found.mask, classifier)
+        cls, patches = self.backbone(image)
+        cut = saliency_iterative(patches, self.ncut)
+        logits, embedding, fg, attention = self.head(cls, patches, cut.mask, classifier)
         return Everything(
-            logits, embedding, cls, fg, found.mask, attention, found.complete, found.residual
+            logits, embedding, cls, fg, cut.mask, attention, cut.complete, cut.residual, patches
         )
-
-
-class _LayerNorm(nn.Module):
-    """LayerNorm in float32; one ONNX operator."""
-
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        super().__init__()
-        self.weight = _frozen(norm.weight, torch.float32)
-        self.bias = _frozen(norm.bias, torch.float32)
-        self.eps = norm.eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
-class _Linear(nn.Module):
-    """`x W^T + b` in the graph's dtype."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = _frozen(weight, dtype)
-        self.bias = _frozen(bias, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
 
 
 class _BlockParts(nn.Module):
@@ -191,12 +164,12 @@ class _BlockParts(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.heads = weights.heads
-        self.ln_1 = _LayerNorm(weights.ln_1)
-        self.out = _Linear(*weights.out, dtype)
-        self.ln_2 = _LayerNorm(weights.ln_2)
-        self.up = _Linear(*weights.up, dtype)
+        self.ln_1 = _layer_norm(weights.ln_1)
+        self.out = _linear(*weights.out, dtype)
+        self.ln_2 = _layer_norm(weights.ln_2)
+        self.up = _linear(*weights.up, dtype)
         self.activation = weights.activation
-        self.down = _Linear(*weights.down, dtype)
+        self.down = _linear(*weights.down, dtype)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Add the attention's and the MLP's part to the residual stream, float32."""
@@ -219,7 +192,7 @@ class Block(_BlockParts):
 
     def __init__(self, weights: BlockWeights, dtype: torch.dtype) -> None:
         super().__init__(weights, dtype)
-        self.qkv = _Linear(*_scaled_queries(weights), dtype)
+        self.qkv = _linear(*_scaled_queries(weights), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend from every row to every row."""
@@ -241,9 +214,9 @@ class LastBlock(_BlockParts):
         weight, bias = _scaled_queries(weights)
         query, key, value = weight.chunk(3)
         query_bias, _, value_bias = bias.chunk(3)
-        self.query = _Linear(query, query_bias, dtype)
+        self.query = _linear(query, query_bias, dtype)
         self.key = _frozen(key.unflatten(0, (self.heads, -1)), dtype)  # (H, D/H, D)
-        self.value = _Linear(value, value_bias, dtype)
+        self.value = _linear(value, value_bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend from the class row; the others take their values."""
@@ -281,6 +254,21 @@ def _scaled_queries(weights: BlockWeights) -> tuple[Tensor, Tensor]:
     scale = torch.ones(len(weight), 1, dtype=torch.float64)
     scale[:width] = (width // weights.heads) ** -0.5
     return weight * scale, bias * scale[:, 0]
+
+
+def _layer_norm(norm: nn.LayerNorm) -> nn.LayerNorm:
+    """Return the norm in float32; one ONNX operator."""
+    copied = nn.LayerNorm(norm.normalized_shape, norm.eps, device="meta")
+    copied.weight = _frozen(norm.weight, torch.float32)
+    copied.bias = _frozen(norm.bias, torch.float32)
+    return copied
+
+
+def _linear(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> nn.Linear:
+    """Return `x W^T + b` in the graph's dtype."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    made.weight, made.bias = _frozen(weight, dtype), _frozen(bias, dtype)
+    return made
 
 
 def _frozen(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:

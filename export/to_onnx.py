@@ -1,6 +1,6 @@
 """A checkpoint's model -> full.onnx, backbone.onnx and head.onnx.
 
-The model is traced once, with the patch tokens as one more output, and cut into the three files, so
+The model is traced once, with the patch tokens among its outputs, and cut into the three files, so
 that the split path runs the very nodes of the full graph. Two exports give the same bytes.
 """
 
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx.utils import Extractor
-from torch import Tensor, nn
+from torch import nn
 
 from microclip_deploy import artifact
 from microclip_deploy.data.preprocess import Preprocess
@@ -48,7 +48,7 @@ _KEPT_FROM_INT8 = {"backbone.projection"}
 """The projection to the joint space stays float32: the cosines that decide come next."""
 
 _CUTS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
-    FULL: (("image", "classifier"), Everything._fields),
+    FULL: (("image", "classifier"), Everything._fields[:-1]),
     BACKBONE: (("image",), ("cls", "patches")),
     HEAD: (
         ("cls", "patches", "mask", "classifier"),
@@ -112,27 +112,13 @@ def _cut_apart(
     return specs
 
 
-class _Traced(nn.Module):
-    """The full graph with the patch tokens among its outputs."""
-
-    def __init__(self, full: FullGraph) -> None:
-        super().__init__()
-        self.full = full
-        self.backbone = full.backbone
-        self.head = full.head
-
-    def forward(self, image: Tensor, classifier: Tensor) -> tuple[Tensor, ...]:
-        tokens = self.backbone(image)
-        return (*self.full.conclude(tokens, classifier), tokens.patches)
-
-
 def _trace(
     model: MicroCLIP, preprocess: Preprocess, precision: Precision, directory: Path
 ) -> onnx.ModelProto:
     """Trace the model with a batch of two: a batch of one would be taken for a constant."""
     tower = model.backbone.weights()
     backbone = BackboneGraph(tower, preprocess, _TRACED_DTYPE[precision])
-    graph = _Traced(FullGraph(backbone, HeadGraph(model), model.ncut)).eval()
+    graph = FullGraph(backbone, HeadGraph(model), model.ncut).eval()
     size = preprocess.size
     example = (torch.zeros(2, size, size, 3, dtype=torch.uint8), model.class_matrix().detach())
     with warnings.catch_warnings():
@@ -143,7 +129,7 @@ def _trace(
             dynamo=True,
             opset_version=OPSET,
             input_names=["image", "classifier"],
-            output_names=[*Everything._fields, "patches"],
+            output_names=Everything._fields,
             dynamic_shapes=(
                 {0: torch.export.Dim("batch", min=1, max=4096)},
                 {0: torch.export.Dim("classes", min=2, max=2**20)},

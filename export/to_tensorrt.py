@@ -165,8 +165,8 @@ def _network(builder: Any, graph: Path) -> Any:
     parser = trt.OnnxParser(network, LOG)
     # The path says where weights outside of the file are.
     if not parser.parse(network_source(graph), str(graph)):
-        told = [parser.get_error(number) for number in range(parser.num_errors)]
-        reasons = "; ".join(f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in told)
+        errors = [parser.get_error(number) for number in range(parser.num_errors)]
+        reasons = "; ".join(f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in errors)
         raise CheckpointError(
             f"{graph}: expected a graph that TensorRT {trt.__version__} can read, found: "
             f"{reasons or LOG.last_error()}; export again with this version, or update TensorRT"

@@ -1,7 +1,11 @@
 """What most tests need: a tiny CLIP on disk and a folder of small photos."""
 
+import hashlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -16,7 +20,7 @@ from microclip_deploy.adapt.run_directory import make_inputs, write_inputs
 from microclip_deploy.adapt.trainer import Recipe
 from microclip_deploy.data.classes import class_texts
 from microclip_deploy.data.sources import BadFile, list_images
-from microclip_deploy.export.command import ExportRequest, run_export
+from microclip_deploy.export.command import run_export
 from microclip_deploy.model.checkpoint import build_model, write_checkpoint
 from microclip_deploy.model.clip import BackboneSpec, load_clip
 from microclip_deploy.model.text import text_heads
@@ -41,9 +45,10 @@ TINY_MODEL = {
 CLASSES = ("red circle", "green square", "blue stripe")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+# Models of tests are so small that threads cost more than they bring. Said to the processes, too,
+# that tests and pytest-xdist start.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -110,11 +115,38 @@ def finished_run(
     return directory
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _trace_once() -> Iterator[None]:
+    """Trace no module twice: it takes seconds, and the program is the same."""
+    programs: dict[str, Any] = {}
+    trace = torch.onnx.export
+
+    def export(module: torch.nn.Module, example: Any, *file: Any, **options: Any) -> Any:
+        if file:
+            return trace(module, example, *file, **options)
+        settings = [
+            {name: value for name, value in vars(part).items() if not name.startswith("_")}
+            for part in module.modules()
+        ]
+        digest = hashlib.sha256(f"{module} {settings} {options}".encode())
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tensor.shape}".encode())
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+        key = digest.hexdigest()
+        if key not in programs:
+            programs[key] = trace(module, example, **options)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", export)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_export(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the float32 export of the finished run; copy it to change it."""
     directory = tmp_path_factory.mktemp("exports") / "tiny"
-    run_export(ExportRequest(finished_run, directory), Console(quiet=True))
+    run_export(finished_run, directory, Console(quiet=True))
     return directory
 
 

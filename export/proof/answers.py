@@ -1,29 +1,40 @@
 """What the written graphs say to batches of many sizes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from microclip_deploy.artifact import write_problem
 from microclip_deploy.errors import CheckpointError, require
-from microclip_deploy.export.proof.probes import Reference
+from microclip_deploy.export.proof.probes import Array, Progress, Reference
+from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, Precision
 from microclip_deploy.serving.onnx_graph import OnnxGraph
-
-Array = NDArray[Any]
-Progress = Callable[[int, int], None]
-
-Feeds = dict[str, Array]
 
 HEAD_STAGES = ("attention", "fg", "embedding", "logits")
 """Outputs that head and full graph share."""
 
-_HEAD_INPUTS = ("cls", "patches", "mask")
+_SERVED = ("embedding", "cls", "fg", "logits")
+"""Outputs that say whether a class matrix from outside is used."""
+
+
+class Graphs(NamedTuple):
+    """The graphs in a directory, and what decides beside them."""
+
+    directory: Path
+    precision: Precision
+    spec: NCutSpec
+    """Constants of the cut."""
+    classifier: NDArray[np.float32]
+    """(C', E): a class matrix to give to the full graph; not necessarily the one inside it."""
+    cls_share: float
+    """How the two embeddings are fused."""
 
 
 class Answers(NamedTuple):
@@ -37,10 +48,25 @@ class Answers(NamedTuple):
     outputs: dict[str, Array]
     """(M, ...) each."""
 
+    @classmethod
+    def of(
+        cls, graph: str, batches: Sequence[Array], outputs: Sequence[Mapping[str, Array]]
+    ) -> Self:
+        """Join the outputs of each batch; the batches say which images were in it."""
+        sizes = [len(rows) for rows in batches]
+        joined = {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
+        return cls(graph, np.concatenate(batches), np.repeat(sizes, sizes), joined)
+
     def where(self, kept: Array) -> Self:
         """Return some of the answers."""
         outputs = {name: output[kept] for name, output in self.outputs.items()}
         return self._replace(rows=self.rows[kept], sizes=self.sizes[kept], outputs=outputs)
+
+    def by_image(self, name: str) -> Array:
+        """Return an output for each image, from the last answer to it."""
+        _, newest = np.unique(self.rows[::-1], return_index=True)
+        output: Array = self.outputs[name][::-1][newest]
+        return output
 
 
 class Asked(NamedTuple):
@@ -58,120 +84,84 @@ class Asked(NamedTuple):
     """Of the full graph to all images, with a class matrix from outside."""
 
 
-def ask(
-    directory: Path,
-    reference: Reference,
-    precision: Precision,
-    device: str,
-    classifier: Array,
-    progress: Progress,
-) -> Asked:
+class _Question(NamedTuple):
+    """What a graph is asked."""
+
+    batches: Sequence[Array]
+    """Rows of the subject."""
+    wanted: Sequence[str]
+    subject: Mapping[str, Array]
+    """Inputs for all rows; a class matrix is given to every batch as a whole."""
+
+
+def ask(graphs: Graphs, reference: Reference, device: str, progress: Progress) -> Asked:
     """Run all graphs.
 
     Args:
-        directory: where they are.
+        graphs: where they are, and the class matrix for `Asked.served`.
         reference: images, and PyTorch's answers.
-        precision: of the graphs.
         device: as for `OnnxGraph`.
-        classifier: float32 (C', E), the matrix for `Asked.served`; C' need not be C.
         progress: called with (done, total) batches.
 
     Raises:
         CheckpointError: a graph cannot be run, or answers in other shapes than PyTorch.
         EnvironmentProblem: the device is missing or out of memory.
     """
-    batches = list(windows(len(reference.images)))
-    few = [rows for rows in batches if len(rows) in (1, 3, len(reference.images))]
-    total = 3 * len(batches) + len(few) + 1
-    run = _Runner(directory, reference, precision, device, progress, total)
+    images = len(reference.images)
+    batches = list(rotating((*range(1, 10), images), images))
+    few = [rows for rows in batches if len(rows) in (1, 3, images)]
+    done, total = count(1), 3 * len(batches) + len(few) + 1
 
-    def images(rows: Array, _at: slice) -> Feeds:
-        return {"image": reference.images[rows]}
+    def run(name: str, *questions: _Question) -> Iterator[Answers]:
+        path = graphs.directory / name
+        with open_graph(path, graphs.precision, device) as graph:
+            for batches, wanted, subject in questions:
+                outputs = []
+                for rows in batches:
+                    feeds = {n: x if n == "classifier" else x[rows] for n, x in subject.items()}
+                    outputs.append(dict(zip(wanted, graph.run(wanted, feeds), strict=True)))
+                    _require_shapes(path, outputs[-1], feeds, reference)
+                    progress(next(done), total)
+                yield Answers.of(name, batches, outputs)
 
-    backbone = run(BACKBONE, batches, images, ("cls", "patches"))
-    head = run(
-        HEAD,
-        few,
-        lambda rows, _at: {name: getattr(reference, name)[rows] for name in _HEAD_INPUTS},
-        HEAD_STAGES,
-    )
-    full = run(FULL, batches, images, ("cls", "mask", "complete", *HEAD_STAGES))
-    made = {**backbone.outputs, "mask": full.outputs["mask"]}
-    parts = run(
-        HEAD,
-        batches,
-        lambda _rows, at: {name: made[name][at] for name in _HEAD_INPUTS},
-        HEAD_STAGES,
-    )
-    served = run(
+    photos = {"image": reference.images}
+    (backbone,) = run(BACKBONE, _Question(batches, ("cls", "patches"), photos))
+    full, served = run(
         FULL,
-        batches[-1:],
-        lambda rows, at: {**images(rows, at), "classifier": classifier},
-        ("embedding", "cls", "fg", "logits"),
+        _Question(batches, ("cls", "mask", "complete", *HEAD_STAGES), photos),
+        _Question(batches[-1:], _SERVED, {**photos, "classifier": graphs.classifier}),
     )
-    return Asked(backbone, head, full, parts, served)
+    pytorch = {name: getattr(reference, name) for name in ("cls", "patches", "mask")}
+    made = {**backbone.outputs, "mask": full.outputs["mask"]}
+    # The same batches, of what the graphs made instead of images.
+    answers = list(rotating(map(len, batches), len(full.rows)))
+    head, parts = run(
+        HEAD, _Question(few, HEAD_STAGES, pytorch), _Question(answers, HEAD_STAGES, made)
+    )
+    return Asked(backbone, head, full, parts._replace(rows=full.rows), served)
 
 
-class _Runner:
-    """Runs the graphs of a directory, and counts batches."""
-
-    def __init__(
-        self,
-        directory: Path,
-        reference: Reference,
-        precision: Precision,
-        device: str,
-        progress: Progress,
-        total: int,
-    ) -> None:
-        self.directory = directory
-        self.reference = reference
-        self.precision = precision
-        self.device = device
-        self.progress = progress
-        self.total = total
-        self.done = 0
-
-    def __call__(
-        self,
-        name: str,
-        batches: Sequence[Array],
-        feeds: Callable[[Array, slice], Feeds],
-        wanted: Sequence[str],
-    ) -> Answers:
-        """Give a graph every batch; `feeds` is told its rows, and where its answers stand."""
-        outputs: dict[str, list[Array]] = {output: [] for output in wanted}
-        start = 0
-        with open_graph(self.directory / name, self.precision, self.device) as graph:
-            for rows in batches:
-                given = feeds(rows, slice(start, start + len(rows)))
-                for output, found in zip(wanted, graph.run(wanted, given), strict=True):
-                    self._require_shape(name, output, found, given, len(rows))
-                    outputs[output].append(found)
-                start, self.done = start + len(rows), self.done + 1
-                self.progress(self.done, self.total)
-        sizes = np.concatenate([np.full(len(rows), len(rows)) for rows in batches])
-        joined = {output: np.concatenate(parts) for output, parts in outputs.items()}
-        return Answers(name, np.concatenate(batches), sizes, joined)
-
-    def _require_shape(
-        self, name: str, output: str, found: Array, given: Feeds, count: int
-    ) -> None:
-        expected = (count, *getattr(self.reference, output).shape[1:])
-        if output == "logits" and "classifier" in given:
-            expected = (count, len(given["classifier"]))
-        if found.shape != expected:
+def _require_shapes(
+    path: Path, outputs: Mapping[str, Array], feeds: Mapping[str, Array], reference: Reference
+) -> None:
+    """Refuse answers in other shapes than PyTorch's; a matrix that is fed has its own classes."""
+    batch = len(next(iter(feeds.values())))
+    for name, output in outputs.items():
+        expected = (batch, *getattr(reference, name).shape[1:])
+        if name == "logits" and "classifier" in feeds:
+            expected = (batch, len(feeds["classifier"]))
+        if output.shape != expected:
             raise CheckpointError(
-                f"{self.directory / name}: {output}: expected shape {expected} as PyTorch's, found "
-                f"{found.shape}; export again"
+                f"{path}: {name}: expected shape {expected} as PyTorch's, found {output.shape}; "
+                "export again"
             )
 
 
-def windows(count: int) -> Iterator[Array]:
-    """Return rows for batches of 1 to 9 and of all images; neighbours hold different images."""
+def rotating(sizes: Iterable[int], images: int) -> Iterator[Array]:
+    """Return the rows of batches of these sizes: each begins where the one before ended."""
     start = 0
-    for size in (*range(1, 10), count):
-        yield (start + np.arange(size)) % count
+    for size in sizes:
+        yield (start + np.arange(size)) % images
         start += size
 
 

@@ -8,45 +8,28 @@ the precision that its layers really have.
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.export.proof.answers import Answers, Array, open_graph
-from microclip_deploy.export.proof.limits import LIMITS, Limits
-from microclip_deploy.export.proof.parity import (
-    COMPARED,
-    Proof,
-    Serving,
-    Stage,
-    by_batch_size,
-    changed_edges,
-    classes_stage,
-    count_flips,
-    determined_masks,
-    distance,
-    list_flips,
-    share,
-    share_of,
-)
-from microclip_deploy.export.proof.probes import Reference
+from microclip_deploy.export.proof.answers import Answers, open_graph, rotating
+from microclip_deploy.export.proof.judge import Judge, Proof, Stage
+from microclip_deploy.export.proof.limits import Limits
+from microclip_deploy.export.proof.probes import Array, Photos, Reference
 from microclip_deploy.ncut.steps import adjacency, determined
 from microclip_deploy.serving.engines import BACKBONE_PLAN, FULL_PLAN, EngineManifest, PlanSpec
 from microclip_deploy.serving.exported import BACKBONE, FULL, Export, Precision
-from microclip_deploy.serving.session import Prediction, Session
+from microclip_deploy.serving.session import Session
 
 if TYPE_CHECKING:
     from microclip_deploy.serving.tensorrt_engine import Engine
 
 KERNELS = "backbone.plan + CUDA kernels"
 """Name of the session in the proof."""
-
-_ANSWERS = ("cls", "mask", "attention", "fg", "embedding", "logits", "complete")
-_BATCH = 8
 
 
 class Job(NamedTuple):
@@ -72,35 +55,30 @@ class Subject(NamedTuple):
 
 
 def onnx_reference(export: Export, images: NDArray[np.uint8]) -> Reference:
-    """Let ONNX Runtime answer on the CPU, a few images at a time.
+    """Let ONNX Runtime answer on the CPU.
 
     Raises:
         CheckpointError: a graph cannot be run.
     """
     precision, spec = export.manifest.precision, export.manifest.ncut_spec()
-    parts: list[tuple[Array, ...]] = []
     with (
         open_graph(export.directory / BACKBONE, precision, "cpu") as backbone,
         open_graph(export.directory / FULL, precision, "cpu") as full,
     ):
-        for start in range(0, len(images), _BATCH):
-            image = images[start : start + _BATCH]
-            (patches,) = backbone.run(["patches"], {"image": image})
-            feeds: dict[str, Array] = {"image": image, "classifier": export.classifier}
-            told = dict(zip(_ANSWERS, full.run(_ANSWERS, feeds), strict=True))
+
+        def answer(batch: NDArray[np.uint8]) -> Reference:
+            (patches,) = backbone.run(["patches"], {"image": batch})
+            wanted = ("cls", "mask", "attention", "fg", "embedding", "logits", "complete")
+            feeds: dict[str, Array] = {"image": batch, "classifier": export.classifier}
+            outputs = dict(zip(wanted, full.run(wanted, feeds), strict=True))
             decided = determined(adjacency(patches, spec), spec)
-            named = {**told, "patches": patches, "determined": decided}
-            parts.append(tuple(named[field] for field in Reference._fields[1:]))
-    return Reference(images, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+            return Reference(images=batch, patches=patches, determined=decided, **outputs)
+
+        return Reference.by_batch(answer, images)
 
 
 def prove_engines(
-    export: Export,
-    subject: Subject,
-    reference: Reference,
-    limits: Limits,
-    names: Sequence[str],
-    source: str,
+    export: Export, subject: Subject, reference: Reference, photos: Photos, limits: Limits
 ) -> Proof:
     """Compare plans and session with ONNX Runtime's answers.
 
@@ -108,53 +86,33 @@ def prove_engines(
         export: whose graphs were built.
         subject: on a device.
         reference: images, and what ONNX Runtime answers to them.
+        photos: where the images come from.
         limits: what departs.
-        names: one an image, for lists.
-        source: which images they are.
 
     Raises:
         CheckpointError: a plan refuses a batch that its profiles take.
         EnvironmentProblem: the device fails, or is out of memory.
     """
-    manifest, spec = subject.manifest, export.manifest.ncut_spec()
-    largest = float(np.abs(reference.logits).max())
-    limits, exact = limits.scaled(largest), LIMITS["fp32"].scaled(largest)
-    own = LIMITS[manifest.precision].scaled(largest)
-    backbone = _ask(subject, BACKBONE_PLAN, reference, export.classifier)
-    full = _ask(subject, FULL_PLAN, reference, export.classifier)
-    kernels = _ask_session(subject.session, manifest, reference.images)
-    other = np.concatenate([export.classifier[1:], export.classifier[:2]])
-    served = _ask(subject, FULL_PLAN, reference, other)
-    tokens = _by_image(backbone)
-    certain = determined_masks(tokens, reference, spec, manifest.precision)
-    judged = [_Judged.of(each, reference, limits, own, certain, names) for each in (kernels, full)]
+    precision, images, matrix = subject.manifest.precision, reference.images, export.classifier
+    other = np.concatenate([matrix[1:], matrix[:2]])
+    backbone = _ask(subject, BACKBONE_PLAN, images, matrix)
+    by_session, by_plan = _ask_session(subject, images), _ask(subject, FULL_PLAN, images, matrix)
+    served = _ask(subject, FULL_PLAN, images, other)
+    spec = export.manifest.ncut_spec()
+    judge = Judge(reference, photos, backbone, spec=spec, precision=precision, limits=limits)
+    kernels, full = judge.verdict(by_session), judge.verdict(by_plan)
     stages = (
-        precision_stage(BACKBONE_PLAN, subject.layers[BACKBONE_PLAN], manifest.precision),
-        distance(backbone, "cls", reference, limits.cls),
-        distance(backbone, "patches", reference, limits.patches, relative=True),
-        share(BACKBONE_PLAN, "edges", changed_edges(tokens, reference, spec), None),
-        *judged[0].stages,
-        precision_stage(FULL_PLAN, subject.layers[FULL_PLAN], manifest.precision),
-        *judged[1].stages,
-        classes_stage(served, Serving(other, export.manifest.cls_share), exact),
+        precision_stage(BACKBONE_PLAN, subject.layers[BACKBONE_PLAN], precision),
+        *judge.backbone,
+        judge.distance(by_session, "cls"),
+        *(kernels.mask, *kernels.distances, kernels.top1),
+        precision_stage(FULL_PLAN, subject.layers[FULL_PLAN], precision),
+        judge.distance(by_plan, "cls"),
+        *(full.mask, *full.distances, full.top1),
+        judge.classes(served, other, export.manifest.cls_share),
     )
-    departed = next((stage for stage in stages if stage.departs), None)
-    flips = [flip for each in judged for flip in each.flips]
-    masks = sorted({row for each in judged for row in each.other_masks})
-    return Proof(
-        precision=manifest.precision,
-        device=str(manifest.target),
-        reference="ONNX Runtime",
-        source=source,
-        images=len(reference.images),
-        stages=stages,
-        departure=f"{departed.graph}: {departed.stage}" if departed else None,
-        agreement=1 - len(flips) / (len(kernels.rows) + len(full.rows)),
-        flips=tuple(flips),
-        batches=judged[0].batches,
-        undetermined=tuple(names[i] for i in np.flatnonzero(~certain).tolist()),
-        other_masks=tuple(names[i] for i in masks),
-    )
+    device = str(subject.manifest.target)
+    return judge.proof(stages, [kernels, full], device=device, reference="ONNX Runtime")
 
 
 def precision_stage(plan: str, layers: Any, precision: Precision) -> Stage:
@@ -163,17 +121,17 @@ def precision_stage(plan: str, layers: Any, precision: Precision) -> Stage:
     An encoder in half precision must have layers in it, whatever TensorRT fused, and none in the
     other half precision; one in float32 must have neither, and no kernel that rounds to TF32.
     """
-    found = layer_types(layers)
+    types = layer_types(layers)
     halves = {"fp16", "bf16"}
     wanted = {precision} & halves
-    wrong = {kind for kind in halves if found[kind]} != wanted
+    wrong = types & halves != wanted
     # A plan whose layers tell nothing proves nothing.
-    wrong |= not found.total() or (not wanted and "tf32" in json.dumps(layers).lower())
+    wrong |= not types or (not wanted and "tf32" in json.dumps(layers).lower())
     return Stage(graph=plan, stage="precision", difference=float(wrong), limit=0)
 
 
-def layer_types(layers: Any) -> Counter[str]:
-    """Count the inputs and outputs of a plan's layers by type: fp32, fp16, bf16.
+def layer_types(layers: Any) -> set[str]:
+    """Return the types of what a plan's layers read and write: fp32, fp16, bf16.
 
     Args:
         layers: JSON of TensorRT's inspector, in detailed verbosity. TensorRT 10 has types and
@@ -186,8 +144,8 @@ def layer_types(layers: Any) -> Counter[str]:
         if isinstance(layer, dict)
         for tensor in (*(layer.get("Inputs") or ()), *(layer.get("Outputs") or ()))
     )
-    told = (_type_of(tensor) for tensor in tensors if isinstance(tensor, dict))
-    return Counter(kind for kind in told if kind is not None)
+    kinds = (_type_of(tensor) for tensor in tensors if isinstance(tensor, dict))
+    return {kind for kind in kinds if kind is not None}
 
 
 def _type_of(tensor: Mapping[str, Any]) -> str | None:
@@ -202,15 +160,16 @@ def _type_of(tensor: Mapping[str, Any]) -> str | None:
 
 def jobs(manifest: EngineManifest, images: int) -> Iterator[Job]:
     """Yield batches of each profile's sizes, and in the end every image; rows rotate."""
-    start = 0
     spans = manifest.options.batches()
-    for profile, span in enumerate(spans):
-        for size in sorted({span.least, span.opt, span.most}):
-            yield Job(profile, (start + np.arange(size)) % images)
-            start += size
+    asked = [
+        (profile, size)
+        for profile, span in enumerate(spans)
+        for size in sorted({span.least, span.opt, span.most})
+    ]
     size = min(spans[-1].most, max(spans[-1].least, images))
-    for start in range(0, images, size):
-        yield Job(manifest.profile_of(size), (start + np.arange(size)) % images)
+    asked += [(manifest.profile_of(size), size)] * math.ceil(images / size)
+    profiles, sizes = zip(*asked, strict=True)
+    return map(Job, profiles, rotating(sizes, images))
 
 
 def session_sizes(manifest: EngineManifest) -> tuple[int, ...]:
@@ -232,73 +191,23 @@ def buffers(plan: PlanSpec, batch: int, classes: int) -> dict[str, cupy.ndarray]
     }
 
 
-class _Judged(NamedTuple):
-    """The stages of answers that go from images to logits."""
-
-    stages: tuple[Stage, ...]
-    flips: list[Any]
-    other_masks: list[int]
-    batches: dict[int, float]
-
-    @classmethod
-    def of(
-        cls,
-        answers: Answers,
-        reference: Reference,
-        limits: Limits,
-        own: Limits,
-        certain: Array,
-        names: Sequence[str],
-    ) -> "_Judged":
-        other = (answers.outputs["mask"] != reference.mask[answers.rows]).any(axis=1)
-        other_cut = other | (answers.outputs["complete"] != reference.complete[answers.rows])
-        images = np.unique(answers.rows[other_cut])
-        same = answers.where(~other | ~np.isfinite(answers.outputs["logits"]).all(axis=1))
-        flips = list_flips(answers, reference, other, names)
-        counted = count_flips(flips, own, certain)
-        stages = (
-            distance(answers, "cls", reference, limits.cls),
-            share(answers.graph, "mask", share_of(images, certain), limits.mask),
-            *(distance(same, name, reference, getattr(limits, name)) for name in COMPARED),
-            share(answers.graph, "top1", counted / len(answers.rows), limits.top1),
-        )
-        return cls(stages, flips, images.tolist(), by_batch_size(same, reference))
-
-
-def _ask(subject: Subject, plan: str, reference: Reference, classifier: Array) -> Answers:
+def _ask(subject: Subject, plan: str, images: Array, classifier: Array) -> Answers:
     """Give a plan every job."""
-    todo = list(jobs(subject.manifest, len(reference.images)))
+    batches = list(jobs(subject.manifest, len(images)))
     spec, engine = subject.manifest.plans[plan], subject.plans[plan]
-    found = []
+    outputs = []
     with cupy.cuda.Device(subject.stream.device_id), subject.stream:
-        for job in todo:
+        for job in batches:
             tensors = buffers(spec, len(job.rows), len(classifier))
-            tensors["image"].set(reference.images[job.rows])
+            tensors["image"].set(images[job.rows])
             if "classifier" in tensors:
                 tensors["classifier"].set(np.ascontiguousarray(classifier))
             engine.bind(job.profile, tensors)()
-            found.append({each.name: tensors[each.name].get() for each in spec.tensors.outputs})
-    outputs = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    return _answers(plan, [job.rows for job in todo], outputs)
+            outputs.append({each.name: tensors[each.name].get() for each in spec.tensors.outputs})
+    return Answers.of(plan, [job.rows for job in batches], outputs)
 
 
-def _ask_session(session: Session, manifest: EngineManifest, images: Array) -> Answers:
-    start, rows, found = 0, [], []
-    for size in session_sizes(manifest):
-        rows.append((start + np.arange(size)) % len(images))
-        found.append(session.predict(images[rows[-1]]))
-        start += size
-    joined = Prediction(*(np.concatenate(field) for field in zip(*found, strict=True)))
-    return _answers(KERNELS, rows, joined._asdict())
-
-
-def _answers(graph: str, rows: Sequence[Array], outputs: dict[str, Array]) -> Answers:
-    sizes = np.concatenate([np.full(len(batch), len(batch)) for batch in rows])
-    return Answers(graph, np.concatenate(rows), sizes, outputs)
-
-
-def _by_image(backbone: Answers) -> Array:
-    """Return the tokens of each image, from the last answer to it."""
-    _, newest = np.unique(backbone.rows[::-1], return_index=True)
-    tokens: Array = backbone.outputs["patches"][::-1][newest]
-    return tokens
+def _ask_session(subject: Subject, images: Array) -> Answers:
+    batches = list(rotating(session_sizes(subject.manifest), len(images)))
+    outputs = [subject.session.predict(images[rows])._asdict() for rows in batches]
+    return Answers.of(KERNELS, batches, outputs)

@@ -1,9 +1,11 @@
 """How far exported graphs may be from PyTorch, and from one another."""
 
+import math
 from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict
 
+from microclip_deploy.errors import UsageError
 from microclip_deploy.serving.exported import Precision
 
 NEAR_TAU = 1.5
@@ -46,7 +48,13 @@ class Limits(BaseModel):
         Args:
             atol: largest difference of logits; None keeps ours.
             min_agreement: least share of equal top-1 classes; None keeps ours.
+
+        Raises:
+            UsageError: one is no finite number.
         """
+        for option, limit in (("atol", atol), ("min-agreement", min_agreement)):
+            if limit is not None and not math.isfinite(limit):
+                raise UsageError(f"--{option}: expected a finite number, found {limit}; give one")
         changes: dict[str, float] = {}
         if atol is not None:
             changes |= {"logits": atol, "logits_relative": 0.0}

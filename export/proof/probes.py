@@ -8,23 +8,29 @@ PyTorch nor the checkpoint. Photos of the user's are never stored.
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from microclip_deploy import artifact
+from microclip_deploy.console import tell_skipped
 from microclip_deploy.data.decode import read_image
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.data.sources import BadFile, check_images, list_images
+from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import CheckpointError, printable
 from microclip_deploy.ncut.steps import adjacency, determined
 
 if TYPE_CHECKING:
     from microclip_deploy.model.microclip import MicroCLIP
+
+Array = NDArray[Any]
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
 
 COUNT = 24
 """Made-up photos: more than the batch sizes that are tried one by one."""
@@ -33,6 +39,10 @@ MOST = 64
 """Of the user's images so many are looked at."""
 
 _BATCH = 8
+
+
+def silent(done: int, total: int) -> None:
+    """Show no progress."""
 
 
 class Reference(NamedTuple):
@@ -58,28 +68,41 @@ class Reference(NamedTuple):
         model: "MicroCLIP",
         preprocess: Preprocess,
         images: NDArray[np.uint8],
-        progress: Callable[[int, int], None],
-    ) -> Self:
-        """Ask the model, on its own device, a few images at a time."""
+        progress: Progress = silent,
+    ) -> "Reference":
+        """Ask the model, on its own device."""
         import torch
 
         from microclip_deploy.model.token_fusion import fused_embedding
 
         device = next(model.parameters()).device
-        parts: list[tuple[NDArray[np.generic], ...]] = []
-        for start in range(0, len(images), _BATCH):
-            pixels = torch.from_numpy(images[start : start + _BATCH]).to(device)
+
+        def answer(batch: NDArray[np.uint8]) -> "Reference":
             with torch.inference_mode():
-                network_input = preprocess.normalize(pixels)
+                network_input = preprocess.normalize(torch.from_numpy(batch).to(device))
                 out = model(network_input)
                 patches = model.backbone(network_input).patches
                 embedding = fused_embedding(out.cls, out.fg, model.cls_share)
+                decided = determined(adjacency(patches, model.ncut), model.ncut)
             cut = out.saliency
-            told = (out.cls, patches, cut.mask, out.attention, out.fg, embedding, out.logits)
-            decided = determined(adjacency(patches, model.ncut), model.ncut)
-            parts.append(tuple(t.cpu().numpy() for t in (*told, cut.complete, decided)))
+            made = (out.cls, patches, cut.mask, out.attention, out.fg, embedding, out.logits)
+            return cls(batch, *(part.cpu().numpy() for part in (*made, cut.complete, decided)))
+
+        return cls.by_batch(answer, images, progress)
+
+    @classmethod
+    def by_batch(
+        cls,
+        answer: "Callable[[NDArray[np.uint8]], Reference]",
+        images: NDArray[np.uint8],
+        progress: Progress = silent,
+    ) -> "Reference":
+        """Ask about a few images at a time."""
+        parts = []
+        for start in range(0, len(images), _BATCH):
+            parts.append(answer(images[start : start + _BATCH]))
             progress(min(start + _BATCH, len(images)), len(images))
-        return cls(images, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
     def write(self, path: Path) -> None:
         """Store the made-up images, which come first, with their answers, as safetensors."""
@@ -95,17 +118,17 @@ class Reference(NamedTuple):
         """
         try:
             stored = load_file(path)
-            found = cls(**{name: stored[name] for name in cls._fields})
+            reference = cls(**{name: stored[name] for name in cls._fields})
         except (SafetensorError, OSError, KeyError) as error:
             raise CheckpointError(
                 f"{path}: expected stored probe images, found: {error}; export again"
             ) from error
-        counts = {len(part) for part in found}
+        counts = {len(part) for part in reference}
         if counts != {COUNT}:
             raise CheckpointError(
                 f"{path}: expected {COUNT} probe images, found {counts}; export again"
             )
-        return found
+        return reference
 
 
 class Photos(NamedTuple):
@@ -115,8 +138,6 @@ class Photos(NamedTuple):
     names: tuple[str, ...]
     read: Callable[[], Iterator[Image.Image]]
     """Decode them one by one, mode RGB; each call does so again."""
-    bad: tuple[BadFile, ...] = ()
-    """Files that were chosen and cannot be read."""
 
     def views(self, preprocess: Preprocess) -> NDArray[np.uint8]:
         """Return their test views, uint8 (P, S, S, 3)."""
@@ -133,21 +154,28 @@ def made_up_photos(side: int, count: int = COUNT) -> Photos:
     return Photos("made-up images", tuple(f"made-up {i}" for i in range(count)), read)
 
 
-def with_users(made_up: Photos, source: Path) -> Photos:
+def photos_with(users: Path | None, side: int, notes: Console) -> Photos:
     """Put up to `MOST` of the user's images, spread over all of them, behind the made-up ones.
+
+    Args:
+        users: folder or list of images; None for the made-up ones alone.
+        side: as for `made_up_photos`.
+        notes: told of images that cannot be read.
 
     Raises:
         DataError: there is none, or none that was chosen can be read.
     """
-    listed = list_images(source).paths
+    made_up = made_up_photos(side)
+    if users is None:
+        return made_up
+    listed = list_images(users).paths
     chosen = [listed[i] for i in range(0, len(listed), -(-len(listed) // MOST))]
     checked = check_images(chosen, max_bad=len(chosen))
-    paths = checked.good
+    tell_skipped(checked.bad, notes)
     return Photos(
-        f"{made_up.source} and {len(paths)} of {printable(source)}",
-        (*made_up.names, *(printable(path) for path in paths)),
-        lambda: chain(made_up.read(), (read_image(path) for path in paths)),
-        checked.bad,
+        f"{made_up.source} and {len(checked.good)} of {printable(users)}",
+        (*made_up.names, *map(printable, checked.good)),
+        lambda: chain(made_up.read(), map(read_image, checked.good)),
     )
 
 

@@ -20,18 +20,18 @@ def in_float32(model: onnx.ModelProto) -> onnx.ModelProto:
         model: with its weights inside; the types of bfloat16 values are inferred.
     """
     types = _types(model)
-    found = onnx.ModelProto()
-    found.CopyFrom(model)
-    graph = found.graph
+    wide = onnx.ModelProto()
+    wide.CopyFrom(model)
+    graph = wide.graph
     nodes = [new for node in graph.node for new in _rounded(node, types)]
     del graph.node[:]
     graph.node.extend(nodes)
     for tensor in graph.initializer:
         if tensor.data_type == BFLOAT16:
-            wide = numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
+            weight = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(weight, tensor.name))
     del graph.value_info[:]
-    return found
+    return wide
 
 
 def _types(model: onnx.ModelProto) -> dict[str, int]:

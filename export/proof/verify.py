@@ -1,30 +1,22 @@
 """`verify`: prove an export again on this machine, without PyTorch or against the checkpoint."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from microclip_deploy import artifact
 from microclip_deploy.config import validate
-from microclip_deploy.console import bar, tell_skipped
-from microclip_deploy.errors import (
-    CheckpointError,
-    EnvironmentProblem,
-    UsageError,
-    VerificationError,
-    printable,
-    require,
-)
+from microclip_deploy.console import bar
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, require
+from microclip_deploy.export.proof.answers import Graphs
+from microclip_deploy.export.proof.judge import Proof
 from microclip_deploy.export.proof.limits import Limits
-from microclip_deploy.export.proof.parity import Proof, Serving, compare_pixels, prove
-from microclip_deploy.export.proof.probes import Photos, Reference, made_up_photos, with_users
+from microclip_deploy.export.proof.parity import compare_pixels, prove
+from microclip_deploy.export.proof.probes import Photos, Reference, photos_with
 from microclip_deploy.serving.exported import PROBES, Export, read_export
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 VERIFIED = "verify.json"
 """The newest proof on this machine; parity.json is the one from the export."""
@@ -32,58 +24,59 @@ VERIFIED = "verify.json"
 _SHOWN = 10  # flips that a table lists
 
 
-@dataclass(frozen=True)
-class VerifyRequest:
-    """The options of `verify` as they were given."""
-
-    export: Path
-    run: Path | None = None
-    images: Path | None = None
-    device: str = "cpu"
-
-
-def run_verify(request: VerifyRequest, notes: Console) -> Proof:
+def run_verify(
+    directory: Path,
+    notes: Console,
+    *,
+    run: Path | None = None,
+    images: Path | None = None,
+    device: str = "cpu",
+) -> Proof:
     """Prove an export and write the proof beside it.
 
-    Without a run the stored answers of PyTorch to the stored images are what counts; with one,
-    the run's model answers anew, to the user's images if given.
+    Args:
+        directory: the export.
+        notes: progress and remarks.
+        run: where its model is, to answer anew; None: PyTorch's stored answers are what counts.
+        images: the user's, for the run to answer to as well.
+        device: as for `require_one_device`.
 
     Raises:
         UsageError: images without a run.
         CheckpointError: export or run are missing, damaged, or do not belong together.
         DataError: no image can be read.
     """
-    if request.images is not None and request.run is None:
+    if images is not None and run is None:
         raise UsageError(
             "--images: PyTorch must answer to them; give the run that was exported with --run"
         )
-    require_one_device(request.device)
-    export = read_export(request.export)
-    preprocess = export.manifest.preprocess
-    photos = made_up_photos(preprocess.size)
-    if request.images is not None:
-        photos = with_users(photos, request.images)
-        tell_skipped(photos.bad, notes)
-    if request.run is None:
-        reference = Reference.read(request.export / PROBES)
+    require_one_device(device)
+    export = read_export(directory)
+    manifest = export.manifest
+    photos = photos_with(images, manifest.preprocess.size, notes)
+    if run is None:
+        reference = Reference.read(directory / PROBES)
     else:
-        reference = _answers_of(request.run, export, photos, notes)
+        reference = _answers_of(run, export, photos, notes)
+    graphs = Graphs(
+        directory,
+        manifest.precision,
+        manifest.ncut_spec(),
+        export.classifier,
+        manifest.cls_share,
+    )
     with bar(notes, "proving") as progress:
         proof = prove(
-            request.export,
+            graphs,
             reference,
-            export.manifest.ncut_spec(),
-            export.manifest.precision,
+            photos,
             limits=stored_limits(export),
-            serving=Serving(export.classifier, export.manifest.cls_share),
-            pixels=compare_pixels(photos.read(), reference.images, preprocess),
-            names=photos.names,
-            source=photos.source,
-            device=request.device,
+            pixels=compare_pixels(photos.read(), reference.images, manifest.preprocess),
+            device=device,
             progress=progress.update,
         )
     try:
-        artifact.write_json(request.export / VERIFIED, proof.model_dump())
+        artifact.write_json(directory / VERIFIED, proof.model_dump())
     except EnvironmentProblem as error:  # a read-only export can still be verified
         notes.print(f"warning: {error}", style="yellow", markup=False)
     return proof
@@ -101,32 +94,8 @@ def require_one_device(device: str) -> None:
         )
 
 
-def require_proven(proof: Proof, evidence: Path) -> None:
-    """Refuse an export that departs.
-
-    Raises:
-        VerificationError: with the first stage that departs and where the evidence is.
-    """
-    if proof.departure is None:
-        return
-    stage = next(stage for stage in proof.stages if stage.departs)
-    wanted = "a number" if stage.limit is None else f"at most {stage.limit:.3g} from PyTorch"
-    remedy = (
-        "use the Pillow and torchvision of the export"
-        if stage is proof.stages[0]
-        else "choose a more exact --dtype, or export again"
-    )
-    raise VerificationError(
-        f"{proof.departure}: expected {wanted}, found {stage.difference:.3g} on {proof.images} "
-        f"images ({proof.precision}, {proof.device}); evidence: {printable(evidence)}; {remedy}"
-    )
-
-
-def table(proof: Proof) -> "Table":
+def table(proof: Proof) -> Table:
     """Return the stages for a terminal."""
-    from rich.table import Table
-    from rich.text import Text
-
     sizes = ", ".join(f"{size}: {value:.1e}" for size, value in proof.batches.items())
     notes = [
         f"{proof.images} {proof.source}; same class: {proof.agreement:.2%} of all answers",
@@ -137,22 +106,22 @@ def table(proof: Proof) -> "Table":
     notes += flips[:_SHOWN]
     if len(flips) > _SHOWN:
         notes.append(f"and {len(flips) - _SHOWN} more")
-    found = Table(
+    shown = Table(
         title=f"{proof.precision} against {proof.reference}, on {proof.device}",
         caption=Text("\n".join(notes)),
         caption_justify="left",
     )
     for heading in ("graph", "stage"):
-        found.add_column(heading)
+        shown.add_column(heading)
     for heading in ("difference", "relative", "least cosine", "limit"):
-        found.add_column(heading, justify="right")
+        shown.add_column(heading, justify="right")
     for stage in proof.stages:
         relative = "" if stage.relative is None else f"{stage.relative:.1e}"
         cosine = "" if stage.cosine is None else f"{stage.cosine:.6f}"
         limit = "" if stage.limit is None else f"{stage.limit:.0e}"
         cells = (stage.graph, stage.stage, f"{stage.difference:.1e}", relative, cosine, limit)
-        found.add_row(*cells, style="bold red" if stage.departs else "")
-    return found
+        shown.add_row(*cells, style="bold red" if stage.departs else "")
+    return shown
 
 
 def stored_limits(export: Export) -> Limits:
@@ -170,18 +139,16 @@ def _answers_of(run: Path, export: Export, photos: Photos, notes: Console) -> Re
     require("torch", "adapt")
     from microclip_deploy.model.checkpoint import load_model, read_checkpoint
 
-    checkpoint = read_checkpoint(run)
-    found = artifact.sha256_file(run / artifact.MANIFEST)
-    expected = export.manifest.parent.checkpoint_sha256
-    if found != expected:
+    checkpoint, preprocess = read_checkpoint(run), export.manifest.preprocess
+    expected, given = (
+        export.manifest.parent.checkpoint_sha256,
+        artifact.sha256_file(run / artifact.MANIFEST),
+    )
+    if given != expected:
         raise CheckpointError(
             f"--run {run}: expected the run that was exported, manifest sha256 {expected[:12]}, "
-            f"found {found[:12]}; give the right one, or export this one"
+            f"found {given[:12]}; give the right one, or export this one"
         )
+    model = load_model(checkpoint)
     with bar(notes, "asking PyTorch") as progress:
-        return Reference.of(
-            load_model(checkpoint),
-            export.manifest.preprocess,
-            photos.views(export.manifest.preprocess),
-            progress.update,
-        )
+        return Reference.of(model, preprocess, photos.views(preprocess), progress.update)

@@ -16,8 +16,9 @@ from microclip_deploy.cli.commands import PredictRequest, run_evaluate, run_pred
 from microclip_deploy.demo.folders import RECIPE, write_benchmark
 from microclip_deploy.errors import VerificationError
 from microclip_deploy.evaluation.evaluate import Evaluation
-from microclip_deploy.export.command import ExportRequest, run_export
-from microclip_deploy.export.proof.verify import VerifyRequest, require_proven, run_verify, table
+from microclip_deploy.export.command import run_export
+from microclip_deploy.export.proof.judge import require_proven
+from microclip_deploy.export.proof.verify import run_verify, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,8 +74,8 @@ def run(out: Path, *, seed: int, device: str, notes: Console, printed: Console) 
 
 def _export(run: Path, out: Path, images: Path, notes: Console, printed: Console) -> Evaluation:
     """Export the run, prove it again from what is stored, and measure the graph."""
-    run_export(ExportRequest(run, out, images=images / "val", overwrite=True), notes)
-    proof = run_verify(VerifyRequest(out), notes)
+    run_export(run, out, notes, images=images / "val", overwrite=True)
+    proof = run_verify(out, notes)
     printed.print(table(proof))
     require_proven(proof, out)
     return run_evaluate(out, images / "test", notes, device="cpu", batch_size=128)

@@ -10,41 +10,29 @@ from collections.abc import Sequence
 from importlib.metadata import version as package_version
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from microclip_deploy.cli.bench import app as bench_app
 from microclip_deploy.cli.classes import app as classes_app
+from microclip_deploy.cli.export import export, require_exporter, verify
 from microclip_deploy.cli.options import (
     Adapted,
     AsJson,
-    Batch,
     BatchSize,
     Descriptions,
     Device,
-    Dtype,
-    Exportable,
-    ExportDirectory,
-    HardwareCompat,
     Images,
     MaxBad,
     Model,
-    OptLevel,
     Out,
     OutputFormat,
     Pretrained,
-    PrintTrtexec,
-    ProofDevice,
-    ProofImages,
     ServingDevice,
     Sets,
     Templates,
-    TimingCache,
-    Trt,
     ValDir,
-    VersionCompatible,
-    Workspace,
 )
 from microclip_deploy.console import ReaderGone, checked_stdout, notes, out, print_json
 from microclip_deploy.errors import (
@@ -54,10 +42,6 @@ from microclip_deploy.errors import (
     missing_package,
     require,
 )
-from microclip_deploy.serving import is_export
-
-if TYPE_CHECKING:
-    from microclip_deploy.export.proof.parity import Proof
 
 EPILOG = (
     "Exit codes: 0 ok, 1 internal error, 2 usage, 3 bad data, 4 environment, 5 verification "
@@ -194,117 +178,8 @@ def predict(
     commands.run_predict(request, out, notes)
 
 
-@app.command()
-def export(
-    source: Exportable,
-    out_dir: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Directory to write; required for a run.")
-    ] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Precision of the encoder; auto measures and keeps the fastest.")
-    ] = Dtype.fp32,
-    images: ProofImages = None,
-    device: ProofDevice = "cpu",
-    atol: Annotated[
-        float | None, typer.Option(help="Largest difference of logits allowed.", min=0)
-    ] = None,
-    min_agreement: Annotated[
-        float | None, typer.Option(help="Least share of equal top-1 classes.", min=0, max=1)
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the export in --out.")] = False,
-    trt: Trt = False,
-    batch: Batch = None,
-    workspace: Workspace = None,
-    opt_level: OptLevel = None,
-    timing_cache: TimingCache = None,
-    version_compatible: VersionCompatible = False,
-    hardware_compat: HardwareCompat = None,
-    print_trtexec: PrintTrtexec = False,
-    as_json: AsJson = False,
-) -> None:
-    """Export an adapted model to ONNX, and with --trt to TensorRT; prove both equal.
-
-    With an export in place of the run, --trt only builds engines, and needs no PyTorch.
-
-    Example: microclip-deploy export runs/birds -o exports/birds --dtype fp16 --trt
-    """
-    require("onnx", "export")
-    require("onnxruntime", "cpu")
-    from microclip_deploy.export import engine_command as engines
-    from microclip_deploy.export.proof.verify import table
-
-    build = engines.parse_options(
-        trt=trt,
-        batch=batch,
-        workspace_gib=workspace,
-        opt_level=opt_level,
-        timing_cache=timing_cache,
-        version_compatible=version_compatible,
-        hardware=None if hardware_compat is None else hardware_compat.value,
-        print_trtexec=print_trtexec,
-    )
-
-    def show(proof: "Proof") -> None:
-        if as_json:
-            print_json(proof.model_dump(mode="json"))
-        else:
-            out.print(table(proof))
-
-    if build is not None and is_export(source):
-        written = engines.require_no_out(source, out_dir)
-    else:
-        _require_exporter()
-        from microclip_deploy.export.command import ExportRequest, run_export
-
-        written = engines.require_out(out_dir)
-        if build is not None:
-            engines.require_buildable(dtype.value)
-        request = ExportRequest(
-            run=source,
-            out=written,
-            dtype=dtype.value,
-            images=images,
-            device=device,
-            atol=atol,
-            min_agreement=min_agreement,
-            overwrite=overwrite,
-        )
-        show(run_export(request, notes))
-    if build is not None and print_trtexec:
-        out.print(engines.trtexec(written, build), markup=False, highlight=False, soft_wrap=True)
-    elif build is not None:
-        on = device if device.startswith("cuda") else "cuda"
-        show(
-            engines.run_build(
-                engines.EngineRequest(
-                    written, build, timing_cache, images, on, atol, min_agreement
-                ),
-                notes,
-            )
-        )
-
-
-@app.command()
-def verify(
-    export_dir: ExportDirectory,
-    run: Annotated[
-        Path | None, typer.Option(help="Ask this run's PyTorch model instead of stored answers.")
-    ] = None,
-    images: ProofImages = None,
-    device: ProofDevice = "cpu",
-    as_json: AsJson = False,
-) -> None:
-    """Prove an export again on this machine; exit 5 where it departs from PyTorch."""
-    require("onnxruntime", "cpu")
-    from microclip_deploy.export.proof import verify as verification
-
-    request = verification.VerifyRequest(export_dir, run, images, device)
-    proof = verification.run_verify(request, notes)
-    if as_json:
-        print_json(proof.model_dump(mode="json"))
-    else:
-        out.print(verification.table(proof))
-    verification.require_proven(proof, export_dir / verification.VERIFIED)
+app.command()(export)
+app.command()(verify)
 
 
 @app.command()
@@ -320,7 +195,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Run the embedded benchmark: adapt, evaluate, predict, export, verify. Three minutes."""
-    _require_exporter()
+    require_exporter()
     from microclip_deploy.cli import demo
     from microclip_deploy.demo.folders import write_benchmark
 
@@ -418,11 +293,6 @@ def _explained(error: Exception) -> MicroclipError:
         f"internal error: {type(error).__name__}: {error}; please report it with the output of the "
         "same command under MICROCLIP_TRACEBACK=1"
     )
-
-
-def _require_exporter() -> None:
-    for package, extra in (("torch", "adapt"), ("onnxscript", "export"), ("onnxruntime", "cpu")):
-        require(package, extra)
 
 
 def _overrides(shorthand: dict[str, Any]) -> list[str]:

@@ -1,10 +1,9 @@
 """Models to export, and their graphs in every precision."""
 
-import hashlib
 import json
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,20 +15,26 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import NodeProto, numpy_helper
+from rich.console import Console
 from torch import nn
 
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.export.to_onnx import write_graphs
+from microclip_deploy.export import to_onnx
+from microclip_deploy.export.command import run_export
+from microclip_deploy.export.proof.probes import Reference
 from microclip_deploy.model.backbone import VisionBackbone
 from microclip_deploy.model.checkpoint import load_model, read_checkpoint
-from microclip_deploy.model.microclip import MicroCLIP, Pooling
+from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.model.text import TextHeads
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.serving.exported import Precision
+from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, PROBES, Precision
 
 DATA = Path(__file__).parent.parent / "vectors"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+QUIET = Console(quiet=True)
+FILES = (FULL, BACKBONE, HEAD)
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
 ODD_MODEL = {
     "embed_dim": 24,
@@ -47,9 +52,9 @@ ODD_MODEL = {
 }
 """LayerScale, QuickGELU, and no LayerNorm in front."""
 
-Remember = Callable[[], AbstractContextManager[None]]
 Write = Callable[[Precision], Path]
 Read = Callable[[Precision, str], "Graph"]
+ErrorLine = Callable[[], str]
 
 
 class Subject(NamedTuple):
@@ -88,6 +93,10 @@ class Graph:
         """Return the nodes of these kinds."""
         return [node for node in self.nodes if node.op_type in kinds]
 
+    def properties(self) -> dict[str, str]:
+        """Return the metadata."""
+        return {entry.key: entry.value for entry in self.model.metadata_props}
+
     def array(self, name: str) -> NDArray[Any]:
         """Return a weight."""
         found: NDArray[Any] = numpy_helper.to_array(self.weights[name])
@@ -106,15 +115,6 @@ class Golden(NamedTuple):
     images: NDArray[np.uint8]
     """(B, S, S, 3)."""
     answers: dict[str, NDArray[Any]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices are so small here that two threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", params=["g7", "g14", "h2"])
@@ -150,17 +150,7 @@ def _tensors(stored: Any, prefix: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session", params=["soap", "mean"])
 def odd(request: pytest.FixtureRequest) -> Subject:
-    """Return a model with random weights on an unusual tower, with every pooling."""
-    return _odd(request.param)
-
-
-@pytest.fixture(scope="session")
-def odd_mean() -> Subject:
-    """Return the one that takes the mean of all tokens."""
-    return _odd("mean")
-
-
-def _odd(pooling: Pooling) -> Subject:
+    """Return a model with random weights on an unusual tower, with the pooling asked for."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         clip = open_clip.model.CLIP(**ODD_MODEL)
@@ -173,7 +163,7 @@ def _odd(pooling: Pooling) -> Subject:
             TextHeads(classes, classes, classes),
             ncut=NCutSpec(affinity="centered_cosine", threshold="mean"),
             cls_share=0.3,
-            pooling=pooling,
+            pooling=request.param,
         )
         for parameter in model.pooling.parameters():
             nn.init.normal_(parameter, std=0.2)
@@ -188,47 +178,67 @@ def tiny(finished_run: Path) -> Subject:
 
 
 @pytest.fixture(scope="session")
-def remember() -> Remember:
-    """Return a context in which a model that was traced before is not traced again."""
-    programs: dict[str, Any] = {}
-    trace = torch.onnx.export
+def write(finished_run: Path, tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Write:
+    """Return a function that exports the finished run in a precision, once."""
 
-    def export(graph: nn.Module, example: Any, **options: Any) -> Any:
-        told = f"{graph} {vars(graph.full)} {vars(graph.head)} {options}"
-        digest = hashlib.sha256(told.encode())
-        for name, tensor in sorted(graph.state_dict().items()):
-            digest.update(name.encode() + tensor.view(torch.uint8).numpy().tobytes())
-        key = digest.hexdigest()
-        if key not in programs:
-            programs[key] = trace(graph, example, **options)
-        return programs[key]
+    @cache
+    def of(precision: Precision) -> Path:
+        if precision == "fp32":
+            return tiny_export
+        directory = tmp_path_factory.mktemp("exports") / precision
+        run_export(finished_run, directory, QUIET, dtype=precision)
+        return directory
 
-    @contextmanager
-    def remembering() -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.onnx, "export", export)
-            yield
-
-    return remembering
+    return of
 
 
 @pytest.fixture(scope="session")
-def write(tiny: Subject, remember: Remember, tmp_path_factory: pytest.TempPathFactory) -> Write:
-    """Return a function that writes the tiny model's graphs in a precision, once."""
-    written: dict[Precision, Path] = {}
+def write_large(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Write:
+    """Return the same for a run whose weights are too large for one file a graph."""
 
+    @cache
     def of(precision: Precision) -> Path:
-        if precision not in written:
-            directory = tmp_path_factory.mktemp(precision)
-            with remember():
-                write_graphs(*tiny, precision, directory, {"precision": precision})
-            written[precision] = directory
-        return written[precision]
+        directory = tmp_path_factory.mktemp("large") / precision
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(to_onnx, "SINGLE_FILE_LIMIT", 1000)
+            run_export(finished_run, directory, QUIET, dtype=precision)
+        return directory
 
     return of
 
 
 @pytest.fixture(scope="session")
 def read(write: Write) -> Read:
-    """Return a function that reads a file of the tiny model's in a precision."""
+    """Return a function that reads a graph of the finished run's in a precision."""
     return cache(lambda precision, name: Graph(write(precision) / name))
+
+
+@pytest.fixture(params=[(precision, name) for precision in PRECISIONS for name in FILES], ids=str)
+def graph(request: pytest.FixtureRequest, read: Read) -> Graph:
+    """Return each graph of each precision."""
+    return read(*request.param)
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_export: Path) -> Reference:
+    """Return PyTorch's answers to the made-up images."""
+    return Reference.read(tiny_export / PROBES)
+
+
+@pytest.fixture
+def export(tiny_export: Path, tmp_path: Path) -> Path:
+    """Return an export that may be changed."""
+    return shutil.copytree(tiny_export, tmp_path / "export")
+
+
+@pytest.fixture
+def error_line(capsys: pytest.CaptureFixture[str]) -> ErrorLine:
+    """Return what reads the one error line."""
+
+    def read() -> str:
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed
+        (line,) = (line for line in printed.splitlines() if line.startswith("error: "))
+        return line
+
+    return read

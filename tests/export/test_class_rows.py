@@ -1,16 +1,16 @@
+"""Classes of an export come and go; its graphs stay, and a kill leaves the old ones or the new."""
+
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from filelock import FileLock
-from safetensors.numpy import save
 
 from microclip_deploy import artifact
 from microclip_deploy.cli.main import main
@@ -18,98 +18,54 @@ from microclip_deploy.data.classes import ClassTexts
 from microclip_deploy.errors import (
     CheckpointError,
     DataError,
-    EnvironmentProblem,
-    MicroclipError,
     UsageError,
 )
 from microclip_deploy.export.class_rows import ClassRow, add_classes, list_classes, remove_classes
 from microclip_deploy.model.clip import BackboneSpec, load_clip
 from microclip_deploy.model.text import text_heads
-from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.serving.exported import CLASSIFIER, FULL, SCHEMA, read_export
+from microclip_deploy.serving.exported import CLASSIFIER, FULL, read_export
+from tests.export.damage import declare
+
+if TYPE_CHECKING:
+    from tests.export.conftest import ErrorLine
 
 CLASSES = ("red circle", "green square", "blue stripe")
+ADDED = ("grey dot", "pink cross")
 TEMPLATES = ("a photo of a {}.", "a drawing of a {}.")
-EMBED_DIM = 32
+COMMANDS = (["list"], ["add", "grey dot"], ["remove", "red circle"])
 
 # A class alone in a batch of texts and among others: different sums in float32.
 ROW_TOLERANCE = 1e-6
 
 
-@pytest.fixture(scope="module")
-def pristine(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an export whose graph is a few bytes: nothing here reads it."""
-    directory = tmp_path_factory.mktemp("export")
+def expected_rows(tiny_model_dir: Path, texts: dict[str, tuple[str, ...]]) -> np.ndarray:
     clip = load_clip(BackboneSpec(model=f"local-dir:{tiny_model_dir}"))
-    matrix = np.random.default_rng(0).normal(size=(len(CLASSES), EMBED_DIM)).astype(np.float32)
-    matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
-    (directory / FULL).write_bytes(b"a graph")
-    (directory / CLASSIFIER).write_bytes(save({"classifier": matrix}))
-    content = {
-        "parent": {
-            "checkpoint_sha256": "0" * 64,
-            "model": clip.spec.model,
-            "pretrained": clip.spec.pretrained,
-            "backbone_sha256": clip.sha256,
-        },
-        "precision": "fp32",
-        "opset": 20,
-        "preprocess": clip.preprocess.model_dump(),
-        "ncut": NCutSpec().stored(),
-        "cls_share": 0.5,
-        "classes": CLASSES,
-        "templates": TEMPLATES,
-        "graphs": {FULL: {"inputs": [], "outputs": []}},
-        "package": {"name": "microclip-deploy", "version": "0"},
-    }
-    artifact.write_manifest(directory, SCHEMA, content, [FULL, CLASSIFIER])
-    return directory
-
-
-@pytest.fixture
-def export(pristine: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(pristine, tmp_path / "export")
-
-
-def expected_rows(
-    tiny_model_dir: Path, names: tuple[str, ...], sentences: tuple[tuple[str, ...], ...]
-) -> np.ndarray:
-    clip = load_clip(BackboneSpec(model=f"local-dir:{tiny_model_dir}"))
-    return text_heads(clip.text, ClassTexts(names, sentences, TEMPLATES)).initial.numpy()
+    all_texts = ClassTexts(tuple(texts), tuple(texts.values()), TEMPLATES)
+    return text_heads(clip.text, all_texts).initial.numpy()
 
 
 def filled(name: str) -> tuple[str, ...]:
     return tuple(template.replace("{}", name) for template in TEMPLATES)
 
 
-def change_manifest(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Rewrite a manifest so that only its content is wrong, not its hashes."""
-    stored = artifact.read_manifest(directory, SCHEMA)
-    change(stored)
-    artifact.rewrite_manifest(directory, stored, [])
+def classes(command: list[str], export: Path, *options: str) -> int:
+    return main(["classes", command[0], str(export), *command[1:], *options])
 
 
 def files(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()} - {".lock"}
 
 
-def error_of(capsys: pytest.CaptureFixture[str]) -> str:
-    found = capsys.readouterr().err
-    assert "Traceback" not in found
-    assert found.count("error:") == 1
-    return found
-
-
 def test_added_rows_are_the_learnable_heads_start(export: Path, tiny_model_dir: Path) -> None:
+    declare(export, templates=TEMPLATES)
     before = read_export(export)
     rows = add_classes(export, ["grey dot", "  pink\u0020cross "])
     after = read_export(export)
-    assert after.manifest.classes == (*CLASSES, "grey dot", "pink cross")
-    assert after.manifest.unadapted == ("grey dot", "pink cross")
+    assert after.manifest.classes == (*CLASSES, *ADDED)
+    assert after.manifest.unadapted == ADDED
     assert after.classifier.dtype == np.float32
     np.testing.assert_array_equal(after.classifier[:3], before.classifier)
-    names = ("grey dot", "pink cross")
-    wanted = expected_rows(tiny_model_dir, names, tuple(map(filled, names)))
+    wanted = expected_rows(tiny_model_dir, {name: filled(name) for name in ADDED})
     np.testing.assert_allclose(after.classifier[3:], wanted, rtol=0, atol=ROW_TOLERANCE)
     assert [row.adapted for row in rows] == [True, True, True, False, False]
     assert list_classes(export) == rows
@@ -117,34 +73,18 @@ def test_added_rows_are_the_learnable_heads_start(export: Path, tiny_model_dir: 
 
 def test_descriptions_shape_the_row(export: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     sentences = ("It is grey.", "It is small and round.")
+    declare(export, templates=TEMPLATES)
     path = tmp_path / "descriptions.json"
     path.write_text(json.dumps({"grey dot": sentences}))
     add_classes(export, ["grey dot"], path)
     found = read_export(export).classifier[3:]
-    wanted = expected_rows(tiny_model_dir, ("grey dot",), (sentences,))
+    wanted = expected_rows(tiny_model_dir, {"grey dot": sentences})
     np.testing.assert_allclose(found, wanted, rtol=0, atol=ROW_TOLERANCE)
-    from_templates = expected_rows(tiny_model_dir, ("grey dot",), (filled("grey dot"),))
+    from_templates = expected_rows(tiny_model_dir, {"grey dot": filled("grey dot")})
     assert np.abs(found - from_templates).max() > 1e-3
 
 
-def test_only_matrix_and_manifest_change(export: Path) -> None:
-    before = read_export(export).stored
-    add_classes(export, ["grey dot"])
-    after = read_export(export).stored
-    changed = {"classes", "unadapted", "classifier", "files"}
-    assert {k: v for k, v in after.items() if k not in changed} == {
-        k: v for k, v in before.items() if k not in changed
-    }
-    assert after["files"].keys() == {FULL, after["classifier"]}
-    assert after["files"][FULL] == before["files"][FULL]
-    entry = after["files"][after["classifier"]]
-    assert after["classifier"] == f"classifier-{entry['sha256'][:8]}.safetensors"
-    assert files(export) == {"manifest.json", FULL, after["classifier"]}
-
-
-def test_graphs_are_read_once_and_never_written(
-    export: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_matrix_and_manifest_change(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
     sha256_file = artifact.sha256_file
 
@@ -152,16 +92,24 @@ def test_graphs_are_read_once_and_never_written(
         hashed.append(path.name)
         return sha256_file(path)
 
-    before = (export / FULL).stat()
-    monkeypatch.setattr(artifact, "sha256_file", counted)
-    remove_classes(export, ["red circle"])
-    after = (export / FULL).stat()
-    assert hashed.count(FULL) == 1
-    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    before, graph, present = read_export(export).stored, (export / FULL).stat(), files(export)
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "sha256_file", counted)
+        remove_classes(export, ["red circle"])
+    after = read_export(export).stored
+    matrix = after.pop("classifier")
+    entry = after["files"].pop(matrix)
+    assert matrix == f"classifier-{entry['sha256'][:8]}.safetensors"
+    before["files"].pop(before.pop("classifier"))
+    assert after == {**before, "classes": [*CLASSES[1:]], "unadapted": []}
+    assert files(export) == present - {CLASSIFIER} | {matrix}
+    assert hashed.count(FULL) == 1, "graphs are read once and never written"
+    same = (export / FULL).stat()
+    assert (graph.st_ino, graph.st_mtime_ns) == (same.st_ino, same.st_mtime_ns)
 
 
 def test_removing_keeps_the_other_rows_and_marks(export: Path) -> None:
-    before = read_export(export).classifier
+    before, present = read_export(export).classifier, files(export)
     add_classes(export, ["pink cross"])
     add_classes(export, ["grey dot"])
     rows = remove_classes(export, ["green square", "grey dot"])
@@ -173,32 +121,39 @@ def test_removing_keeps_the_other_rows_and_marks(export: Path) -> None:
         ClassRow("pink cross", False),
     )
     np.testing.assert_array_equal(after.classifier[:2], before[[0, 2]])
-    assert files(export) == {"manifest.json", FULL, after.manifest.classifier}
-
-
-def test_a_removed_class_comes_back_unadapted(export: Path) -> None:
+    assert files(export) == present - {CLASSIFIER} | {after.manifest.classifier}
     remove_classes(export, ["blue stripe"])
     assert add_classes(export, ["blue stripe"])[-1] == ClassRow("blue stripe", False)
 
 
 @pytest.mark.parametrize(
-    ("names", "kind", "part"),
+    ("command", "code", "part"),
     [
-        (["Red Circle"], UsageError, "found 'red circle' in the export"),
-        (["grey dot", "Grey Dot "], UsageError, "found 'grey dot' given too"),
-        (["grey dot", " \u00a0"], UsageError, "found an empty one"),
-        ([], UsageError, "at least one name"),
-        (["grey\tdot"], DataError, r"U\+0009"),
-        (["grey\ndot"], DataError, r"U\+000A"),
-        (["grey \u202edot"], DataError, r"U\+202E"),
+        (["add", "Red Circle"], 2, "found 'red circle' in the export"),
+        (["add", "grey dot", "Grey Dot "], 2, "found 'grey dot' given too"),
+        (["add", "grey dot", " \u00a0"], 2, "found an empty one"),
+        (["add"], 2, "Missing argument"),
+        (["add", "grey\tdot"], 3, "U+0009"),
+        (["add", "grey\ndot"], 3, "U+000A"),
+        (["add", "grey \u202edot"], 3, "U+202E"),
+        (["add", "grey dot", "--descriptions", "missing.json"], 3, "missing.json"),
+        (["remove", "red circel"], 2, "did you mean 'red circle'"),
+        (["remove", "Red Circle"], 2, "did you mean 'red circle'"),
+        (["remove", "zzz"], 2, "`classes list` shows them"),
+        (["remove", "red circle", "blue stripe"], 2, "at least 2 classes to remain, found 1"),
     ],
 )
-def test_names_that_cannot_be_added(
-    export: Path, names: list[str], kind: type[MicroclipError], part: str
+def test_mistakes_are_named_and_change_nothing(
+    export: Path, command: list[str], code: int, part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(kind, match=part):
-        add_classes(export, names)
+    assert classes(command, export) == code
+    assert part in capsys.readouterr().err
     assert list_classes(export) == tuple(ClassRow(name, True) for name in CLASSES)
+
+
+def test_at_least_one_class_is_added(export: Path) -> None:
+    with pytest.raises(UsageError, match="at least one name"):
+        add_classes(export, [])
 
 
 def test_the_same_name_typed_on_another_system_is_no_new_class(export: Path) -> None:
@@ -211,15 +166,12 @@ def test_the_same_name_typed_on_another_system_is_no_new_class(export: Path) -> 
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        ({"grey dot": ["It is grey."]}, "found none for pink cross"),
-        (
-            {"grey dot": ["It is grey."], "pink cros": ["It is pink."]},
-            "did you mean 'pink cross'",
-        ),
+        ({"grey dot": "It is grey."}, "found none for pink cross"),
+        ({"grey dot": "It is grey.", "pink cros": "It is pink."}, "did you mean 'pink cross'"),
     ],
 )
 def test_descriptions_must_fit_the_new_names(
-    export: Path, tmp_path: Path, content: dict[str, list[str]], part: str
+    export: Path, tmp_path: Path, content: dict[str, str], part: str
 ) -> None:
     path = tmp_path / "descriptions.json"
     path.write_text(json.dumps(content))
@@ -227,49 +179,14 @@ def test_descriptions_must_fit_the_new_names(
         add_classes(export, ["grey dot", "pink cross"], path)
 
 
-@pytest.mark.parametrize(
-    ("names", "part"),
-    [
-        (["red circel"], "did you mean 'red circle'"),
-        (["Red Circle"], "did you mean 'red circle'"),
-        (["zzz"], "`classes list` shows them"),
-        (["red circle", "green square"], "at least 2 classes to remain, found 1"),
-    ],
-)
-def test_names_that_cannot_be_removed(export: Path, names: list[str], part: str) -> None:
-    with pytest.raises(UsageError, match=part):
-        remove_classes(export, names)
-    assert len(list_classes(export)) == 3
-
-
-def fail(*_: object) -> None:
-    raise EnvironmentProblem("the disk is full")
-
-
-def test_an_interruption_before_the_manifest_leaves_the_old_classes(
-    export: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = read_export(export)
-    with monkeypatch.context() as patch:
-        patch.setattr(artifact, "write_json", fail)
-        with pytest.raises(EnvironmentProblem):
-            remove_classes(export, ["red circle"])
-    after = read_export(export)
-    assert after.stored == before.stored
-    np.testing.assert_array_equal(after.classifier, before.classifier)
-    assert len(files(export)) == 4, "the new matrix lies there unused"
-    remove_classes(export, ["blue stripe"])
-    assert files(export) == {"manifest.json", FULL, read_export(export).manifest.classifier}
-
-
 # Matrix and manifest are each flushed, renamed, and the rename flushed; then the old one goes.
 @pytest.mark.parametrize(
-    ("operation", "classes"), [(1, 3), (2, 3), (3, 3), (4, 3), (5, 3), (6, 2), (7, 2)]
+    ("operation", "count"), [(1, 3), (2, 3), (3, 3), (4, 3), (5, 3), (6, 2), (7, 2)]
 )
 def test_a_kill_at_any_file_operation_leaves_a_readable_export(
-    export: Path, monkeypatch: pytest.MonkeyPatch, operation: int, classes: int
+    export: Path, monkeypatch: pytest.MonkeyPatch, operation: int, count: int
 ) -> None:
-    done = 0
+    present, done = files(export), 0
 
     def killed_at(real: Callable[..., None]) -> Callable[..., None]:
         def call(*arguments: Any, **options: Any) -> None:
@@ -286,14 +203,16 @@ def test_a_kill_at_any_file_operation_leaves_a_readable_export(
             patch.setattr(owner, name, killed_at(getattr(owner, name)))
         with pytest.raises(KeyboardInterrupt):
             remove_classes(export, ["red circle"])
-    assert len(list_classes(export)) == classes
-    assert len(add_classes(export, ["grey dot"])) == classes + 1
+    assert len(list_classes(export)) == count
+    assert len(add_classes(export, ["grey dot"])) == count + 1
+    left = {name for name in files(export) if not name.startswith(".")}  # of what was being written
+    assert left == present - {CLASSIFIER} | {read_export(export).manifest.classifier}
 
 
 def test_an_old_matrix_that_cannot_be_deleted_does_no_harm(
     export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unlink = Path.unlink
+    unlink, present = Path.unlink, files(export)
 
     def busy(path: Path, missing_ok: bool = False) -> None:
         if path.suffix == ".safetensors":
@@ -306,126 +225,90 @@ def test_an_old_matrix_that_cannot_be_deleted_does_no_harm(
     assert [row.name for row in list_classes(export)] == ["green square", "blue stripe"]
     assert CLASSIFIER in files(export)
     add_classes(export, ["grey dot"])
-    assert files(export) == {"manifest.json", FULL, read_export(export).manifest.classifier}
+    assert files(export) == present - {CLASSIFIER} | {read_export(export).manifest.classifier}
 
 
 def test_two_processes_cannot_change_the_classes_at_once(
-    export: Path, capsys: pytest.CaptureFixture[str]
+    export: Path, error_line: "ErrorLine"
 ) -> None:
     with FileLock(export / ".lock"):
-        assert main(["classes", "remove", str(export), "red circle"]) == 2
-        assert "another process" in error_of(capsys)
+        assert classes(["remove", "red circle"], export) == 2
+        assert "another process" in error_line()
         assert len(list_classes(export)) == 3
-    assert main(["classes", "remove", str(export), "red circle"]) == 0
+    assert classes(["remove", "red circle"], export) == 0
 
 
 def test_another_clip_is_refused(export: Path) -> None:
-    change_manifest(export, lambda m: m["parent"].update(backbone_sha256="f" * 64))
+    parent = {**read_export(export).stored["parent"], "backbone_sha256": "f" * 64}
+    declare(export, parent=parent)
     with pytest.raises(CheckpointError, match="expected weights with sha256 ffffffffffff, found"):
         add_classes(export, ["grey dot"])
     assert len(list_classes(export)) == 3
 
 
-@pytest.mark.parametrize("name", [FULL, CLASSIFIER, "manifest.json"])
-@pytest.mark.parametrize(
-    "command", [["list"], ["add", "grey dot"], ["remove", "red circle"]], ids=lambda c: str(c[0])
-)
+@pytest.mark.parametrize("name", [FULL, CLASSIFIER, artifact.MANIFEST])
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: str(command[0]))
 def test_a_tampered_export_is_refused(
-    export: Path, name: str, command: list[str], capsys: pytest.CaptureFixture[str]
+    export: Path, name: str, command: list[str], error_line: "ErrorLine"
 ) -> None:
     content = bytearray((export / name).read_bytes())
     content[-5] ^= 1
     (export / name).write_bytes(content)
-    assert main(["classes", command[0], str(export), *command[1:]]) == 3
-    assert name in error_of(capsys)
+    assert classes(command, export) == 3
+    assert name in error_line()
 
 
-@pytest.mark.parametrize("command", [["list"], ["add", "grey dot"], ["remove", "red circle"]])
-def test_a_missing_export_is_refused_and_not_made(
-    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: str(command[0]))
+def test_what_is_no_export_is_refused_and_left_alone(
+    tmp_path: Path, command: list[str], error_line: "ErrorLine"
 ) -> None:
     missing = tmp_path / "missing"
-    assert main(["classes", command[0], str(missing), *command[1:]]) == 3
-    assert str(missing) in error_of(capsys).replace("\n", "")
+    assert classes(command, missing) == 3
+    assert str(missing) in error_line()
     assert not missing.exists()
-
-
-@pytest.mark.parametrize("command", [["list"], ["add", "grey dot"], ["remove", "red circle"]])
-def test_what_is_no_export_is_refused_and_left_alone(
-    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
     artifact.write_manifest(tmp_path, "microclip.checkpoint/1", {"classes": CLASSES}, [])
-    assert main(["classes", command[0], str(tmp_path), *command[1:]]) == 3
-    assert "expected schema microclip.export/1" in error_of(capsys).replace("\n", "")
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code"),
-    [
-        (["add", "red circle"], 2),
-        (["add", "grey\tdot"], 3),
-        (["add", "grey dot", "--descriptions", "missing.json"], 3),
-        (["add"], 2),
-        (["remove", "robin"], 2),
-        (["remove", "red circle", "blue stripe"], 2),
-    ],
-)
-def test_mistakes_end_with_the_documented_exit_code(
-    export: Path, arguments: list[str], code: int
-) -> None:
-    assert main(["classes", arguments[0], str(export), *arguments[1:]]) == code
-    assert len(list_classes(export)) == 3
+    assert classes(command, tmp_path) == 3
+    assert "expected schema microclip.export/1" in error_line()
+    assert files(tmp_path) == {artifact.MANIFEST}
 
 
 def test_the_command_line_tells_what_changed(
     export: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["classes", "add", str(export), "[red]dot", "pink cross"]) == 0
-    told = capsys.readouterr().out
-    assert "2 added, 5 classes now" in told
-    assert "never adapted to photos, so their accuracy is zero-shot; adapt again" in told
-    assert main(["classes", "list", str(export)]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        *CLASSES,
-        "[red]dot  (not adapted)",
-        "pink cross  (not adapted)",
-    ]
-    assert main(["classes", "remove", str(export), "pink cross"]) == 0
+    assert classes(["add", "[red]dot", "pink cross"], export) == 0
+    printed = capsys.readouterr().out
+    assert "2 added, 5 classes now" in printed
+    assert "never adapted to photos, so their accuracy is zero-shot; adapt again" in printed
+    assert classes(["list"], export) == 0
+    added = ["[red]dot  (not adapted)", "pink cross  (not adapted)"]
+    assert capsys.readouterr().out.splitlines() == [*CLASSES, *added]
+    assert classes(["remove", "pink cross"], export) == 0
     assert "4 classes remain" in capsys.readouterr().out
 
 
 def test_json_holds_names_and_marks(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = [{"class": name, "adapted": True} for name in CLASSES]
-    assert main(["classes", "list", str(export), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"classes": before}
-    assert main(["classes", "add", str(export), " grey dot", "--json"]) == 0
     after = [*before, {"class": "grey dot", "adapted": False}]
-    assert json.loads(capsys.readouterr().out) == {"added": ["grey dot"], "classes": after}
-    assert main(["classes", "remove", str(export), "red circle", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"classes": after[1:]}
+    for command, wanted in (
+        (["list"], {"classes": before}),
+        (["add", " grey dot"], {"added": ["grey dot"], "classes": after}),
+        (["remove", "red circle"], {"classes": after[1:]}),
+    ):
+        assert classes(command, export, "--json") == 0
+        assert json.loads(capsys.readouterr().out) == wanted
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "part"),
-    [
-        (["list"], 0, ""),
-        (["remove", "red circle"], 0, ""),
-        (["add", "grey dot"], 4, 'pip install "microclip-deploy[adapt]"'),
-    ],
-    ids=lambda x: str(x[0]) if isinstance(x, list) else None,
-)
-def test_only_adding_needs_torch(export: Path, arguments: list[str], code: int, part: str) -> None:
-    command = ["classes", arguments[0], str(export), *arguments[1:]]
+def test_only_adding_needs_torch(export: Path) -> None:
     program = (
         "import sys\n"
         "for name in ('torch', 'open_clip', 'timm', 'torchvision'): sys.modules[name] = None\n"
         "from microclip_deploy.cli.main import main\n"
-        f"sys.exit(main({command!r}))"
+        f"export, commands = {str(export)!r}, {COMMANDS!r}\n"
+        "print([main(['classes', name, export, *rest]) for name, *rest in commands])"
     )
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
-    assert found.returncode == code, found.stderr
-    assert part in found.stderr
-    assert len(list_classes(export)) == 3 - (arguments[0] == "remove")
+    assert done.stdout.splitlines()[-1] == "[0, 4, 0]", done.stderr
+    assert 'pip install "microclip-deploy[adapt]"' in done.stderr
+    assert len(list_classes(export)) == 2

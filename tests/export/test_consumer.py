@@ -1,24 +1,22 @@
-"""The README's example: predictions from full.onnx alone, without this package."""
+"""The example of docs/export.md: predictions from full.onnx alone, without this package."""
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
 from microclip_deploy.data.decode import read_image
 from microclip_deploy.serving import open_session
 
-README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
-(README_EXAMPLE,) = (
-    code for code in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if "ort." in code
-)
-MODEL, PHOTO = (Path(path) for path in re.findall(r'"([\w/]+\.(?:onnx|jpg))"', README_EXAMPLE))
+PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text("utf-8")
+(EXAMPLE,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+MODEL, PHOTO = (Path(path) for path in re.findall(r'"([\w/]+\.(?:onnx|jpg))"', EXAMPLE))
 
 ONLY = ("onnxruntime", "numpy", "PIL", "flatbuffers", "google", "packaging")
 """What the example may import; the last three are ONNX Runtime's own."""
@@ -62,20 +60,32 @@ def portraits(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [*paths, folder / "grey.png"]
 
 
+SETTINGS: tuple[dict[str, object], ...] = (
+    {},
+    {"resize_mode": "squash", "interpolation": "bilinear"},
+    {"resize_mode": "longest", "fill_color": 90},
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_the_example_makes_our_predictions_without_this_package(
-    tiny_export: Path, portraits: list[Path], tmp_path: Path
+    settings: dict[str, object], tiny_export: Path, portraits: list[Path], tmp_path: Path
 ) -> None:
     for path in (MODEL, PHOTO):
         (tmp_path / path).parent.mkdir(parents=True)
-    shutil.copy(tiny_export / MODEL.name, tmp_path / MODEL)
-    arguments = json.dumps([ONLY, README_EXAMPLE, str(PHOTO), *map(str, portraits)])
+    graph = onnx.load(tiny_export / MODEL.name)
+    (stored,) = (each for each in graph.metadata_props if each.key == "preprocess")
+    stored.value = json.dumps({**json.loads(stored.value), **settings})
+    onnx.save(graph, tmp_path / MODEL)
+    arguments = json.dumps([ONLY, EXAMPLE, str(PHOTO), *map(str, portraits)])
     call = [sys.executable, "-I", "-W", "error", "-c", HARNESS, arguments]
     told = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     found = [json.loads(line) for line in told.stdout.splitlines()]
     assert len(found) == len(portraits)
     with open_session(tiny_export) as session:
-        views = [session.preprocess.test_view(read_image(path)) for path in portraits]
+        preprocess = session.preprocess.model_copy(update=settings)
+        views = [preprocess.test_view(read_image(path)) for path in portraits]
         expected = session.predict(np.stack(views)).logits
         names = [session.classes[best] for best in expected.argmax(axis=1)]
     assert [name for name, _ in found] == [f"{name}\n" for name in names]

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from microclip_deploy import artifact
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem
-from microclip_deploy.export.command import ExportRequest, run_export
-from microclip_deploy.export.engine_command import EngineRequest, run_build
+from microclip_deploy.export.command import run_export
+from microclip_deploy.export.engine_command import run_build
 from microclip_deploy.serving import open_session
 from microclip_deploy.serving.engines import (
     BACKBONE_PLAN,
@@ -63,8 +63,8 @@ def built(
     """Return an export with proven engines, in each precision."""
     directory = tmp_path_factory.mktemp("engines") / str(request.param)
     console = Console(quiet=True)
-    run_export(ExportRequest(finished_run, directory, dtype=request.param), console)
-    assert run_build(EngineRequest(directory, OPTIONS), console).departure is None
+    run_export(finished_run, directory, console, dtype=request.param)
+    assert run_build(directory, OPTIONS, console).departure is None
     return directory
 
 
@@ -152,7 +152,7 @@ def test_a_foreign_engine_is_refused(export: Path, field: str, value: str) -> No
 def test_a_second_build_starts_from_the_timing_cache(export: Path) -> None:
     (cache,) = (export / ENGINES).glob("*.timing-cache")
     assert cache.stat().st_size
-    assert run_build(EngineRequest(export, OPTIONS), Console(quiet=True)).departure is None
+    assert run_build(export, OPTIONS, Console(quiet=True)).departure is None
     from microclip_deploy.serving.tensorrt_engine import target
 
     assert find_engines(read_export(export), target(0)).directory == engine_folder(export)

@@ -1,123 +1,98 @@
 """Graphs are asked in batches of many sizes; what cannot be asked is bad data."""
 
-import shutil
-import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import pytest
 
-from microclip_deploy.errors import CheckpointError, EnvironmentProblem
-from microclip_deploy.export.proof.answers import Answers, Asked, ask, windows
-from microclip_deploy.export.proof.probes import Reference
-from microclip_deploy.serving.exported import FULL, PROBES, Precision
-
-if TYPE_CHECKING:
-    from tests.export.conftest import Write
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_export: Path) -> Reference:
-    return Reference.read(tiny_export / PROBES)
-
+from microclip_deploy.errors import CheckpointError
+from microclip_deploy.export.proof.answers import Answers, Asked, Graphs, ask, rotating
+from microclip_deploy.export.proof.probes import Reference, silent
+from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.serving.exported import FULL, Precision
 
 ROWS = np.eye(4, 32, dtype=np.float32)
 """A class matrix from outside."""
+SIZES = [*range(1, 10), 24]
 
 
-def answers(directory: Path, reference: Reference, precision: Precision = "fp32") -> Asked:
-    return ask(directory, reference, precision, "cpu", ROWS, lambda *_: None)
+def graphs(directory: Path, precision: Precision = "fp32") -> Graphs:
+    return Graphs(directory, precision, NCutSpec(), ROWS, 0.5)
 
 
-def test_every_batch_size_sees_other_images() -> None:
-    for count in (24, 88):
-        *small, everything = windows(count)
-        assert [len(rows) for rows in small] == [*range(1, 10)]
-        assert sorted(everything) == list(range(count))
-        assert not any(set(rows) & set(after) for rows, after in pairwise(small))
-        assert len({int(rows[0]) for rows in small}) == 9
-        assert all(len(set(rows)) == len(rows) for rows in small)
-    assert set(np.concatenate(list(windows(24))[:-1])) == set(range(24))
+@pytest.fixture(scope="module")
+def asked(tiny_export: Path, reference: Reference) -> Asked:
+    return ask(graphs(tiny_export), reference, "cpu", silent)
 
 
-def test_graphs_are_asked_at_every_batch_size(tiny_export: Path, reference: Reference) -> None:
-    found = answers(tiny_export, reference)
-    sizes = {name: np.unique(each.sizes).tolist() for name, each in found._asdict().items()}
-    every = [*range(1, 10), 24]
-    assert sizes == {
-        "backbone": every,
-        "head": [1, 3, 24],
-        "full": every,
-        "parts": every,
-        "served": [24],
-    }
-    for each in found[:4]:
+@pytest.mark.parametrize("count", [24, 88])
+def test_every_batch_size_sees_other_images(count: int) -> None:
+    *small, everything = rotating((*range(1, 10), count), count)
+    assert sorted(everything) == list(range(count))
+    assert not any(set(rows) & set(after) for rows, after in pairwise(small))
+    assert len({int(rows[0]) for rows in small}) == 9
+    assert set(np.concatenate(small)) == set(range(min(count, 45)))
+
+
+def test_graphs_are_asked_at_every_batch_size(asked: Asked, reference: Reference) -> None:
+    sizes = {name: np.unique(each.sizes).tolist() for name, each in asked._asdict().items()}
+    few = {"head": [1, 3, 24], "served": [24]}
+    assert sizes == {"backbone": SIZES, "full": SIZES, "parts": SIZES, **few}
+    for each in asked[:4]:
         for name, value in each.outputs.items():
-            expected = getattr(reference, name)[each.rows]
-            np.testing.assert_allclose(value, expected, atol=5e-5)
-
-
-def test_progress_ends_with_the_last_batch(tiny_export: Path, reference: Reference) -> None:
-    shown: list[tuple[int, int]] = []
-    ask(tiny_export, reference, "fp32", "cpu", ROWS, lambda *step: shown.append(step))
-    assert shown == [(done, 34) for done in range(1, 35)]
-
-
-def test_the_class_matrix_from_outside_is_served(tiny_export: Path, reference: Reference) -> None:
-    served = answers(tiny_export, reference).served
-    fused = 50 * (served.outputs["cls"] + served.outputs["fg"])
-    np.testing.assert_allclose(served.outputs["logits"], fused @ ROWS.T, atol=5e-5)
+            np.testing.assert_allclose(value, getattr(reference, name)[each.rows], atol=5e-5)
 
 
 def test_the_parts_are_given_what_the_graphs_made(
-    tiny_export: Path, tmp_path: Path, reference: Reference
+    asked: Asked, tiny_export: Path, reference: Reference
 ) -> None:
-    other = reference._replace(mask=~reference.mask, cls=-reference.cls)
-    found, expected = answers(tiny_export, other), answers(tiny_export, reference)
-    np.testing.assert_array_equal(found.parts.outputs["fg"], expected.parts.outputs["fg"])
-    np.testing.assert_array_equal(found.parts.outputs["logits"], expected.parts.outputs["logits"])
-    assert np.abs(found.head.outputs["fg"] - expected.head.outputs["fg"]).max() > 0.01
+    steps: list[tuple[int, int]] = []
+    wrong = reference._replace(mask=~reference.mask, cls=-reference.cls)
+    other = ask(graphs(tiny_export), wrong, "cpu", lambda *step: steps.append(step))
+    for name in ("fg", "logits"):
+        np.testing.assert_array_equal(other.parts.outputs[name], asked.parts.outputs[name])
+    assert np.abs(other.head.outputs["fg"] - asked.head.outputs["fg"]).max() > 0.01
+    assert steps == [(done, 34) for done in range(1, 35)]
 
 
-def test_some_of_the_answers_keep_their_rows_and_sizes() -> None:
-    outputs = {"cls": np.arange(6).reshape(3, 2)}
-    three = Answers("g", np.array([4, 5, 6]), np.array([1, 2, 2]), outputs)
-    some = three.where(np.array([True, False, True]))
-    assert some.rows.tolist() == [4, 6]
-    assert some.sizes.tolist() == [1, 2]
-    assert some.outputs["cls"].tolist() == [[0, 1], [4, 5]]
+def test_answers_are_found_by_choice_and_by_image() -> None:
+    batches = [np.array([1]), np.array([0, 1])]
+    outputs = [{"cls": np.array([[5, 5]])}, {"cls": np.array([[6, 6], [7, 7]])}]
+    answers = Answers.of("g", batches, outputs)
+    assert (answers.rows.tolist(), answers.sizes.tolist()) == ([1, 0, 1], [1, 2, 2])
+    assert answers.by_image("cls").tolist() == [[6, 6], [7, 7]]
+    some = answers.where(np.array([True, False, True]))
+    assert (some.rows.tolist(), some.sizes.tolist()) == ([1, 1], [1, 2])
+    assert some.outputs["cls"].tolist() == [[5, 5], [7, 7]]
 
 
 def test_a_graph_of_another_model_is_bad_data(tiny_export: Path, reference: Reference) -> None:
     other = reference._replace(logits=np.pad(reference.logits, ((0, 0), (0, 2))))
     with pytest.raises(CheckpointError, match=r"logits: expected shape \(1, 5\).*found \(1, 3\)"):
-        answers(tiny_export, other)
+        ask(graphs(tiny_export), other, "cpu", silent)
 
 
 @pytest.mark.parametrize("damage", ["missing", "garbage", "empty", "truncated", "outside"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_graph_that_cannot_be_loaded_is_bad_data(
-    tiny_export: Path, tmp_path: Path, reference: Reference, precision: Precision, damage: str
+    export: Path, tmp_path: Path, reference: Reference, precision: Precision, damage: str
 ) -> None:
-    export = shutil.copytree(tiny_export, tmp_path / "export")
     path = export / FULL
     content = path.read_bytes()
     (tmp_path / "x").write_bytes(bytes(10**6))
-    if damage == "missing":
-        path.unlink()
-    else:
-        damaged = {
-            "garbage": b"no graph" * 99,
-            "empty": b"",
-            "truncated": content[:-99],
-            "outside": with_a_weight_outside(content),
-        }
+    damaged = {
+        "garbage": b"no graph" * 99,
+        "empty": b"",
+        "truncated": content[:-99],
+        "outside": with_a_weight_outside(content),
+    }
+    path.unlink()
+    if damage != "missing":
         path.write_bytes(damaged[damage])
     with pytest.raises(CheckpointError, match=r"full\.onnx: expected a graph.*export again"):
-        answers(export, reference, precision)
+        ask(graphs(export, precision), reference, "cpu", silent)
 
 
 def with_a_weight_outside(content: bytes) -> bytes:
@@ -129,12 +104,3 @@ def with_a_weight_outside(content: bytes) -> bytes:
     entry = tensor.external_data.add()
     entry.key, entry.value = "location", "../x"
     return bytes(model.SerializeToString())
-
-
-def test_asking_bfloat16_on_a_cpu_needs_onnx(
-    write: "Write", reference: Reference, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = write("bf16")
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(EnvironmentProblem, match=r"microclip-deploy\[export\]"):
-        answers(directory, reference, "bf16")

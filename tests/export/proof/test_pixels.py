@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from tests.export.conftest import Subject
 
 PHOTOS = made_up_photos(32)
+Wrong = Callable[[Image.Image], Image.Image]
 
 
-def test_the_right_pixels_are_equal(tiny: "Subject") -> None:
-    views = PHOTOS.views(tiny.preprocess)
-    stage = compare_pixels(PHOTOS.read(), views, tiny.preprocess)
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+def test_the_right_pixels_are_equal(resize_mode: str, tiny: "Subject") -> None:
+    preprocess = tiny.preprocess.model_copy(update={"resize_mode": resize_mode})
+    views = PHOTOS.views(preprocess)
+    stage = compare_pixels(PHOTOS.read(), views, preprocess)
     assert (stage.difference, stage.departs) == (0, False)
 
 
@@ -30,28 +33,28 @@ def squeezed(photo: Image.Image) -> Image.Image:
     return photo.resize((32, 32), Image.Resampling.BICUBIC)
 
 
-def bilinear(photo: Image.Image) -> Image.Image:
-    width, height = photo.size
-    short = min(width, height)
-    return photo.resize((32 * width // short, 32 * height // short), Image.Resampling.BILINEAR)
+def resized(side: int, how: Image.Resampling) -> Wrong:
+    def resize(photo: Image.Image) -> Image.Image:
+        short = min(photo.size)
+        return photo.resize((side * photo.width // short, side * photo.height // short), how)
 
-
-def enlarged(photo: Image.Image) -> Image.Image:
-    width, height = photo.size
-    short = min(width, height)
-    return photo.resize((36 * width // short, 36 * height // short), Image.Resampling.BICUBIC)
+    return resize
 
 
 def shifted(photo: Image.Image) -> Image.Image:
-    resized = Preprocess(size=32, mean=(0, 0, 0), std=(1, 1, 1)).resized(photo)
-    return resized.transform(resized.size, Image.Transform.AFFINE, (1, 0, 1, 0, 1, 1))
+    right = Preprocess(size=32, mean=(0, 0, 0), std=(1, 1, 1)).resized(photo)
+    return right.transform(right.size, Image.Transform.AFFINE, (1, 0, 1, 0, 1, 1))
 
 
-@pytest.mark.parametrize("wrong", [squeezed, bilinear, enlarged, shifted])
+BILINEAR = resized(32, Image.Resampling.BILINEAR)
+ENLARGED = resized(36, Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("wrong", [squeezed, shifted, BILINEAR, ENLARGED])
 @pytest.mark.parametrize("installed", [True, False])
 def test_wrong_preprocessing_departs(
     tiny: "Subject",
-    wrong: Callable[[Image.Image], Image.Image],
+    wrong: Wrong,
     installed: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -71,7 +74,7 @@ def test_wrong_preprocessing_departs(
 def test_a_mistake_in_our_own_preprocessing_departs_from_torchvision(tiny: "Subject") -> None:
     class Mistaken(Preprocess):
         def resized(self, image: Image.Image) -> Image.Image:
-            return bilinear(image)
+            return BILINEAR(image)
 
     mistaken = Mistaken(**tiny.preprocess.model_dump())
     assert compare_pixels(PHOTOS.read(), PHOTOS.views(mistaken), mistaken).departs

@@ -1,0 +1,164 @@
+"""`microclip-deploy export` and `verify`: graphs and engines, and the proof of both."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from microclip_deploy.cli.options import (
+    AsJson,
+    Batch,
+    Dtype,
+    Exportable,
+    ExportDirectory,
+    HardwareCompat,
+    OptLevel,
+    PrintTrtexec,
+    ProofDevice,
+    ProofImages,
+    TimingCache,
+    Trt,
+    VersionCompatible,
+    Workspace,
+)
+from microclip_deploy.console import notes, out, print_json
+from microclip_deploy.errors import UsageError, require
+from microclip_deploy.serving import is_export
+
+if TYPE_CHECKING:
+    from microclip_deploy.export.proof.judge import Proof
+    from microclip_deploy.serving.engines import BuildOptions
+
+Target = Annotated[
+    Path | None, typer.Option("-o", "--out", help="Directory to write; required for a run.")
+]
+ExportedDtype = Annotated[
+    Dtype, typer.Option(help="Precision of the encoder; auto measures and keeps the fastest.")
+]
+Atol = Annotated[float | None, typer.Option(help="Largest difference of logits allowed.", min=0)]
+MinAgreement = Annotated[
+    float | None, typer.Option(help="Least share of equal top-1 classes.", min=0, max=1)
+]
+Overwrite = Annotated[bool, typer.Option(help="Replace the export in --out.")]
+
+
+def export(
+    source: Exportable,
+    out_dir: Target = None,
+    dtype: ExportedDtype = Dtype.fp32,
+    images: ProofImages = None,
+    device: ProofDevice = "cpu",
+    atol: Atol = None,
+    min_agreement: MinAgreement = None,
+    overwrite: Overwrite = False,
+    trt: Trt = False,
+    batch: Batch = None,
+    workspace: Workspace = None,
+    opt_level: OptLevel = None,
+    timing_cache: TimingCache = None,
+    version_compatible: VersionCompatible = False,
+    hardware_compat: HardwareCompat = None,
+    print_trtexec: PrintTrtexec = False,
+    as_json: AsJson = False,
+) -> None:
+    """Export an adapted model to ONNX, and with --trt to TensorRT; prove both equal.
+
+    With an export in place of the run, --trt only builds engines, and needs no PyTorch.
+
+    Example: microclip-deploy export runs/birds -o exports/birds --dtype fp16 --trt
+    """
+    require("onnx", "export")
+    require("onnxruntime", "cpu")
+    from microclip_deploy.export.build_options import parse_options
+
+    given: dict[str, Any] = {"--batch": batch, "--workspace": workspace, "--opt-level": opt_level}
+    given |= {"--timing-cache": timing_cache, "--version-compatible": version_compatible or None}
+    given |= {"--hardware-compat": hardware_compat, "--print-trtexec": print_trtexec or None}
+    build = parse_options(trt, given)
+    proving: dict[str, Any] = {"images": images, "device": device}
+    proving |= {"atol": atol, "min_agreement": min_agreement}
+    if build is not None and is_export(source):
+        directory = _inside(source, out_dir)
+    else:
+        directory = _target(out_dir, dtype if trt else None)
+        from microclip_deploy.export.command import run_export
+
+        proof = run_export(
+            source, directory, notes, dtype=dtype.value, overwrite=overwrite, **proving
+        )
+        _show(proof, as_json)
+    if build is not None and print_trtexec:
+        _print_trtexec(directory, build)
+    elif build is not None:
+        from microclip_deploy.export.engine_command import run_build
+
+        proof = run_build(directory, build, notes, timing_cache=timing_cache, **proving)
+        _show(proof, as_json)
+
+
+def _inside(export: Path, out_dir: Path | None) -> Path:
+    """Return the export, inside which its engines are built."""
+    if out_dir is not None:
+        raise UsageError(
+            f"--out {out_dir}: expected none with the export {export}, whose engines are built "
+            "inside it; leave it out"
+        )
+    return export
+
+
+def _target(out_dir: Path | None, built_from: Dtype | None) -> Path:
+    """Return where a run is exported to, once it can be, and in a precision for engines if any."""
+    from microclip_deploy.export.build_options import require_buildable
+
+    require_exporter()
+    if built_from is not None:
+        require_buildable(built_from)
+    if out_dir is None:
+        raise UsageError("--out: expected a directory for the export, found none; give -o DIR")
+    return out_dir
+
+
+def _print_trtexec(directory: Path, build: "BuildOptions") -> None:
+    from microclip_deploy.export.build_options import trtexec_commands
+    from microclip_deploy.serving.exported import read_export
+
+    commands = trtexec_commands(read_export(directory), build)
+    out.print(commands, markup=False, highlight=False, soft_wrap=True)
+
+
+def verify(
+    export_dir: ExportDirectory,
+    run: Annotated[
+        Path | None, typer.Option(help="Ask this run's PyTorch model instead of stored answers.")
+    ] = None,
+    images: ProofImages = None,
+    device: ProofDevice = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Prove an export again on this machine; exit 5 where it departs from PyTorch."""
+    require("onnxruntime", "cpu")
+    from microclip_deploy.export.proof.judge import require_proven
+    from microclip_deploy.export.proof.verify import VERIFIED, run_verify
+
+    proof = run_verify(export_dir, notes, run=run, images=images, device=device)
+    _show(proof, as_json)
+    require_proven(proof, export_dir / VERIFIED)
+
+
+def require_exporter() -> None:
+    """Insist on what writes and proves graphs.
+
+    Raises:
+        EnvironmentProblem: a package is missing; comes with its install line.
+    """
+    for package, extra in (("torch", "adapt"), ("onnxscript", "export"), ("onnxruntime", "cpu")):
+        require(package, extra)
+
+
+def _show(proof: "Proof", as_json: bool) -> None:
+    from microclip_deploy.export.proof.verify import table
+
+    if as_json:
+        print_json(proof.model_dump(mode="json"))
+    else:
+        out.print(table(proof))
