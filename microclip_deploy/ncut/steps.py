@@ -120,7 +120,7 @@ def similarities(tokens: Array, spec: NCutSpec) -> Array:
             f"patch tokens: expected floating point (B, N, D) with N >= {MIN_TOKENS}, "
             f"found {tokens.dtype} {tuple(tokens.shape)}"
         )
-    x = _wide(xp, tokens)
+    x = tokens if tokens.dtype == xp.float64 else xp.astype(tokens, xp.float32)
     if spec.affinity == "centered_cosine":
         x = x - xp.mean(x, axis=1, keepdims=True)
     if spec.affinity != "dot":
@@ -251,7 +251,7 @@ def _bipartition(
     joined = _pairs_joined(xp, edges)
     complete = joined == edges.shape[1] * (edges.shape[1] - 1)
     determined = fiedler.simple & decided & (joined > 0) & ~complete
-    finite = xp.abs(xp.sum(_wide(xp, tokens), axis=(1, 2))) < xp.inf  # False for NaN
+    finite = xp.abs(xp.sum(_summable(xp, tokens), axis=(1, 2))) < xp.inf  # False for NaN
     determined = determined & finite & xp.any(mask, axis=1)
     everything = mask | ~determined[:, None]
     return Saliency(everything, vector, ~determined, complete, fiedler.residual)
@@ -311,9 +311,10 @@ def _one_thread(matrix: Array) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _wide(xp: Any, tokens: Array) -> Array:
-    """Return tokens in float32, or as they are in float64: sums of halves overflow."""
-    return tokens if tokens.dtype == xp.float64 else xp.astype(tokens, xp.float32)
+def _summable(xp: Any, tokens: Array) -> Array:
+    """Return tokens whose sums do not overflow: halves as float32."""
+    halves = tokens.dtype not in (xp.float32, xp.float64)
+    return xp.astype(tokens, xp.float32) if halves else tokens
 
 
 def _identity(xp: Any, edges: Array) -> Array:
