@@ -2,9 +2,8 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -42,11 +41,9 @@ DEFAULT_MODEL = "ViT-B-32"
 DEFAULT_TAG = "openai"
 
 
-@dataclass(frozen=True)
-class AdaptRequest:
-    """The options of `adapt` as they were given."""
+class Asked(NamedTuple):
+    """What a run is to be made of; its inputs hold the same once it has begun."""
 
-    out: Path
     images: Path | None = None
     classes: Path | None = None
     descriptions: Path | None = None
@@ -56,38 +53,48 @@ class AdaptRequest:
     recipe: str | None = None
     overrides: tuple[str, ...] = ()
     val_dir: Path | None = None
-    device: str = "auto"
-    workers: int | None = None
-    max_bad_images: str = "1%"
-    save_every: int = 200
-    resume: bool = False
-    overwrite: bool = False
 
 
-def run_adapt(request: AdaptRequest, notes: Console) -> dict[str, Any]:
+def run_adapt(
+    out: Path,
+    asked: Asked,
+    notes: Console,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    max_bad: str = "1%",
+    save_every: int = 200,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """Start or resume a run and write its checkpoint and report; return the manifest's content."""
-    if request.resume and request.overwrite:
+    if resume and overwrite:
         raise UsageError("--resume continues a run and --overwrite replaces it; give one of them")
-    started = request.resume and (request.out / INPUTS).is_file()
-    if not started and (request.images is None or request.classes is None):
-        missing = f"no started run in {request.out}" if request.resume else "no images or classes"
+    started = resume and (out / INPUTS).is_file()
+    if not started and (asked.images is None or asked.classes is None):
+        missing = f"no started run in {out}" if resume else "no images or classes"
         raise UsageError(f"adapt: expected IMAGES and --classes FILE, found {missing}")
-    device = choose_device(request.device, notes)
-    with locked(request.out), gpu_memory():
-        inputs, clip = (_resumed if started else _new)(request, device, notes)
-        if started and (request.out / artifact.MANIFEST).is_file():
-            return _finished(request.out, device, clip, notes)
-        workers = request.workers if request.workers is not None else _default_workers(device)
-        operation = Operation(request.out, workers, request.save_every)
+    device = choose_device(device, notes)
+    with locked(out), gpu_memory():
+        if started:
+            inputs, clip = _resumed(out, asked, device, notes)
+        else:
+            require_replaceable(out, overwrite)
+            inputs, clip = _new(asked, device, max_bad, notes)
+            remove_run(out)
+            write_inputs(out, inputs)
+        if started and (out / artifact.MANIFEST).is_file():
+            return _finished(out, device, clip, notes)
+        operation = Operation(out, _workers(device) if workers is None else workers, save_every)
         validator = _validator(inputs, clip, device)
         with bar(notes, "adapting") as progress:
             step = _stepper(progress.update)
             content = execute(inputs, operation, clip, validator=validator, on_step=step)
         for warning in content["warnings"]:
             notes.print(f"warning: {warning}", style="yellow", markup=False)
-        with open_run(request.out, device, clip=clip) as run:
-            update_report(request.out, run, notes)
-    notes.print(f"adapted: {request.out}", markup=False)
+        with open_run(out, device, clip=clip) as run:
+            update_report(out, run, notes)
+    notes.print(f"adapted: {out}", markup=False)
     return content
 
 
@@ -104,56 +111,47 @@ def choose_device(device: str, notes: Console) -> str:
     return device
 
 
-def _new(request: AdaptRequest, device: str, notes: Console) -> tuple[RunInputs, Clip]:
-    """Check everything a new run needs, cheapest first, then write its inputs."""
-    assert request.images is not None, "checked by run_adapt"
-    assert request.classes is not None, "checked by run_adapt"
-    require_replaceable(request.out, request.overwrite)
-    recipe = resolve(Recipe, request.recipe, request.overrides)
-    texts = class_texts(
-        request.classes, request.descriptions, request.templates or DEFAULT_TEMPLATES
-    )
-    listed = list_images(request.images)
-    if request.val_dir is not None:
-        LabelledImages.read(request.val_dir, texts.names)
-    clip = load_clip(_backbone(request), device)
+def _new(asked: Asked, device: str, max_bad: str, notes: Console) -> tuple[RunInputs, Clip]:
+    """Check everything a new run needs, cheapest first."""
+    assert asked.images is not None, "checked by run_adapt"
+    assert asked.classes is not None, "checked by run_adapt"
+    recipe = resolve(Recipe, asked.recipe, asked.overrides)
+    texts = class_texts(asked.classes, asked.descriptions, asked.templates or DEFAULT_TEMPLATES)
+    listed = list_images(asked.images)
+    if asked.val_dir is not None:
+        LabelledImages.read(asked.val_dir, texts.names)
+    clip = load_clip(_backbone(asked), device)
     with bar(notes, "checking images") as progress:
-        checked = check_images(
-            listed.paths, max_bad=request.max_bad_images, on_progress=progress.update
-        )
+        checked = check_images(listed.paths, max_bad=max_bad, on_progress=progress.update)
     tell_skipped(checked.bad, notes)
     notes.print(
         f"{len(checked.good)} images, {len(checked.bad)} skipped, {len(texts.names)} classes"
     )
-    inputs = make_inputs(
-        clip, recipe, texts, good=checked.good, bad=checked.bad, val_dir=request.val_dir
-    )
-    remove_run(request.out)
-    write_inputs(request.out, inputs)
-    return inputs, clip
+    good, bad = checked.good, checked.bad
+    return make_inputs(clip, recipe, texts, good=good, bad=bad, val_dir=asked.val_dir), clip
 
 
-def _resumed(request: AdaptRequest, device: str, notes: Console) -> tuple[RunInputs, Clip]:
+def _resumed(out: Path, asked: Asked, device: str, notes: Console) -> tuple[RunInputs, Clip]:
     """Read the inputs of a started run; what is given again must be the same."""
-    inputs = read_inputs(request.out)
-    differing = _differences(request, inputs)
+    inputs = read_inputs(out)
+    differing = _differences(asked, inputs)
     if differing:
         raise UsageError(
-            f"--resume: {request.out} was started with other inputs: {'; '.join(differing)}; drop "
+            f"--resume: {out} was started with other inputs: {'; '.join(differing)}; drop "
             "these options, or start again with --overwrite"
         )
     inputs.require_images()
-    if request.val_dir is not None:
-        inputs = inputs.model_copy(update={"val_dir": str(request.val_dir)})
-    notes.print(f"resuming {request.out}", markup=False)
+    if asked.val_dir is not None:
+        inputs = inputs.model_copy(update={"val_dir": str(asked.val_dir)})
+    notes.print(f"resuming {out}", markup=False)
     # A model that was moved may be named again: its weights are what counts.
-    return inputs, load_clip(_backbone(request) if request.model else inputs.backbone, device)
+    return inputs, load_clip(_backbone(asked) if asked.model else inputs.backbone, device)
 
 
-def _differences(request: AdaptRequest, inputs: RunInputs) -> list[str]:
+def _differences(asked: Asked, inputs: RunInputs) -> list[str]:
     """Name what a command line says otherwise than the inputs of the run it resumes."""
-    given = read_recipe(request.recipe) if request.recipe else {}
-    for override in request.overrides:
+    given = read_recipe(asked.recipe) if asked.recipe else {}
+    for override in asked.overrides:
         given = merge(given, parse_override(override))
     stored = inputs.recipe.model_dump()
     again = validate(Recipe, merge(stored, given)).model_dump()
@@ -163,17 +161,17 @@ def _differences(request: AdaptRequest, inputs: RunInputs) -> list[str]:
         for key, value in fields.items()
         if value != stored[section][key]
     ]
-    if request.classes is not None:
-        templates = request.templates or inputs.templates
-        texts = class_texts(request.classes, request.descriptions, templates)
-        same = texts.descriptions == inputs.descriptions or request.descriptions is None
+    if asked.classes is not None:
+        templates = asked.templates or inputs.templates
+        texts = class_texts(asked.classes, asked.descriptions, templates)
+        same = texts.descriptions == inputs.descriptions or asked.descriptions is None
         if texts.names != inputs.classes or texts.templates != inputs.templates or not same:
             found.append("class names, descriptions or templates")
-    if request.images is not None:
-        present = {str(path.absolute()) for path in list_images(request.images).paths}
+    if asked.images is not None:
+        present = {str(path.absolute()) for path in list_images(asked.images).paths}
         missing = [path for path in inputs.images if path not in present]
         if missing:
-            found.append(f"images, {printable(missing[0])} among others is not in {request.images}")
+            found.append(f"images, {printable(missing[0])} among others is not in {asked.images}")
     return found
 
 
@@ -187,22 +185,22 @@ def _finished(directory: Path, device: str, clip: Clip, notes: Console) -> dict[
     return dict(artifact.read_json(directory / artifact.MANIFEST))
 
 
-def _backbone(request: AdaptRequest) -> BackboneSpec:
-    model = request.model or DEFAULT_MODEL
+def _backbone(asked: Asked) -> BackboneSpec:
+    model = asked.model or DEFAULT_MODEL
     located = model == "demo" or model.startswith(("hf-hub:", "local-dir:"))
     if model.startswith("local-dir:"):
         model = f"local-dir:{Path(model.removeprefix('local-dir:')).absolute()}"
-    if located and request.pretrained:
+    if located and asked.pretrained:
         raise UsageError(f"--pretrained: --model {model} already names its weights; drop it")
     if located:
         return BackboneSpec(model=model)
-    pretrained = request.pretrained or DEFAULT_TAG
+    pretrained = asked.pretrained or DEFAULT_TAG
     if Path(pretrained).is_file():
         pretrained = str(Path(pretrained).absolute())
     return BackboneSpec(model=model, pretrained=pretrained)
 
 
-def _default_workers(device: str) -> int:
+def _workers(device: str) -> int:
     """Leave a small CPU to the model; keep a GPU fed."""
     return min(8, os.cpu_count() or 1) if device.startswith("cuda") else 0
 

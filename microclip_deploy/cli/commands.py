@@ -4,9 +4,8 @@ PyTorch is imported where a run directory needs it; an export needs none.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -77,30 +76,27 @@ def _keep(directory: Path, measured: Evaluation, run: RunSessions, notes: Consol
         notes.print(f"warning: {error}", style="yellow", markup=False)
 
 
-@dataclass(frozen=True)
-class PredictRequest:
-    """The options of `predict` as they were given."""
-
-    directory: Path
-    """A run or an export."""
-    images: tuple[Path, ...]
-    top_k: int
-    output_format: Literal["table", "csv", "json", "jsonl"]
-    overlay: Path | None
-    device: str
-    batch_size: int
-
-
-def run_predict(request: PredictRequest, out: Console, notes: Console) -> None:
-    """Classify images and print the results as they come."""
-    overlays = OverlayWriter(request.overlay) if request.overlay else None
-    with gpu_memory(), open_session(request.directory, request.device) as session:
+def run_predict(
+    directory: Path,
+    images: Sequence[Path],
+    out: Console,
+    notes: Console,
+    *,
+    top_k: int = 5,
+    output_format: Literal["table", "csv", "json", "jsonl"] = "table",
+    overlay: Path | None = None,
+    device: str = "auto",
+    batch_size: int = 64,
+) -> None:
+    """Classify images with a run or an export and print the results as they come."""
+    overlays = OverlayWriter(overlay) if overlay else None
+    with gpu_memory(), open_session(directory, device) as session:
         _tell_device(session, notes)
-        results = predict(session, request.images, request.top_k, batch_size=request.batch_size)
-        if request.output_format == "table":
+        results = predict(session, images, top_k, batch_size=batch_size)
+        if output_format == "table":
             out.print(table(results, overlays.write if overlays else None))
             return
-        with open_writer(request.output_format, sys.stdout, request.top_k) as writer:
+        with open_writer(output_format, sys.stdout, top_k) as writer:
             for result in results:
                 writer.write(result)
                 if overlays:

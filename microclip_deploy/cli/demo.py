@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from microclip_deploy.adapt.log import HISTORY, read_history
-from microclip_deploy.cli.adapt import AdaptRequest, run_adapt
-from microclip_deploy.cli.commands import PredictRequest, run_evaluate, run_predict
+from microclip_deploy.cli.adapt import Asked, run_adapt
+from microclip_deploy.cli.commands import run_evaluate, run_predict
 from microclip_deploy.demo.folders import RECIPE, write_benchmark
 from microclip_deploy.errors import VerificationError
 from microclip_deploy.evaluation.evaluate import Evaluation
@@ -58,14 +58,19 @@ def run(out: Path, *, seed: int, device: str, notes: Console, printed: Console) 
     """
     images, directory = out / "images", out / f"seed-{seed}"
     write_benchmark(images, notes)
-    request = adapt_request(images, directory, seed=seed, device=device)
-    run_adapt(request, notes)
+    asked = Asked(
+        images=images / "adapt",
+        classes=images / "classes.txt",
+        descriptions=images / "descriptions.json",
+        model="demo",
+        recipe=RECIPE,
+        overrides=(f"adapt.seed={seed}",),
+    )
+    run_adapt(directory, asked, notes, device=device, resume=True)
     evaluation = run_evaluate(directory, images / "test", notes, device=device, batch_size=128)
     photos = sorted((images / "test").glob("*/*.png"))
     photos = photos[:: len(photos) // 5][:5]
-    run_predict(
-        PredictRequest(directory, tuple(photos), 3, "table", None, device, 64), printed, notes
-    )
+    run_predict(directory, photos, printed, notes, top_k=3, device=device)
     exported = _export(directory, out / f"export-{seed}", images, notes, printed)
     _require_same(evaluation, exported)
     seconds = sum(epoch["seconds"] for epoch in read_history(directory / HISTORY))
@@ -96,18 +101,3 @@ def _require_same(pytorch: Evaluation, exported: Evaluation) -> None:
                 f"{token}: expected PyTorch's top-1 {expected.top1:.4f} of the exported graph, "
                 f"found {found.top1:.4f}; run `microclip-deploy verify` on the export"
             )
-
-
-def adapt_request(images: Path, out: Path, *, seed: int, device: str) -> AdaptRequest:
-    """Return the request a user would make for the written images."""
-    return AdaptRequest(
-        out=out,
-        images=images / "adapt",
-        classes=images / "classes.txt",
-        descriptions=images / "descriptions.json",
-        model="demo",
-        recipe=RECIPE,
-        overrides=(f"adapt.seed={seed}",),
-        device=device,
-        resume=True,
-    )

@@ -91,28 +91,22 @@ def adapt(
     Example: microclip-deploy adapt photos/ --classes classes.txt -o runs/birds
     """
     require("torch", "adapt")
-    from microclip_deploy.cli import adapt
+    from microclip_deploy.cli.adapt import Asked, run_adapt
 
     shorthand = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
-    request = adapt.AdaptRequest(
-        out=out_dir,
-        images=images,
-        classes=classes,
-        descriptions=descriptions,
-        templates=tuple(template or ()),
-        model=model,
-        pretrained=pretrained,
-        recipe=recipe,
-        overrides=(*(sets or ()), *_overrides(shorthand)),
-        val_dir=val_dir,
+    overrides = (*(sets or ()), *_overrides(shorthand))
+    texts = (classes, descriptions, tuple(template or ()))
+    summary = run_adapt(
+        out_dir,
+        Asked(images, *texts, model, pretrained, recipe, overrides, val_dir),
+        notes,
         device=device,
         workers=workers,
-        max_bad_images=max_bad_images,
+        max_bad=max_bad_images,
         save_every=save_every,
         resume=resume,
         overwrite=overwrite,
     )
-    summary = adapt.run_adapt(request, notes)
     if as_json:
         print_json(summary)
 
@@ -172,10 +166,17 @@ def predict(
     """Classify images with an adapted model; only a run needs PyTorch, an export does not."""
     from microclip_deploy.cli import commands
 
-    request = commands.PredictRequest(
-        directory, tuple(images), top_k, output_format.value, overlay, device, batch_size
+    commands.run_predict(
+        directory,
+        images,
+        out,
+        notes,
+        top_k=top_k,
+        output_format=output_format.value,
+        overlay=overlay,
+        device=device,
+        batch_size=batch_size,
     )
-    commands.run_predict(request, out, notes)
 
 
 app.command()(export)
