@@ -3,8 +3,8 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partialmethod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.model.text import TextHeads
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, PROBES, Precision
+from microclip_deploy.serving.onnx_graph import OnnxGraph
 
 DATA = Path(__file__).parent.parent / "vectors"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -115,6 +116,14 @@ class Golden(NamedTuple):
     images: NDArray[np.uint8]
     """(B, S, S, 3)."""
     answers: dict[str, NDArray[Any]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Let graphs run on one thread: they are so small that more only wait for each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnnxGraph, "__init__", partialmethod(OnnxGraph.__init__, threads=1))
+        yield
 
 
 @pytest.fixture(scope="session", params=["g7", "g14", "h2"])
