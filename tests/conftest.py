@@ -1,6 +1,8 @@
 """What most tests need: a tiny CLIP on disk and a folder of small photos."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +43,10 @@ TINY_MODEL = {
 CLASSES = ("red circle", "green square", "blue stripe")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+# Models of tests are so small that threads cost more than they bring. Said to the processes, too,
+# that tests and pytest-xdist start.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +85,25 @@ def classes_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("texts") / "classes.txt"
     path.write_text("\n".join(CLASSES) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def adapt_into(
+    photos: Path, classes_file: Path, tiny_model_dir: Path
+) -> Callable[[Path], list[str]]:
+    """Return what makes the command line of an adaptation: two epochs of three iterations.
+
+    Options can be given again behind it: the last one counts.
+    """
+    how = ["--device", "cpu", "--epochs", "2", "--batch-size", "8", "--set", "views.crops=1"]
+    what = ["--classes", str(classes_file), "--model", f"local-dir:{tiny_model_dir}"]
+    return lambda out: ["adapt", str(photos), *what, "-o", str(out), *how]
+
+
+@pytest.fixture
+def adapt_arguments(adapt_into: Callable[[Path], list[str]], tmp_path: Path) -> list[str]:
+    """Return the command line that adapts into `run`."""
+    return adapt_into(tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

