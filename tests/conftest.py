@@ -1,7 +1,12 @@
 """What most tests need: a tiny CLIP on disk and a folder of small photos."""
 
-import json
 import os
+
+# Tests compute so little that threads cost more than they bring, the more so beside other workers
+# of pytest-xdist. The libraries read this when they are imported, also in processes of tests.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,12 +46,6 @@ TINY_MODEL = {
     },
 }
 CLASSES = ("red circle", "green square", "blue stripe")
-
-
-# Models of tests are so small that threads cost more than they bring. Said to the processes, too,
-# that tests and pytest-xdist start.
-os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
