@@ -45,7 +45,7 @@ def test_views_have_their_shapes_for_tiny_wide_and_tall_images(width: int, heigh
         assert made.weak.dtype == made.strong.dtype == made.crops.dtype == np.uint8
 
 
-@pytest.mark.parametrize(("width", "height"), [(34, 32), (32, 34), (90, 61), (32, 32)])
+@pytest.mark.parametrize(("width", "height"), [(33, 32), (50, 70), (90, 61), (32, 32)])
 def test_weak_view_is_some_window_of_the_resized_image(width: int, height: int) -> None:
     image = noise(width, height)
     possible = windows(CLIP.resize_short_side(image))
@@ -53,7 +53,16 @@ def test_weak_view_is_some_window_of_the_resized_image(width: int, height: int) 
         make_views(image, view_generator(0, 0, i), CLIP, PLAIN).weak.tobytes() for i in range(40)
     }
     assert seen <= possible
-    assert len(seen) >= min(len(possible), 4)  # with few places to choose from, all of them
+    assert len(seen) >= min(len(possible), 4)
+
+
+def test_weak_view_reaches_both_ends() -> None:
+    image = noise(34, 32)
+    pixels = np.asarray(image)
+    seen = {
+        make_views(image, view_generator(0, 0, i), CLIP, PLAIN).weak.tobytes() for i in range(40)
+    }
+    assert seen == {np.ascontiguousarray(pixels[:, i : i + SIZE]).tobytes() for i in range(3)}
 
 
 def test_crops_are_squares_of_the_original_within_the_bounds_of_the_side() -> None:
