@@ -15,7 +15,6 @@ from safetensors.numpy import save_file
 
 from microclip_deploy import artifact
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem
-from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.serving.engines import (
     BACKBONE_PLAN,
     ENGINES,
@@ -41,7 +40,7 @@ from microclip_deploy.serving.exported import (
     GraphSpec,
     read_export,
 )
-from microclip_deploy.serving.exported import SCHEMA as EXPORT_SCHEMA
+from tests.serving.made_exports import write_export
 
 HERE = Target(
     tensorrt="11.4.0.106", gpu="NVIDIA H200", compute_capability="9.0", system="Linux x86_64"
@@ -80,25 +79,9 @@ def changed(**fields: str) -> Target:
 @pytest.fixture
 def export(tmp_path: Path) -> Export:
     """Return an export whose graphs are a few bytes, which nothing here parses."""
-    directory = tmp_path / "my exports" / "birds"
-    directory.mkdir(parents=True)
-    for name in (BACKBONE, FULL):
-        (directory / name).write_text(f"the graph of {name}")
-    save_file({"classifier": np.eye(3, 8, dtype=np.float32)}, directory / CLASSIFIER)
-    parent = {"checkpoint_sha256": NO_SHA256, "backbone_sha256": NO_SHA256}
-    content = {
-        "parent": {**parent, "model": "ViT-B-32", "pretrained": "openai"},
-        "precision": "fp16",
-        "opset": 20,
-        "preprocess": {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3},
-        "ncut": NCutSpec().stored(),
-        "cls_share": 0.4,
-        "classes": ["robin", "wren", "owl"],
-        "templates": ["a photo of a {}."],
-        "graphs": {name: NO_TENSORS.model_dump() for name in (BACKBONE, FULL)},
-    }
-    artifact.write_manifest(directory, EXPORT_SCHEMA, content, [BACKBONE, FULL, CLASSIFIER])
-    return read_export(directory)
+    graphs = {name: f"the graph of {name}".encode() for name in (BACKBONE, FULL)}
+    matrix = np.eye(3, 8, dtype=np.float32)
+    return read_export(write_export(tmp_path / "my exports" / "birds", graphs, matrix))
 
 
 @pytest.fixture
