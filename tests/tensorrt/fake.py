@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import tensorrt as trt
 
-from tests.tensorrt.api import (
+from tests.tensorrt.signatures import (
     Signature,
     accepted_type,
     enum_members,
