@@ -31,7 +31,6 @@ def test_results_have_their_declared_type() -> None:
     assert isinstance(engine.get_tensor_shape("x"), trt.Dims)
     assert engine.name == ""
     assert memoryview(plan).nbytes == plan.nbytes
-    assert trt.Refitter(engine, LOG).get_missing_weights() == []
     assert not network, "an empty network is false, as every object with a length"
 
 
@@ -87,7 +86,6 @@ WRONG_ARGUMENTS: dict[str, Callable[[Objects], Any]] = {
     "length of a plan": lambda o: len(o.plan),
     "length of an engine": lambda o: len(o.engine),
     "slice of a plan": lambda o: o.plan[:4],
-    "layer shown as no layer": lambda o: setattr(o.network.get_layer(0), "__class__", trt.ITensor),
 }
 
 
@@ -117,7 +115,6 @@ def test_what_converts_is_taken() -> None:
         assert objects.context.set_input_shape("x", same)
     assert objects.context.set_tensor_address("x", np.int64(4096))
     assert objects.parser.parse(memoryview(b"onnx"), path=None)
-    objects.network.add_constant((2, 2), np.eye(2, dtype=np.float32))
     objects.network.add_concatenation([objects.network.get_input(0)] * 2)
 
 
