@@ -1,9 +1,14 @@
 """What most tests need: a tiny CLIP on disk and a folder of small photos."""
 
+import os
+
+# Tests compute so little that threads cost more than they bring, the more so beside other workers
+# of pytest-xdist. The libraries read this when they are imported, also in processes of tests.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +50,6 @@ TINY_MODEL = {
 CLASSES = ("red circle", "green square", "blue stripe")
 
 
-# Models of tests are so small that threads cost more than they bring. Said to the processes, too,
-# that tests and pytest-xdist start.
-os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an open_clip local-dir with random, seeded weights."""
@@ -87,6 +86,25 @@ def classes_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("texts") / "classes.txt"
     path.write_text("\n".join(CLASSES) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def adapt_into(
+    photos: Path, classes_file: Path, tiny_model_dir: Path
+) -> Callable[[Path], list[str]]:
+    """Return what makes the command line of an adaptation: two epochs of three iterations.
+
+    Options can be given again behind it: the last one counts.
+    """
+    how = ["--device", "cpu", "--epochs", "2", "--batch-size", "8", "--set", "views.crops=1"]
+    what = ["--classes", str(classes_file), "--model", f"local-dir:{tiny_model_dir}"]
+    return lambda out: ["adapt", str(photos), *what, "-o", str(out), *how]
+
+
+@pytest.fixture
+def adapt_arguments(adapt_into: Callable[[Path], list[str]], tmp_path: Path) -> list[str]:
+    """Return the command line that adapts into `run`."""
+    return adapt_into(tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,6 @@ def test_wheel_holds_one_package_with_its_data(tmp_path: Path) -> None:
         "cuda/affinity.cu",
         "cuda/soap.cu",
         "cuda/product.cu",
-        "cuda/preprocess.cu",
         "cuda/token.cuh",
         "bench/latency/page.html.j2",
         "bench/latency/run.py",

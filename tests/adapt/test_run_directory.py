@@ -2,47 +2,65 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from microclip_deploy import artifact
+from microclip_deploy.adapt.run_directory import locked
 from microclip_deploy.cli.main import main
 
-SETTINGS = ["--set", "adapt.epochs=2", "--batch-size", "8", "--set", "views.crops=1"]
+STOPPED = """
+import os, sys
+from microclip_deploy.cli.main import main
 
+signum, *names = sys.argv[1].split(",")
 
-def command(out: Path, photos: Path, classes: Path, model: Path) -> list[str]:
-    """Return a command line that adapts for two epochs of three iterations."""
-    return [
-        "adapt", str(photos), "--classes", str(classes), "--model", f"local-dir:{model}",
-        "-o", str(out), "--device", "cpu", *SETTINGS,
-    ]  # fmt: skip
+def stop(event, touched):
+    if names and event in ("open", "os.rename") and names[0] in str(touched):
+        names.pop(0)
+        if not names:
+            os.kill(os.getpid(), int(signum))
 
-
-@pytest.fixture
-def arguments(tmp_path: Path, photos: Path, classes_file: Path, tiny_model_dir: Path) -> list[str]:
-    return command(tmp_path / "run", photos, classes_file, tiny_model_dir)
+sys.addaudithook(stop)
+sys.exit(main(sys.argv[2:]))
+"""
+"""The command line, which gets a signal once it has touched files of some names, in that order."""
 
 
 @pytest.fixture(scope="module")
 def finished(
-    tmp_path_factory: pytest.TempPathFactory, photos: Path, classes_file: Path, tiny_model_dir: Path
+    tmp_path_factory: pytest.TempPathFactory, adapt_into: Callable[[Path], list[str]]
 ) -> Path:
     out = tmp_path_factory.mktemp("finished") / "run"
-    assert main(command(out, photos, classes_file, tiny_model_dir)) == 0
+    assert main(adapt_into(out)) == 0
     return out
 
 
 @pytest.fixture
 def run(tmp_path: Path, finished: Path) -> Path:
     """Return a finished run that the test may change."""
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
+    return shutil.copytree(finished, tmp_path / "run")
 
 
-def bytes_of(run: Path) -> str:
-    return artifact.sha256_file(run / "weights.safetensors")
+@pytest.fixture
+def unfinished(run: Path) -> Path:
+    """Return a run that was killed between its last state and its checkpoint."""
+    (run / "manifest.json").unlink()
+    return run
+
+
+def bytes_of(run: Path) -> list[str]:
+    files = ("weights.safetensors", "state/step-000000006.safetensors")
+    return [artifact.sha256_file(run / name) for name in files]
+
+
+def history(run: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
@@ -50,6 +68,184 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     assert "Traceback" not in found
     assert "internal error" not in found
     return found
+
+
+# ------------------------------------------------------------------------------ kills
+
+
+def stopped(signum: signal.Signals, names: str, arguments: list[str]) -> tuple[int, str]:
+    """Adapt until files were touched and the signal had its way; return exit code and stderr."""
+    call = [sys.executable, "-c", STOPPED, f"{signum:d},{names}", *arguments]
+    found = subprocess.run(call, capture_output=True, text=True, check=False)
+    return found.returncode, found.stderr
+
+
+@pytest.mark.slow
+def test_a_run_stopped_and_killed_ends_with_the_bytes_of_one_that_was_not(
+    tmp_path: Path, adapt_arguments: list[str], finished: Path
+) -> None:
+    run, resume = tmp_path / "run", [*adapt_arguments, "--resume"]
+    code, told = stopped(signal.SIGTERM, "history.jsonl,.png", resume)  # in the first batch
+    assert code == 128 + signal.SIGTERM
+    assert "stopped at iteration 1 of 6; the state is saved" in told
+    killed_while_saving = ("step-000000005.safetensors", [*resume, "--save-every", "1"])
+    assert stopped(signal.SIGKILL, *killed_while_saving)[0] == -signal.SIGKILL
+    assert max((run / "state").glob("*.json")).stem == "step-000000004"
+    assert not (run / "manifest.json").exists()
+    assert main(resume) == 0
+    assert bytes_of(run) == bytes_of(finished)
+    assert len(history(run)) == 2
+    assert not list((run / "state").glob("*.part"))
+
+
+@pytest.mark.parametrize("lost", ["bytes of the newest", "newest", "all"])
+def test_resuming_falls_back_to_the_newest_intact_state(
+    unfinished: Path, adapt_arguments: list[str], lost: str
+) -> None:
+    expected, state = bytes_of(unfinished), unfinished / "state"
+    newest = state / "step-000000006.safetensors"
+    if lost == "bytes of the newest":
+        newest.write_bytes(newest.read_bytes()[:-1] + b"\x01")
+    elif lost == "newest":  # killed between history and state: the epoch comes again
+        newest.with_suffix(".json").unlink()
+    else:  # the first save was cut short
+        (unfinished / "history.jsonl").unlink()
+        shutil.rmtree(state)
+        state.mkdir()
+        (state / ".step-000000003.safetensors.1.part").write_bytes(b"cut")
+    assert main([*adapt_arguments, "--resume"]) == 0
+    assert bytes_of(unfinished) == expected
+    assert [line["epoch"] for line in history(unfinished)] == [1, 2]
+    assert not list(state.glob("*.part"))
+
+
+def test_only_damaged_states_are_refused(
+    unfinished: Path, adapt_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (unfinished / "state").glob("*.safetensors"):
+        path.write_bytes(b"broken")
+    assert main([*adapt_arguments, "--resume"]) == 3
+    assert "only damaged ones" in error_of(capsys)
+
+
+def test_a_lost_history_is_told(
+    unfinished: Path, adapt_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (unfinished / "history.jsonl").unlink()
+    assert main([*adapt_arguments, "--resume"]) == 3
+    assert "expected 2 finished epochs, found 0" in error_of(capsys)
+
+
+# ------------------------------------------------------------------------------ resuming
+
+
+@pytest.mark.usefixtures("run")
+def test_resume_of_a_finished_run_does_nothing(
+    adapt_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*adapt_arguments, "--resume"]) == 0
+    assert "already finished" in error_of(capsys)
+
+
+def test_a_damaged_finished_run_is_not_called_finished(
+    run: Path, adapt_arguments: list[str]
+) -> None:
+    with open(run / "weights.safetensors", "ab") as file:
+        file.write(b"x")
+    assert main([*adapt_arguments, "--resume"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (["--set", "adapt.gamma=0.25"], "adapt.gamma is 0.5, given 0.25"),
+        (["--epochs", "9"], "adapt.epochs is 2, given 9"),
+        (["--template", "one {}"], "templates"),
+        (["--classes", "OTHER"], "other inputs: class names"),
+        (["--overwrite"], "--overwrite"),
+    ],
+)
+def test_resume_names_what_differs(
+    run: Path,
+    adapt_arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+    change: list[str],
+    part: str,
+) -> None:
+    other = run.parent / "classes.txt"
+    other.write_text("robin\nwren\n")
+    given = [str(other) if argument == "OTHER" else argument for argument in change]
+    assert main([*adapt_arguments, "--resume", *given]) == 2
+    assert part in error_of(capsys)
+
+
+@pytest.mark.usefixtures("run")
+def test_resume_with_other_images_is_refused(
+    tmp_path: Path, adapt_arguments: list[str], photos: Path
+) -> None:
+    adapt_arguments[1] = str(shutil.copytree(photos, tmp_path / "others"))
+    assert main([*adapt_arguments, "--resume"]) == 2
+
+
+def test_resume_needs_no_more_than_the_directory(unfinished: Path) -> None:
+    expected = bytes_of(unfinished)
+    assert main(["adapt", "--resume", "-o", str(unfinished), "--device", "cpu"]) == 0
+    assert bytes_of(unfinished) == expected
+
+
+def test_resume_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapt", "--resume", "-o", str(tmp_path / "typo")]) == 2
+    assert "no started run" in error_of(capsys)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_moved_model_is_accepted_by_its_weights(
+    unfinished: Path, adapt_arguments: list[str], tiny_model_dir: Path
+) -> None:
+    expected = bytes_of(unfinished)
+    moved = shutil.copytree(tiny_model_dir, unfinished.parent / "moved")
+    assert main([*adapt_arguments, "--resume", "--model", f"local-dir:{moved}"]) == 0
+    assert bytes_of(unfinished) == expected
+
+
+def test_images_that_are_gone_are_named(
+    unfinished: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = unfinished / "inputs.json"
+    inputs.write_text(inputs.read_text().replace(f"{photos}/red circle/00.png", "/gone/00.png"))
+    assert main(["adapt", "--resume", "-o", str(unfinished)]) == 3
+    assert "00.png" in error_of(capsys)
+
+
+# ------------------------------------------------------------------------------ the directory
+
+
+def test_a_second_run_in_the_directory_is_refused(
+    run: Path, adapt_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(run):
+        assert main([*adapt_arguments, "--resume"]) == 2
+    assert "another adaptation is running" in error_of(capsys)
+    assert main([*adapt_arguments, "--resume"]) == 0
+
+
+@pytest.mark.usefixtures("run")
+def test_a_used_directory_is_only_replaced_on_request(
+    tmp_path: Path, adapt_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(adapt_arguments) == 2
+    assert "--overwrite" in error_of(capsys)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("irreplaceable")
+    assert main([*adapt_arguments, "-o", str(foreign), "--overwrite"]) == 2
+    assert (foreign / "thesis.tex").read_text() == "irreplaceable"
+
+
+def test_overwrite_leaves_foreign_files_alone(run: Path, adapt_arguments: list[str]) -> None:
+    (run / "notes.txt").write_text("mine")
+    assert main([*adapt_arguments, "--overwrite"]) == 0
+    assert (run / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -60,130 +256,12 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )  # fmt: skip
 def test_overwrite_with_a_mistake_keeps_the_old_run(
-    run: Path, arguments: list[str], mistake: list[str]
+    run: Path, adapt_arguments: list[str], mistake: list[str]
 ) -> None:
     before = bytes_of(run)
-    assert main([*arguments, "--overwrite", *mistake]) in (2, 3)
+    assert main([*adapt_arguments, "--overwrite", *mistake]) in (2, 3)
     assert bytes_of(run) == before
     artifact.read_manifest(run, "microclip.checkpoint/1")
-
-
-def test_overwrite_leaves_foreign_files_alone(run: Path, arguments: list[str]) -> None:
-    (run / "notes.txt").write_text("mine")
-    assert main([*arguments, "--overwrite"]) == 0
-    assert (run / "notes.txt").read_text() == "mine"
-
-
-def test_a_first_save_cut_short_starts_at_zero(run: Path, arguments: list[str]) -> None:
-    expected = bytes_of(run)
-    (run / "manifest.json").unlink()
-    for path in (run / "state").glob("*.json"):
-        path.unlink()
-    (run / "state" / ".step-000000003.safetensors.1.part").write_bytes(b"cut")
-    (run / "history.jsonl").unlink()
-    assert main([*arguments, "--resume"]) == 0
-    assert bytes_of(run) == expected
-    assert not list((run / "state").glob("*.part"))
-
-
-def test_a_kill_between_history_and_state_repeats_the_epoch(
-    run: Path, arguments: list[str]
-) -> None:
-    expected = bytes_of(run)
-    (run / "manifest.json").unlink()
-    newest = run / "state" / "step-000000006.json"
-    newest.unlink()
-    assert main([*arguments, "--resume"]) == 0
-    assert bytes_of(run) == expected
-    epochs = [
-        json.loads(line)["epoch"] for line in (run / "history.jsonl").read_text().splitlines()
-    ]
-    assert epochs == [1, 2]
-
-
-def test_a_lost_history_is_told(
-    run: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    (run / "manifest.json").unlink()
-    (run / "history.jsonl").unlink()
-    assert main([*arguments, "--resume"]) == 3
-    assert "expected 2 finished epochs, found 0" in error_of(capsys)
-
-
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        (["--set", "adapt.gamma=0.25"], "adapt.gamma is 0.5, given 0.25"),
-        (["--epochs", "9"], "adapt.epochs is 2, given 9"),
-        (["--template", "one {}"], "templates"),
-    ],
-)
-def test_resume_names_what_differs(
-    run: Path,
-    arguments: list[str],
-    capsys: pytest.CaptureFixture[str],
-    change: list[str],
-    part: str,
-) -> None:
-    assert main([*arguments, "--resume", *change]) == 2
-    assert part in error_of(capsys)
-
-
-def test_resume_with_other_classes_or_images_is_refused(
-    tmp_path: Path, run: Path, arguments: list[str], photos: Path
-) -> None:
-    (tmp_path / "classes.txt").write_text("robin\nwren\n")
-    assert main([*arguments, "--resume", "--classes", str(tmp_path / "classes.txt")]) == 2
-    shutil.copytree(photos, tmp_path / "others")
-    arguments[1] = str(tmp_path / "others")
-    assert main([*arguments, "--resume"]) == 2
-
-
-def test_resume_needs_no_more_than_the_directory(run: Path) -> None:
-    expected = bytes_of(run)
-    (run / "manifest.json").unlink()
-    assert main(["adapt", "--resume", "-o", str(run), "--device", "cpu"]) == 0
-    assert bytes_of(run) == expected
-
-
-def test_resume_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["adapt", "--resume", "-o", str(tmp_path / "typo")]) == 2
-    assert "no started run" in error_of(capsys)
-    assert not (tmp_path / "typo").exists()
-
-
-def test_resume_and_overwrite_exclude_each_other(run: Path, arguments: list[str]) -> None:
-    assert main([*arguments, "--resume", "--overwrite"]) == 2
-
-
-def test_a_damaged_finished_run_is_not_called_finished(run: Path, arguments: list[str]) -> None:
-    with open(run / "weights.safetensors", "ab") as file:
-        file.write(b"x")
-    assert main([*arguments, "--resume"]) == 3
-
-
-def test_a_moved_model_is_accepted_by_its_weights(
-    tmp_path: Path, run: Path, arguments: list[str], tiny_model_dir: Path
-) -> None:
-    expected = bytes_of(run)
-    (run / "manifest.json").unlink()
-    shutil.copytree(tiny_model_dir, tmp_path / "moved")
-    arguments[arguments.index("--model") + 1] = f"local-dir:{tmp_path / 'moved'}"
-    assert main([*arguments, "--resume"]) == 0
-    assert bytes_of(run) == expected
-
-
-def test_images_that_are_gone_are_named(
-    tmp_path: Path, photos: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(photos, tmp_path / "mine")
-    arguments[1] = str(tmp_path / "mine")
-    assert main(arguments) == 0
-    (tmp_path / "run" / "manifest.json").unlink()
-    (tmp_path / "mine" / "red circle" / "00.png").unlink()
-    capsys.readouterr()
-    assert main(["adapt", "--resume", "-o", str(tmp_path / "run")]) == 3
-    assert "00.png" in error_of(capsys)
 
 
 @pytest.mark.parametrize("change", [('"cls_share": 0.5', '"cls_share": 0.1'), ("red circle", "x")])
@@ -196,31 +274,17 @@ def test_an_edited_manifest_is_refused(
     assert "sha256" in error_of(capsys)
 
 
-@pytest.mark.parametrize("device", ["foo", "meta", "cuda:x"])
-def test_unknown_devices_are_usage_errors(arguments: list[str], device: str) -> None:
-    assert main([*arguments, "--device", device]) == 2
-
-
-def test_a_directory_that_cannot_be_made_is_one_error(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments[arguments.index("-o") + 1] = "/proc/nope/run"
-    assert main(arguments) == 4
-    assert "could not be written" in error_of(capsys)
-
-
 def test_validation_is_logged_and_changes_nothing(
-    tmp_path: Path, run: Path, arguments: list[str], photos: Path
+    tmp_path: Path, finished: Path, adapt_arguments: list[str], photos: Path
 ) -> None:
-    arguments[arguments.index("-o") + 1] = str(tmp_path / "measured")
-    assert main([*arguments, "--val-dir", str(photos)]) == 0
-    assert bytes_of(tmp_path / "measured") == bytes_of(run)
-    lines = (tmp_path / "measured" / "history.jsonl").read_text().splitlines()
+    assert main([*adapt_arguments, "--val-dir", str(photos)]) == 0
+    assert bytes_of(tmp_path / "run") == bytes_of(finished)
+    lines = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
     assert all(0 <= json.loads(line)["validation"]["top1"] <= 1 for line in lines)
 
 
-def test_tensorboard_reads_the_events(run: Path) -> None:
+def test_tensorboard_reads_the_events(finished: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    events = EventAccumulator(str(finished / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("epoch/loss")] == [3, 6]

@@ -45,13 +45,9 @@ def tensor(golden: Any, name: str) -> torch.Tensor:
 def test_text_heads_equal_the_reference(golden: Any) -> None:
     groups = tensor(golden, "desc_raw").split(golden["desc_counts"].tolist())
     heads = heads_from_embeddings(tensor(golden, "class_prompts_raw"), groups)
-    torch.testing.assert_close(heads.names, tensor(golden, "classname_emb"), atol=TEXT_ATOL, rtol=0)
-    torch.testing.assert_close(
-        heads.frozen, tensor(golden, "frozen_classifier"), atol=TEXT_ATOL, rtol=0
-    )
-    torch.testing.assert_close(
-        heads.initial, tensor(golden, "classifier_init"), atol=TEXT_ATOL, rtol=0
-    )
+    names = ("classname_emb", "frozen_classifier", "classifier_init")
+    for found, name in zip((heads.names, heads.frozen, heads.initial), names, strict=True):
+        torch.testing.assert_close(found, tensor(golden, name), atol=TEXT_ATOL, rtol=0)
 
 
 def test_schedule_equals_the_reference(golden: Any) -> None:
@@ -61,6 +57,15 @@ def test_schedule_equals_the_reference(golden: Any) -> None:
 
 def reference_name(name: str) -> str:
     return name.removeprefix("backbone.").removeprefix("pooling.")
+
+
+def suffix(dtype: torch.dtype) -> str:
+    return "f64" if dtype == torch.float64 else "f32"
+
+
+def views_of(golden: Any, step: int, dtype: torch.dtype) -> Views:
+    names = (f"step{step}/{view}_i16" for view in ("weak", "strong", "crops"))
+    return Views(*(tensor(golden, name).to(dtype) / 256 for name in names))
 
 
 def build(golden: Any, dtype: torch.dtype) -> MicroCLIP:
@@ -78,42 +83,37 @@ def run(golden: Any, model: MicroCLIP, dtype: torch.dtype) -> list[Step]:
     optimizer = make_optimizer(model.trainable(), config)
     steps: list[Step] = []
     for i, rate in enumerate(golden["lr_used"]):
-        weak, strong, crops = (
-            tensor(golden, f"step{i}/{view}_i16").to(dtype) / 256
-            for view in ("weak", "strong", "crops")
-        )
         average = None if i in (0, 3) else steps[-1].losses.average  # step 3 starts an epoch
         if i == 3:
             check_parameters(golden, model, dtype)
-        views = Views(weak, strong, crops)
+        views = views_of(golden, i, dtype)
         steps.append(train_step(model, optimizer, views, config, average=average, rate=float(rate)))
         check_gradients(golden, model, i, dtype)
     return steps
 
 
 def check_parameters(golden: Any, model: MicroCLIP, dtype: torch.dtype) -> None:
-    suffix = "f64" if dtype == torch.float64 else "f32"
     for name, parameter in model.trainable().items():
-        expected = tensor(golden, f"after3_{suffix}/{reference_name(name)}").to(dtype)
+        expected = tensor(golden, f"after3_{suffix(dtype)}/{reference_name(name)}").to(dtype)
         torch.testing.assert_close(parameter.detach(), expected, atol=PARAMETER_ATOL, rtol=0)
 
 
 def check_gradients(golden: Any, model: MicroCLIP, i: int, dtype: torch.dtype) -> None:
-    suffix = "f64" if dtype == torch.float64 else "f32"
-    names = [str(name) for name in golden["param_names"]]
     norms = {
         reference_name(name): p.grad.norm().item()
         for name, p in model.trainable().items()
         if p.grad is not None
     }
+    names = golden["param_names"].tolist()
     assert set(norms) == set(names)
     found = [norms[name] for name in names]
-    np.testing.assert_allclose(found, golden[f"grad_norm_{suffix}"][i], rtol=GRADIENT_NORM_RTOL)
+    np.testing.assert_allclose(
+        found, golden[f"grad_norm_{suffix(dtype)}"][i], rtol=GRADIENT_NORM_RTOL
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_four_steps_equal_the_reference(golden: Any, dtype: torch.dtype) -> None:
-    suffix = "f64" if dtype == torch.float64 else "f32"
     steps = run(golden, build(golden, dtype), dtype)
     for i, step in enumerate(steps):
         np.testing.assert_array_equal(step.chosen, golden["pseudo_labels"][i])
@@ -128,25 +128,23 @@ def test_four_steps_equal_the_reference(golden: Any, dtype: torch.dtype) -> None
             "probs_avg": (step.losses.average.detach(), EMBEDDING_ATOL),
         }
         for name, (found, atol) in arrays.items():
-            np.testing.assert_allclose(found, golden[f"{name}_{suffix}"][i], atol=atol, rtol=0)
+            expected = golden[f"{name}_{suffix(dtype)}"][i]
+            np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
         scalars = {
             "ce": step.losses.cross_entropy,
             "fairness": step.losses.fairness,
             "total": step.losses.total,
         }
         for name, value in scalars.items():
-            expected = golden[f"{name}_{suffix}"][i]
+            expected = golden[f"{name}_{suffix(dtype)}"][i]
             np.testing.assert_allclose(value.item(), expected, rtol=LOSS_RTOL)
 
 
 def test_first_gradient_equals_the_reference(golden: Any) -> None:
-    model = build(golden, torch.float64)
-    config = AdaptConfig()
-    weak, strong, crops = (
-        tensor(golden, f"step0/{view}_i16").double() / 256 for view in ("weak", "strong", "crops")
-    )
+    model, config = build(golden, torch.float64), AdaptConfig()
     optimizer = make_optimizer(model.trainable(), config)
-    train_step(model, optimizer, Views(weak, strong, crops), config, average=None, rate=1e-4)
+    views = views_of(golden, 0, torch.float64)
+    train_step(model, optimizer, views, config, average=None, rate=1e-4)
     for name, parameter in model.trainable().items():
         assert parameter.grad is not None
         expected = tensor(golden, f"grad1/{reference_name(name)}")
@@ -154,11 +152,8 @@ def test_first_gradient_equals_the_reference(golden: Any) -> None:
 
 
 def test_bf16_touches_the_encoder_and_nothing_behind_it(golden: Any) -> None:
-    model = build(golden, torch.float32)
-    views = Views(
-        *(tensor(golden, f"step0/{view}_i16").float() / 256 for view in ("weak", "strong", "crops"))
-    )
-    config = AdaptConfig(precision="bf16")
+    model, config = build(golden, torch.float32), AdaptConfig(precision="bf16")
+    views = views_of(golden, 0, torch.float32)
     optimizer = make_optimizer(model.trainable(), config)
     step = train_step(model, optimizer, views, config, average=None, rate=1e-4)
     assert step.labels.aggregated.dtype == torch.float32

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from microclip_deploy.cli.main import main
 from microclip_deploy.demo import folders
@@ -14,35 +15,36 @@ from microclip_deploy.demo.ink import inked_tokens, mask_ink_iou
 from microclip_deploy.serving import open_session
 
 
-@pytest.fixture(autouse=True)
-def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "SIZES", {Split.ADAPT: 24, Split.VAL: 82, Split.TEST: 82})
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder that `demo --write-images` wrote, with a handful of images."""
+    folder = tmp_path_factory.mktemp("demo") / "images"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folders, "SIZES", {Split.ADAPT: 24, Split.VAL: 82, Split.TEST: 82})
+        assert main(["demo", "--write-images", str(folder)]) == 0
+    return folder
+
+
+def test_write_images_gives_ordinary_folders(images: Path) -> None:
+    assert len(list((images / "adapt").glob("*.png"))) == 24
+    assert len(list((images / "test").glob("*/*.png"))) == 82
+    assert len((images / "classes.txt").read_text("utf-8").splitlines()) == 82
 
 
 @pytest.mark.slow
-def test_demo_measures_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "demo"
+def test_demo_measures_before_and_after(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = images.parent
     assert main(["demo", "-o", str(out), "--device", "cpu", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    shown = capsys.readouterr()
+    assert "already written" in shown.err
+    found = json.loads(shown.out.splitlines()[-1])
     assert found["images"] == 82
     assert {row["model"] for row in found["rows"]} == {"adapted", "zero-shot"}
     adapted = [row for row in found["rows"] if row["model"] == "adapted"]
     assert found["exported"] == adapted  # the graph in ONNX Runtime says the same
     assert (out / "seed-0" / "report.html").is_file()
     with open_session(out / "seed-0") as session:
-        assert 0 < mask_ink_iou(session, out / "images") < 1
-    assert main(["demo", "-o", str(out), "--device", "cpu"]) == 0  # nothing is done twice
-    shown = capsys.readouterr()
-    assert "already finished" in shown.err
-    assert "zero-shot" in shown.out
-
-
-def test_write_images_gives_ordinary_folders(tmp_path: Path) -> None:
-    assert main(["demo", "--write-images", str(tmp_path / "letters")]) == 0
-    folder = tmp_path / "letters"
-    assert len(list((folder / "adapt").glob("*.png"))) == 24
-    assert len(list((folder / "test").glob("*/*.png"))) == 82
-    assert len((folder / "classes.txt").read_text("utf-8").splitlines()) == 82
+        assert 0 < mask_ink_iou(session, images) < 1
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(
@@ -59,8 +61,6 @@ def test_hidden_labels_are_the_rendered_characters() -> None:
 
 
 def test_inked_tokens_cover_the_glyph(tmp_path: Path) -> None:
-    from PIL import Image
-
     ink = np.zeros((64, 64), np.uint8)
     ink[8:16, 16:24] = 255
     Image.fromarray(ink).save(tmp_path / "ink.png")

@@ -1,7 +1,6 @@
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,23 +165,23 @@ def test_missing_packages_name_their_extra() -> None:
     assert dict(found.uses)["exported graphs"] == "not possible without onnxruntime"
 
 
-def test_a_crashing_import_does_not_kill_us(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import os; os.kill(os.getpid(), 11)"
-    monkeypatch.setattr(environment, "_PROBES", {"onnx": code})
-    assert "crashed with signal 11" in probe_package("onnx").error
-
-
-def test_a_raising_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_PROBES", {"onnx": "raise OSError('no libfoo.so')"})
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "crashed with signal 11"),
+        ("raise OSError('no libfoo.so')", "OSError: no libfoo.so"),
+        ("import time; time.sleep(60)", "longer than 3 s"),
+    ],
+)
+def test_an_import_that_fails_is_reported(
+    code: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnx.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(environment, "_PROBE_TIMEOUT_S", 3.0)
     found = probe_package("onnx")
-    assert found.error == "OSError: no libfoo.so"
+    assert told in found.error
     assert not found.works
-
-
-def test_a_hanging_import_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_PROBES", {"onnx": "import time; time.sleep(60)"})
-    monkeypatch.setattr(environment, "_PROBE_TIMEOUT_S", 0.2)
-    assert "longer than" in probe_package("onnx").error
 
 
 def test_this_machine_is_diagnosed_and_shown() -> None:
@@ -196,12 +195,3 @@ def test_this_machine_is_diagnosed_and_shown() -> None:
         for table in found.tables():
             console.print(table)
     assert "onnxruntime" in captured.get()
-
-
-def test_the_module_loads_nothing_heavy() -> None:
-    code = (
-        "import sys, microclip_deploy.cli.doctor\n"
-        "print({'torch', 'onnxruntime', 'onnx', 'rich'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

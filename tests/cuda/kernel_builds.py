@@ -9,7 +9,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,12 +141,12 @@ def _read(job: Job, log: str) -> Compiled:
     return Compiled(builds, [line for line in log.splitlines() if ": warning" in line])
 
 
-def compile_all() -> Compiled:
-    """Compile every job on all cores."""
+def compile_all(wanted: Iterable[Job]) -> Compiled:
+    """Compile jobs on all cores."""
     builds: dict[str, Build] = {}
     warnings: list[str] = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for compiled in pool.map(compile_job, jobs()):
+        for compiled in pool.map(compile_job, wanted):
             builds |= compiled.builds
             warnings += compiled.warnings
     return Compiled(builds, sorted(set(warnings)))
@@ -160,7 +160,9 @@ def read_table() -> tuple[str, dict[str, Build]]:
 
 def write_table() -> None:
     """Replace the committed table, a build a line."""
-    rows = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(compile_all().builds.items())]
+    rows = [
+        f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(compile_all(jobs()).builds.items())
+    ]
     columns = json.dumps(list(Build._fields))
     head = f'{{\n "nvrtc": {json.dumps(nvrtc_version())},\n "columns": {columns},\n "builds": {{\n'
     TABLE.write_text(head + ",\n".join(rows) + "\n }\n}\n")

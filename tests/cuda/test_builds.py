@@ -1,6 +1,7 @@
-"""Every kernel compiles for every architecture, and is what it was: registers, spills, memory.
+"""Kernels compile without a device and are what they were: registers, spills, shared memory.
 
-After a deliberate change run `python -m tests.cuda.kernel_builds` and look at the difference.
+The committed table has every kernel for every architecture; some are compiled here. After a change
+run `python -m tests.cuda.kernel_builds`, which compiles all, and look at the difference.
 """
 
 import shutil
@@ -15,7 +16,9 @@ from tests.cuda.kernel_builds import (
     SHARED_BYTES,
     Build,
     Compiled,
+    Job,
     compile_all,
+    jobs,
     nvrtc_version,
     read_table,
 )
@@ -35,15 +38,22 @@ CUDA_FILES = sorted(
 )
 
 
+def is_compiled_here(job: Job) -> bool:
+    """Choose what takes a few seconds: all for Hopper, one size for the oldest and the newest."""
+    if job.capability == 90:
+        return job.name != "cut N=576"
+    return job.capability in (min(SHARED_BYTES), max(SHARED_BYTES)) and "N=256" in job.name
+
+
 @pytest.fixture(scope="module")
 def compiled() -> Compiled:
-    return compile_all()
+    return compile_all(filter(is_compiled_here, jobs()))
 
 
 def test_builds_are_those_of_the_table(compiled: Compiled) -> None:
     version, expected = read_table()
     remedy = "run `python -m tests.cuda.kernel_builds` if this is meant"
-    assert compiled.builds.keys() == expected.keys(), remedy
+    assert compiled.builds.keys() <= expected.keys(), remedy
     allowed = 0 if version == nvrtc_version() else OTHER_NVRTC
     other = {
         name: (expected[name], build)
@@ -62,8 +72,8 @@ def is_as(expected: Build, found: Build, allowed: int) -> bool:
     return registers and spills and found.shared_bytes == expected.shared_bytes
 
 
-def test_nothing_spills_up_to_256_tokens(compiled: Compiled) -> None:
-    spilled = {name: build for name, build in compiled.builds.items() if build.spill_bytes}
+def test_nothing_spills_up_to_256_tokens() -> None:
+    spilled = [name for name, build in read_table()[1].items() if build.spill_bytes]
     assert [name for name in spilled if count_of(name) <= SPILL_FREE] == []
 
 
@@ -72,10 +82,11 @@ def count_of(name: str) -> int:
     return int(name.split()[1].removeprefix("N=")) if name.startswith("cut ") else 0
 
 
-def test_shared_memory_is_what_every_architecture_has(compiled: Compiled) -> None:
-    assert {int(name.rsplit("_", 1)[1]) for name in compiled.builds} == set(SHARED_BYTES)
-    for name, build in compiled.builds.items():
-        assert build.shared_bytes <= SHARED_BYTES[int(name.rsplit("_", 1)[1])], name
+def test_shared_memory_is_what_every_architecture_has() -> None:
+    builds = {name: build.shared_bytes for name, build in read_table()[1].items()}
+    assert {int(name.rsplit("_", 1)[1]) for name in builds} == set(SHARED_BYTES)
+    for name, shared in builds.items():
+        assert shared <= SHARED_BYTES[int(name.rsplit("_", 1)[1])], name
 
 
 def test_nvrtc_has_no_warnings(compiled: Compiled) -> None:

@@ -1,11 +1,10 @@
 """The kernel of the cut against float64 on random graphs of many kinds, run on the CPU.
 
-`make verify-kernel` tries ten times as many and prints a table.
+`make verify-kernel` tries twenty times as many and prints a table.
 """
 
 import os
 from collections.abc import Iterator
-from functools import cache
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from tests.cuda.float64_cut import Comparison, compare, exact_cut
 from tests.cuda.kernels_on_cpu import cut_edges, require_compiler
 from tests.ncut.graphs import FAMILIES, multiple_graphs, shuffled, tied_graphs
 
-GRAPHS = int(os.environ.get("NCUT_GRAPHS", "2200"))
+GRAPHS = int(os.environ.get("NCUT_GRAPHS", "1000"))
 """Random graphs in all; `make verify-kernel` sets it."""
 SHARES = {49: 0.62, 196: 0.26, 256: 0.09, 576: 0.03}
 """Of each number of tokens."""
@@ -52,7 +51,6 @@ def layout(count: int) -> KernelLayout:
     return KernelLayout(count, 16, "float32", SPEC, DEVICE)
 
 
-@cache
 def outcome(count: int, family: str) -> list[Comparison]:
     """Return the batches of a family."""
     left = max(1, round(GRAPHS * SHARES[count] / len(FAMILIES)))
@@ -83,15 +81,12 @@ def test_masks_are_those_of_float64(count: int, family: str, table: list[str]) -
     found = outcome(count, family)
     table.append(row(count, family, found))
     assert [part.wrong().tolist() for part in found] == [[] for _ in found]
-
-
-@pytest.mark.parametrize(("count", "family"), CASES)
-def test_outputs_agree_with_one_another(count: int, family: str) -> None:
-    for part in outcome(count, family):
+    for part in found:
         assert_consistent(part)
 
 
 def assert_consistent(part: Comparison) -> None:
+    """Hold the outputs of a batch against one another."""
     kernel, facts = part.kernel, part.facts
     assert kernel.mask.any(axis=1).all(), "expected no empty mask"
     assert np.isfinite(kernel.vector).all()

@@ -30,10 +30,9 @@ DEVICES = {
     "A100": Device(80, 166912),
     "Ada": Device(89, 101376),
     "Hopper": Device(90, 232448),
-    "Blackwell": Device(100, 232448),
-    "RTX 50": Device(120, 101376),
 }
-COUNTS = (4, 5, 31, 32, 33, 63, 64, 65, 66, 100, 289, 300, 345, 577, 1024)
+"""Those that differ in what their blocks may have."""
+COUNTS = (4, 32, 33, 63, 64, 65, 66, 345, 577, 1024)
 AFFINITIES = get_args(NCutSpec.model_fields["affinity"].annotation)
 NEAR_TAU = 1e-5
 """Similarities so close to tau, relative to the longest tokens' product, may fall on either side in
@@ -52,14 +51,9 @@ def graphs(count: int, each: int = 1) -> Bools:
 
 
 @cache
-def some_graphs(count: int) -> Bools:
-    return graphs(count)[:: 1 if count < 300 else 3]
-
-
-@cache
 def with_all_memory(count: int) -> tuple[Saliency, Facts]:
     layout = KernelLayout(count, 16, "float32", SPEC, Device(90, 1 << 18))
-    return cut_edges(layout, some_graphs(count))
+    return cut_edges(layout, graphs(count)[::3])
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -72,14 +66,13 @@ def test_masks_are_exact_for_any_number_of_tokens(count: int) -> None:
     assert found.binding.any()
 
 
-@pytest.mark.parametrize("count", [49, 196, 577, 1024])
+@pytest.mark.parametrize("count", [577, 1024])
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_device_gives_the_same_bits(name: str, count: int) -> None:
     here = KernelLayout(count, 16, "float32", SPEC, DEVICES[name])
     assert here.cut_bytes() <= here.device.shared_bytes
-    edges = some_graphs(count)
     expected, facts = with_all_memory(count)
-    found, others = cut_edges(here, edges)
+    found, others = cut_edges(here, graphs(count)[::3])
     assert found.vector.tobytes() == expected.vector.tobytes()
     np.testing.assert_array_equal(found.mask, expected.mask)
     np.testing.assert_array_equal(others.steps, facts.steps)
@@ -89,15 +82,14 @@ def test_small_devices_spill() -> None:
     def layout(count: int, name: str) -> KernelLayout:
         return KernelLayout(count, 16, "float32", SPEC, DEVICES[name])
 
-    assert all(layout(256, name).spilled_rows == 0 for name in ("A100", "Hopper", "Blackwell"))
+    assert all(layout(256, name).spilled_rows == 0 for name in ("A100", "Hopper"))
     assert layout(577, "Turing").spilled_rows > layout(577, "Hopper").spilled_rows > 0
     assert not layout(1024, "Turing").edges_in_shared, "expected edges that stay in global memory"
 
 
-@pytest.mark.parametrize("count", [49, 196])
-def test_the_mean_is_a_level_too(count: int) -> None:
+def test_the_mean_is_a_level_too() -> None:
     spec = NCutSpec(threshold="mean")
-    found = compare(KernelLayout(count, 16, "float32", spec, DEVICES["Hopper"]), graphs(count, 3))
+    found = compare(KernelLayout(196, 16, "float32", spec, DEVICES["Hopper"]), graphs(196, 3))
     assert found.wrong().tolist() == []
     assert found.binding.mean() > 0.5
 
@@ -140,8 +132,8 @@ def test_bits_are_the_definition(token: TokenType, name: Any) -> None:
     assert_graph(layout, bits, values)
 
 
-@pytest.mark.parametrize("token", TOKEN_TYPES)
-@pytest.mark.parametrize("width", [16, 48, 80, 784])
+@pytest.mark.parametrize("token", ["float16", "float32"])  # 2 and 4 bytes
+@pytest.mark.parametrize("width", [16, 80, 784])
 def test_widths_that_do_not_fill_a_chunk(width: int, token: TokenType) -> None:
     layout = KernelLayout(66, width, token, SPEC, DEVICES["Hopper"])
     held, values = of_type(layer_norm_tokens(np.random.default_rng(width), 2, 66, width), token)

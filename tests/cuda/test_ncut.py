@@ -1,6 +1,6 @@
 """The kernels of the cut on a CUDA device.
 
-Run with: python -m pytest -m gpu tests/ncut/test_cuda.py
+Run with: python -m pytest -m gpu tests/cuda/test_ncut.py
 """
 
 import warnings
@@ -90,17 +90,14 @@ def stream() -> Iterator[torch.cuda.Stream]:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("token", TOKEN_TYPES)
-def test_golden_masks_of_torch_tensors(token: TokenType, size: int) -> None:
-    found = cuda.saliency_cuda(golden(size, token), SPEC)
+def test_golden_masks(token: TokenType, size: int) -> None:
+    tokens = golden(size, token)
+    found = cuda.saliency_cuda(tokens, SPEC)
     assert_golden(found.mask.cpu().numpy(), found.degenerate.cpu().numpy(), size)
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("token", ["float16", "float32"])
-def test_golden_masks_of_cupy_arrays(token: TokenType, size: int) -> None:
-    found = cuda.saliency_cuda(to_cupy(golden(size, token)), SPEC)
-    assert isinstance(found.mask, cupy.ndarray)
-    assert_golden(cupy.asnumpy(found.mask), cupy.asnumpy(found.degenerate), size)
+    if token != "bfloat16":  # CuPy has none of its own
+        same = cuda.saliency_cuda(to_cupy(tokens), SPEC)
+        assert isinstance(same.mask, cupy.ndarray)
+        assert_same_bits(on_host(same), on_host(found))
 
 
 def assert_golden(mask: Bools, degenerate: Bools, size: int) -> None:
@@ -337,20 +334,12 @@ def test_an_empty_batch_gives_empty_results() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "token", "message"),
-    [
-        ((49, 16), "float32", r"expected \(B, N, D\)"),
-        ((1, 3, 16), "float32", "expected 4 to 1024"),
-        ((1, 1025, 16), "float32", "use saliency_iterative"),
-        ((1, 49, 20), "float32", "pad them with zeros"),
-        ((1, 49, 16), "float64", "convert them to float32"),
-    ],
+    ("shape", "message"), [((49, 16), r"expected \(B, N, D\)"), ((1, 3, 16), "expected 4 to 1024")]
 )
-def test_other_tokens_are_refused(shape: tuple[int, ...], token: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        cuda.saliency_cuda(torch.zeros(shape, dtype=getattr(torch, token), device="cuda"), SPEC)
-    with pytest.raises(UsageError, match=message):
-        cuda.saliency_cuda(cupy.zeros(shape, dtype=token), SPEC)
+def test_other_tokens_are_refused(shape: tuple[int, ...], message: str) -> None:
+    for tokens in (torch.zeros(shape, device="cuda"), cupy.zeros(shape, "float32")):
+        with pytest.raises(UsageError, match=message):
+            cuda.saliency_cuda(tokens, SPEC)
 
 
 @pytest.mark.parametrize("tokens", [torch.zeros(1, 49, 16), np.zeros((1, 49, 16), np.float32)])

@@ -30,12 +30,8 @@ def gradient(width: int = 24, height: int = 16) -> Image.Image:
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-    )
+    length, check = (struct.pack(">I", n) for n in (len(content), zlib.crc32(kind + content)))
+    return length + kind + content + check
 
 
 def png(width: int, height: int, extra: bytes = b"", rows: int | None = None) -> bytes:
@@ -59,22 +55,15 @@ def reason_for(path: Path) -> str:
     return caught.value.reason
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
-def test_lossless_formats_keep_every_pixel(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "JPEG", "WEBP", "GIF"])
+def test_formats_are_known_by_their_content(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "image.dat"
     path.write_bytes(encoded(gradient(), kind))
     image = read_image(path)
     assert type(image) is Image.Image
     assert image.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(image), np.asarray(gradient()))
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF"])
-def test_lossy_formats_are_close(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "image.dat"
-    path.write_bytes(encoded(gradient(), kind))
-    error = np.asarray(read_image(path), int) - np.asarray(gradient(), int)
-    assert np.abs(error).mean() < 12
+    error = np.asarray(image, int) - np.asarray(gradient(), int)
+    assert np.abs(error).mean() < (12 if kind in ("JPEG", "WEBP", "GIF") else 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -156,10 +145,9 @@ def test_sixteen_bit_grey_keeps_the_high_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
 def test_every_pixel_type_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / "image.tif"
     source = gradient().convert("L") if mode == "I;16" else gradient()
-    path.write_bytes(encoded(source.convert(mode), "PNG" if mode == "LA" else "TIFF"))
-    assert read_image(path).mode == "RGB"
+    source.convert(mode).save(tmp_path / "image", "PNG" if mode == "LA" else "TIFF")
+    assert read_image(tmp_path / "image").mode == "RGB"
 
 
 def test_cmyk_jpeg_keeps_its_colours(tmp_path: Path) -> None:
@@ -201,26 +189,22 @@ def test_first_frame_of_an_animation_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "extra",
+    "content",
     [
-        chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(5_000_000))),
-        chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(5_000_000))),
-        chunk(b"tEXt", b"key\0" + b"x" * 5_000_000),
-        chunk(b"eXIf", b"MM\0*" + b"\xff" * 100_000),
+        png(24, 16, chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(5_000_000)))),
+        png(24, 16, chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(5_000_000)))),
+        png(24, 16, chunk(b"tEXt", b"key\0" + b"x" * 5_000_000)),
+        png(24, 16, chunk(b"eXIf", b"MM\0*" + b"\xff" * 100_000)),
+        encoded(gradient(), "JPEG", icc_profile=bytes(3_000_000)),
     ],
+    ids=["iCCP", "zTXt", "tEXt", "eXIf", "JPEG"],
 )
-def test_large_or_damaged_metadata_does_not_cost_the_image(tmp_path: Path, extra: bytes) -> None:
-    path = tmp_path / "metadata.png"
-    path.write_bytes(png(12, 10, extra))
+def test_large_or_damaged_metadata_does_not_cost_the_image(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "metadata"
+    path.write_bytes(content)
     image = read_image(path)
-    assert image.size == (12, 10)
+    assert image.size == (24, 16)
     assert image.info == {}
-
-
-def test_large_jpeg_colour_profile_does_not_cost_the_image(tmp_path: Path) -> None:
-    path = tmp_path / "profile.jpg"
-    gradient().save(path, icc_profile=bytes(3_000_000))
-    assert read_image(path).size == gradient().size
 
 
 def test_warnings_of_pillow_do_not_leak_and_filters_are_restored(tmp_path: Path) -> None:

@@ -28,44 +28,31 @@ def names(image_set: sources.ImageSet) -> list[str]:
     return [path.relative_to(image_set.root).as_posix() for path in image_set.paths]
 
 
-def test_flat_folder_is_sorted_and_has_no_labels(tmp_path: Path) -> None:
-    for name in ("b.png", "a.JPG", "c.webp"):
+@pytest.mark.parametrize(
+    ("files", "listed", "labels"),
+    [
+        (["b.png", "a.JPG", "c.webp"], ["a.JPG", "b.png", "c.webp"], (None, None, None)),
+        (
+            ["dog/2024/a.png", "cat/b.png", "loose.png"],
+            ["cat/b.png", "dog/2024/a.png", "loose.png"],
+            ("cat", "dog", None),
+        ),
+        (["cafe\u0301/a.png"], ["cafe\u0301/a.png"], ("caf\u00e9",)),  # composed as class names are
+        (["a.png", ".b.png", ".cache/c.png", "__MACOSX/._a.png"], ["a.png"], (None,)),
+        (["a b\t.png", "日本/ü\n.png"], ["a b\t.png", "日本/ü\n.png"], (None, "日本")),
+        ([os.fsdecode(b"\xff\xfe.png")], [os.fsdecode(b"\xff\xfe.png")], (None,)),
+    ],
+    ids=["flat", "labelled", "composed", "hidden", "odd", "undecodable"],
+)
+def test_folders_are_sorted_and_labelled_by_their_first_level(
+    tmp_path: Path, files: list[str], listed: list[str], labels: tuple[str | None, ...]
+) -> None:
+    for name in files:
         save(tmp_path / name)
     found = list_images(tmp_path)
-    assert names(found) == ["a.JPG", "b.png", "c.webp"]
-    assert found.labels == (None, None, None)
-
-
-def test_first_folder_level_is_the_label(tmp_path: Path) -> None:
-    for name in ("dog/2024/a.png", "cat/b.png", "loose.png"):
-        save(tmp_path / name)
-    found = list_images(tmp_path)
-    assert names(found) == ["cat/b.png", "dog/2024/a.png", "loose.png"]
-    assert found.labels == ("cat", "dog", None)
-
-
-def test_labels_are_composed_like_class_names(tmp_path: Path) -> None:
-    save(tmp_path / "cafe\u0301" / "a.png")
-    assert list_images(tmp_path).labels == ("caf\u00e9",)
-
-
-def test_unicode_and_newline_names_survive(tmp_path: Path) -> None:
-    for name in ("日本/ü\n.png", "é.png", "a b\t.png"):
-        save(tmp_path / name)
-    found = list_images(tmp_path)
-    assert sorted(names(found)) == sorted(["日本/ü\n.png", "é.png", "a b\t.png"])
+    assert names(found) == listed
+    assert found.labels == labels
     assert check_images(found.paths).good == found.paths
-
-
-def test_undecodable_names_survive(tmp_path: Path) -> None:
-    save(tmp_path / os.fsdecode(b"\xff\xfe.png"))
-    assert len(check_images(list_images(tmp_path).paths).good) == 1
-
-
-def test_hidden_files_and_folders_are_skipped(tmp_path: Path) -> None:
-    for name in ("a.png", ".b.png", ".cache/c.png", "__MACOSX/._a.png"):
-        save(tmp_path / name)
-    assert names(list_images(tmp_path)) == ["a.png"]
 
 
 def test_symlink_loops_end_and_no_folder_is_entered_twice(tmp_path: Path) -> None:
@@ -124,12 +111,9 @@ def test_unreadable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         list_images(tmp_path)
 
 
-def test_single_image_is_a_source(tmp_path: Path) -> None:
+def test_single_image_is_a_source_and_another_file_is_not(tmp_path: Path) -> None:
     path = save(tmp_path / "one.png")
     assert list_images(path).paths == (path,)
-
-
-def test_other_kind_of_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(DataError, match=r"\.csv, \.tsv or \.txt list or an image"):
         list_images(tmp_path / "list.json")
@@ -236,7 +220,7 @@ def test_batches_are_the_test_views_in_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(images, expected)
 
 
-def test_bad_image_in_batches_is_reported_and_skipped(tmp_path: Path) -> None:
+def test_bad_image_in_batches_is_reported_and_skipped_or_an_error(tmp_path: Path) -> None:
     paths = [save(tmp_path / "0.png"), tmp_path / "none.png", save(tmp_path / "2.png")]
     reported: list[tuple[int, str]] = []
     batches = list(
@@ -244,11 +228,8 @@ def test_bad_image_in_batches_is_reported_and_skipped(tmp_path: Path) -> None:
     )
     assert [batch.indices.tolist() for batch in batches] == [[0, 2]]
     assert reported == [(1, "there is no such file")]
-
-
-def test_bad_image_in_batches_is_an_error_without_a_callback(tmp_path: Path) -> None:
     with pytest.raises(BadImage, match=r"none\.png"):
-        list(read_batches([tmp_path / "none.png"], TINY, 2))
+        list(read_batches(paths, TINY, 2))
 
 
 def test_reading_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -174,11 +174,8 @@ def test_json_lines_hold_one_line_an_image() -> None:
         {"class": "cat", "probability": 0.5, "logit": 10.0, "adapted": True},
         {"class": "dog", "probability": 0.5, "logit": 10.0, "adapted": True},
     ]
-    assert (content["mask_share"], content["cls_class"], content["fg_class"]) == (
-        0.25,
-        "cat",
-        "dog",
-    )
+    shares = {"mask_share": 0.25, "cls_class": "cat", "fg_class": "dog"}
+    assert {name: content[name] for name in shares} == shares
     _, marked = json_line(made_up(unadapted=("dog",)))
     assert isinstance(marked["top"], list)
     assert [guess["adapted"] for guess in marked["top"]] == [True, False]
@@ -258,10 +255,10 @@ def test_overlay_names_never_leave_the_folder() -> None:
 
 
 def shown(found: Table) -> str:
-    console = Console(width=100, file=io.StringIO())
-    console.print(found)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]  # an io.StringIO
-    return text
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(found)
+    return captured.get()
 
 
 def test_the_table_marks_disagreement_and_shows_markup_as_text() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from microclip_deploy import artifact
+from microclip_deploy.adapt.log import read_history
 from microclip_deploy.adapt.run_directory import read_inputs
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.evaluation.chart import epoch_chart
@@ -45,8 +46,14 @@ def manifest(finished_run: Path) -> dict[str, Any]:
     return artifact.read_manifest(finished_run, SCHEMA)
 
 
-def history_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+@pytest.fixture
+def history(finished_run: Path) -> list[dict[str, Any]]:
+    return read_history(finished_run / "history.jsonl")
+
+
+def rendered(manifest: dict[str, Any], history: list[dict[str, Any]]) -> str:
+    """Return the page of a run of which nothing else is known."""
+    return render(manifest, history, None, Montage((), ""), None)
 
 
 def test_the_page_stands_alone(page: str) -> None:
@@ -82,16 +89,17 @@ def test_an_evaluation_gives_the_headline(finished_run: Path, photos: Path, tmp_
     assert "Mean per class" in text
 
 
-def test_validation_is_drawn(manifest: dict[str, Any], finished_run: Path) -> None:
-    history = history_of(finished_run)
+def test_validation_is_drawn(manifest: dict[str, Any], history: list[dict[str, Any]]) -> None:
     for number, epoch in enumerate(history):
         epoch["validation"] = {"top1": 0.5 + 0.1 * number, "cls_top1": 0.4, "fg_top1": 0.3}
-    text = render(manifest, history, None, Montage((), ""), None)
+    text = rendered(manifest, history)
     assert "Validation accuracy" in text
     assert "70.0 %" in text
 
 
-def test_hostile_texts_stay_texts(manifest: dict[str, Any], finished_run: Path) -> None:
+def test_hostile_texts_stay_texts(
+    manifest: dict[str, Any], history: list[dict[str, Any]], finished_run: Path
+) -> None:
     manifest["classes"][0] = HOSTILE
     manifest["warnings"] = [f'"><img src=x onerror=alert(1)>{HOSTILE}']
     manifest["texts"]["provenance"]["classes.file"] = "\x1b[31m\u202eevil\udcff\x00.txt"
@@ -102,7 +110,7 @@ def test_hostile_texts_stay_texts(manifest: dict[str, Any], finished_run: Path) 
             "bad_images": (("</td><script>x</script>", HOSTILE),),
         }
     )
-    text = render(manifest, history_of(finished_run), inputs, Montage((), HOSTILE), None)
+    text = render(manifest, history, inputs, Montage((), HOSTILE), None)
     elements = Elements(text)
     assert elements.count("script") == 0
     assert not any("onerror" in attributes for _, attributes in elements.found)
@@ -112,18 +120,19 @@ def test_hostile_texts_stay_texts(manifest: dict[str, Any], finished_run: Path) 
     assert not set(map(ord, text)) & (set(range(32)) - {10})
 
 
-def test_warnings_are_shown(manifest: dict[str, Any], finished_run: Path) -> None:
+def test_warnings_are_shown(manifest: dict[str, Any], history: list[dict[str, Any]]) -> None:
     manifest["warnings"] = ["the pseudo-labels collapsed: one class holds 99%"]
-    text = render(manifest, history_of(finished_run), None, Montage((), ""), None)
+    text = rendered(manifest, history)
     assert "One thing needs your attention" in text
     assert "collapsed" in text
 
 
-def test_many_classes_show_the_extremes(manifest: dict[str, Any], finished_run: Path) -> None:
+def test_many_classes_show_the_extremes(
+    manifest: dict[str, Any], history: list[dict[str, Any]]
+) -> None:
     manifest["classes"] = [f"class {i}" for i in range(1000)]
-    history = history_of(finished_run)
     history[-1]["label_counts"] = list(range(1000))
-    text = render(manifest, history, None, Montage((), ""), None)
+    text = rendered(manifest, history)
     assert "Most frequent" in text
     assert text.count('class="fill"') == 24
     assert "no image was given to 1 class." in text
@@ -148,17 +157,6 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_a_damaged_history_is_named_with_its_line(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = shutil.copytree(finished_run, tmp_path / "run")
-    (run / "history.jsonl").write_text((run / "history.jsonl").read_text() + "{\n")
-    manifest = artifact.read_manifest(finished_run, SCHEMA)
-    monkeypatch.setattr(artifact, "read_manifest", lambda *_: manifest)
-    with pytest.raises(CheckpointError, match=r"history\.jsonl, line 4"):
-        write_report(run, sample_images=0)
-
-
 def test_visible_keeps_joiners_and_drops_control() -> None:
     assert visible("a\u200cb\u200d\u202e\x07\n\u2028é") == "a\u200cb\u200d é"
 
@@ -168,10 +166,8 @@ def test_nothing_to_draw_is_no_chart() -> None:
 
 
 def test_measurements_other_than_accuracy_are_no_headline(
-    finished_run: Path, manifest: dict[str, Any]
+    manifest: dict[str, Any], history: list[dict[str, Any]]
 ) -> None:
-    history = [
-        {**epoch, "validation": {"pseudo_label_accuracy": 0.5}}
-        for epoch in history_of(finished_run)
-    ]
-    assert "Accuracy on" not in render(manifest, history, None, Montage((), ""), None)
+    for epoch in history:
+        epoch["validation"] = {"pseudo_label_accuracy": 0.5}
+    assert "Accuracy on" not in rendered(manifest, history)

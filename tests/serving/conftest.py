@@ -9,12 +9,9 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.numpy import save_file
 
-from microclip_deploy import artifact
-from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.serving.exported import CLASSIFIER, FULL, SCHEMA
+from microclip_deploy.serving.exported import FULL
+from tests.serving.made_exports import write_export
 
 SIDE = 32
 CLASSES = ("red circle", "green square", "blue stripe")
@@ -87,39 +84,6 @@ def colour_graph(opset: int = 20, side: int = SIDE) -> onnx.ModelProto:
     )
 
 
-def write_export(
-    directory: Path,
-    graph: bytes,
-    classifier: NDArray[np.float32],
-    classes: tuple[str, ...],
-    unadapted: tuple[str, ...] = (),
-) -> Path:
-    """Write an export directory of a graph, whatever its bytes are."""
-    directory.mkdir()
-    (directory / FULL).write_bytes(graph)
-    save_file({"classifier": classifier}, directory / CLASSIFIER)
-    preprocess = Preprocess(size=SIDE, mean=(0.5,) * 3, std=(0.5,) * 3)
-    content = {
-        "parent": {
-            "checkpoint_sha256": "0" * 64,
-            "model": "demo",
-            "pretrained": None,
-            "backbone_sha256": "0" * 64,
-        },
-        "precision": "fp32",
-        "opset": 20,
-        "preprocess": preprocess.model_dump(),
-        "ncut": NCutSpec().stored(),
-        "cls_share": 0.5,
-        "classes": classes,
-        "unadapted": unadapted,
-        "templates": ("a photo of a {}.",),
-        "graphs": {FULL: {"inputs": [], "outputs": []}},
-    }
-    artifact.write_manifest(directory, SCHEMA, content, [FULL, CLASSIFIER])
-    return directory
-
-
 @pytest.fixture
 def colours() -> Callable[..., onnx.ModelProto]:
     """Return what makes the graph."""
@@ -138,7 +102,8 @@ def make_export(tmp_path: Path) -> MakeExport:
     ) -> Path:
         matrix = np.eye(3, dtype=np.float32) if classifier is None else classifier
         content = colour_graph().SerializeToString() if graph is None else graph
-        return write_export(tmp_path / "export", content, matrix, classes, unadapted)
+        fields: dict[str, Any] = {"classes": classes, "unadapted": unadapted, "precision": "fp32"}
+        return write_export(tmp_path / "export", {FULL: content}, matrix, **fields)
 
     return make
 

@@ -12,64 +12,72 @@ import pytest
 from microclip_deploy.cli.main import main
 from microclip_deploy.evaluation.evaluate import evaluate
 
-TRAINING = ("torch", "torchvision", "open_clip", "timm", "onnx", "matplotlib", "jinja2")
+TRAINING = ["torch", "torchvision", "open_clip", "timm", "onnx", "matplotlib", "jinja2"]
+WITHOUT = """
+import contextlib, io, json, sys
+
+packages, *commands = map(json.loads, sys.argv[1:])
+sys.modules.update(dict.fromkeys(packages))
+from microclip_deploy.cli.main import main
+
+for arguments in commands:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
 
 MakeExport = Callable[..., Path]
 
 
-def without(packages: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command where these packages cannot be imported."""
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({packages!r}))\n"
-        "from microclip_deploy.cli.main import main\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    call = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(call, capture_output=True, text=True, check=False)
+def without(packages: list[str], *commands: list[str]) -> list[tuple[int, str, str]]:
+    """Run commands in one process in which packages cannot be imported.
+
+    Returns:
+        For each its exit code, stdout and stderr.
+    """
+    call = [sys.executable, "-c", WITHOUT, *map(json.dumps, (packages, *commands))]
+    lines = subprocess.check_output(call, text=True).splitlines()
+    return [tuple(json.loads(line)) for line in lines]
 
 
 def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_an_export_is_evaluated_without_the_training_stack(export: Path, photos: Path) -> None:
-    before = content(export)
-    found = without(TRAINING, "evaluate", str(export), str(photos), "--json")
-    assert found.returncode == 0, found.stderr
-    result = json.loads(found.stdout)
+def test_an_export_is_used_without_the_training_stack(
+    export: Path, photos: Path, tmp_path: Path
+) -> None:
+    before, overlays = content(export), tmp_path / "overlays"
+    predict = ["predict", str(export), str(photos / "blue stripe"), "--overlay", str(overlays)]
+    (code, told, notes), *predicted = without(
+        TRAINING,
+        ["evaluate", str(export), str(photos), "--json"],
+        *([*predict, "--format", kind] for kind in ("table", "csv", "json", "jsonl")),
+    )
+    assert (code, notes) == (0, "device: cpu\nevaluating: 24/24\n")
+    result = json.loads(told)
     assert [row["model"] for row in result["rows"]] == ["adapted"] * 3
-    assert result["rows"][0]["top1"] == 1.0
-    assert result["images"] == 24
-    assert found.stderr == "device: cpu\nevaluating: 24/24\n"
+    assert (result["rows"][0]["top1"], result["images"]) == (1.0, 24)
+    for code, told, notes in predicted:
+        assert (code, notes) == (0, "device: cpu\n")
+        assert told.count("blue stripe") >= 8
+    assert len(list(overlays.iterdir())) == 8
     assert content(export) == before
 
 
-@pytest.mark.parametrize("output_format", ["table", "csv", "json", "jsonl"])
-def test_an_export_predicts_without_the_training_stack(
-    export: Path, photos: Path, tmp_path: Path, output_format: str
-) -> None:
-    overlays = tmp_path / "overlays"
-    arguments = ["--format", output_format, "--overlay", str(overlays), "--device", "cpu"]
-    found = without(TRAINING, "predict", str(export), str(photos / "blue stripe"), *arguments)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.count("blue stripe") >= 8
-    assert len(list(overlays.iterdir())) == 8
-    assert found.stderr == "device: cpu\n"
-
-
-@pytest.mark.parametrize(
-    ("package", "extra"), [("onnxruntime", "cpu"), ("torch", "adapt"), ("open_clip", "adapt")]
-)
-@pytest.mark.parametrize("command", ["evaluate", "predict"])
-def test_the_backend_says_which_package_is_missing(
-    export: Path, finished_run: Path, photos: Path, command: str, package: str, extra: str
-) -> None:
-    model = export if package == "onnxruntime" else finished_run
-    found = without((package,), command, str(model), str(photos))
-    assert found.returncode == 4
-    assert found.stderr.count("error:") == 1
-    assert package in found.stderr
-    assert f'pip install "microclip-deploy[{extra}]"' in found.stderr
+def test_missing_packages_are_named(export: Path, finished_run: Path, photos: Path) -> None:
+    runs, exports = (
+        [[command, str(model), str(photos)] for command in ("evaluate", "predict")]
+        for model in (finished_run, export)
+    )
+    told = without(["torch", "onnxruntime"], *runs, *exports) + without(["open_clip"], *runs)
+    packages = [("torch", "adapt"), ("onnxruntime", "cpu"), ("open_clip", "adapt")]
+    for (code, _, error), (package, extra) in zip(told, np.repeat(packages, 2, 0), strict=True):
+        assert code == 4
+        assert error.count("error:") == 1
+        assert package in error
+        assert f'pip install "microclip-deploy[{extra}]"' in error
 
 
 @pytest.mark.parametrize("zero_shot", [True, False])

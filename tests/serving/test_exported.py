@@ -23,43 +23,23 @@ from microclip_deploy.serving.exported import (
     read_export,
     read_head,
 )
+from tests.serving.made_exports import MANIFEST, write_export
 
 CLASSES = ("robin", "wren", "owl")
 MATRIX = np.eye(3, 8, dtype=np.float32)
-CONTENT: dict[str, Any] = {
-    "parent": {
-        "checkpoint_sha256": "0" * 64,
-        "model": "ViT-B-32",
-        "pretrained": "openai",
-        "backbone_sha256": "1" * 64,
-    },
-    "precision": "fp16",
-    "opset": 20,
-    "preprocess": {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3},
+IMAGE = {"name": "image", "dtype": "uint8", "shape": ["batch", 32, 32, 3]}
+CONTENT = {
+    **MANIFEST,
     "ncut": NCutSpec(tau=0.3).stored(),
-    "cls_share": 0.4,
-    "classes": CLASSES,
     "unadapted": ["owl"],
-    "templates": ["a photo of a {}."],
-    "graphs": {
-        FULL: {
-            "inputs": [{"name": "image", "dtype": "uint8", "shape": ["batch", 32, 32, 3]}],
-            "outputs": [],
-        }
-    },
+    "graphs": {FULL: {"inputs": [IMAGE], "outputs": []}},
     "made_by": "a test",
 }
 
 
-def export_with(
-    directory: Path, matrix: Any = MATRIX, name: str = CLASSIFIER, **fields: Any
-) -> Path:
+def export_with(directory: Path, matrix: Any = MATRIX, **fields: Any) -> Path:
     """Write an export; its graph is a few bytes, which nothing here parses."""
-    (directory / FULL).write_bytes(b"a graph")
-    save_file({"classifier": matrix}, directory / name)
-    content = {key: value for key, value in (CONTENT | fields).items() if value is not None}
-    artifact.write_manifest(directory, SCHEMA, content, [FULL, name])
-    return directory
+    return write_export(directory, {FULL: b"a graph"}, matrix, **{**CONTENT, **fields})
 
 
 def read_with(directory: Path, **fields: Any) -> Export:
@@ -83,7 +63,7 @@ def test_the_class_matrix_is_float32_however_it_is_stored(tmp_path: Path) -> Non
 
 def test_the_class_matrix_may_have_another_name(tmp_path: Path) -> None:
     name = "classifier-2.safetensors"
-    found = read_with(tmp_path, name=name, classifier=name)
+    found = read_with(tmp_path, matrix_file=name, classifier=name)
     assert found.manifest.classifier == name
     assert found.classifier.shape == (3, 8)
 

@@ -1,16 +1,12 @@
 """TensorRT's bindings in every version that the product supports, fetched once."""
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.tensorrt.api import Api
-from tests.tensorrt.bindings import VERSIONS, Unavailable, bindings, run
-
-HERE = Path(__file__).parent
+from tests.tensorrt.bindings import VERSIONS, Unavailable, bindings
 
 BindingsOf = Callable[[str], Path]
 
@@ -42,10 +38,3 @@ def bindings_of(
 def trt_folder(request: pytest.FixtureRequest, bindings_of: BindingsOf) -> Path:
     """Return what to put on PYTHONPATH, for each version."""
     return bindings_of(request.param)
-
-
-@pytest.fixture(scope="session")
-def apis(bindings_of: BindingsOf) -> list[Api]:
-    """Return the names and signatures of every version."""
-    script = str(HERE / "api.py")
-    return [json.loads(run(bindings_of(version), script)) for version in VERSIONS]

@@ -1,8 +1,8 @@
 """Stand-ins for what only TensorRT's library makes, which take no more than TensorRT takes.
 
-`install` leaves the module real: enums, Dims, loggers, monitors. Builder, Runtime, parsers and
-refitters, and what their methods return, become fakes. A fake has the members of the real class
-and the signatures that the bindings tell:
+`install` leaves the module real: enums, Dims, loggers, monitors. Builder, Runtime and the parser,
+and what their methods return, become fakes. A fake has the members of the real class and the
+signatures that the bindings tell:
 
     unknown attribute                              AttributeError
     property that cannot be set                    AttributeError
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import tensorrt as trt
 
-from tests.tensorrt.api import (
+from tests.tensorrt.signatures import (
     Signature,
     accepted_type,
     enum_members,
@@ -34,8 +34,7 @@ from tests.tensorrt.api import (
 )
 
 _REAL: Mapping[str, type] = {
-    name: getattr(trt, name)
-    for name in ("Builder", "Runtime", "OnnxParser", "Refitter", "OnnxParserRefitter")
+    name: getattr(trt, name) for name in ("Builder", "Runtime", "OnnxParser")
 }
 
 
@@ -85,19 +84,10 @@ class Fake:
     def __init__(self, kind: type, scenario: Scenario) -> None:
         vars(self).update(_kind=kind, _scenario=scenario, _values={})
 
-    @property
+    @property  # type: ignore[misc]  # of an object it can be set
     def __class__(self) -> Any:
-        """What `isinstance` sees.
-
-        Bindings return every layer as ILayer; assigning to this shows one by its own class.
-        """
+        """What `isinstance` sees."""
         return self._kind
-
-    @__class__.setter
-    def __class__(self, kind: type) -> None:
-        if not issubclass(kind, self._kind):
-            raise TypeError(f"{kind.__qualname__} is no {self._kind.__qualname__}")
-        vars(self)["_kind"] = kind
 
     def __repr__(self) -> str:
         return f"<fake {self._kind.__qualname__}>"
@@ -111,9 +101,6 @@ class Fake:
         return partial(self._call, name) if is_method else found
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "__class__":
-            object.__setattr__(self, name, value)
-            return
         member = _member(self._kind, name)
         label = f"{self._kind.__qualname__}.{name}"
         if not isinstance(member, property) or member.fset is None:
@@ -243,11 +230,7 @@ def _accepts(type_name: str, value: Any) -> bool:
     """
     kind = _real(type_name)
     if kind is not None:
-        converted = (
-            _is_sequence_of("int", value)
-            if issubclass(kind, trt.Dims | trt.Permutation)
-            else kind is trt.Weights and hasattr(value, "__array__")
-        )
+        converted = issubclass(kind, trt.Dims) and _is_sequence_of("int", value)
         return converted or isinstance(value, kind)
     if sequence := re.fullmatch(r"(?:Sequence|list)\[(.*)\]", type_name):
         return _is_sequence_of(sequence[1], value)

@@ -1,46 +1,10 @@
-"""Names and signatures of an importable TensorRT, as its bindings themselves tell them.
-
-`python tests/tensorrt/api.py` prints them as JSON. It needs the standard library and `tensorrt`.
-"""
+"""How TensorRT's functions can be called, as the docstrings of its bindings tell."""
 
 import inspect
-import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from types import ModuleType
-from typing import NamedTuple, Self, SupportsInt, TypedDict
-
-
-class Property(TypedDict):
-    """A property of a class."""
-
-    type: str
-    """Empty where the bindings do not tell."""
-    writable: bool
-
-
-class ClassApi(TypedDict):
-    """A class without what it inherits. Signatures have no self."""
-
-    bases: list[str]
-    init: list[str]
-    methods: dict[str, list[str]]
-    properties: dict[str, Property]
-    attributes: dict[str, str]
-    """Types of the other attributes."""
-
-
-class Api(TypedDict):
-    """A version's public names; nested classes are named Outer.Inner."""
-
-    version: str
-    classes: dict[str, ClassApi]
-    enums: dict[str, dict[str, int]]
-    functions: dict[str, list[str]]
-    values: dict[str, str]
-    """Types of the other names of the module."""
+from typing import NamedTuple, Self, SupportsInt
 
 
 class Parameter(NamedTuple):
@@ -80,27 +44,6 @@ class Signature(NamedTuple):
         complete = all(each.is_optional or each in bound for each in rest)
         all_used = len(bound) == len(args) + len(kwargs)
         return bound if self.is_open or (complete and all_used) else None
-
-
-def dump(trt: ModuleType) -> Api:
-    """Return the public names of the module."""
-    api: Api = {
-        "version": trt.__version__,
-        "classes": {},
-        "enums": {},
-        "functions": {},
-        "values": {"__version__": "str"},
-    }
-    for name, value in sorted(vars(trt).items()):
-        if name.startswith("_") or name in _LEAKED or inspect.ismodule(value):
-            continue
-        if isinstance(value, type):
-            _dump_class(value, name, api)
-        elif callable(value):
-            api["functions"][name] = signatures(value, name)
-        else:
-            api["values"][name] = type(value).__qualname__
-    return api
 
 
 def signatures(function: object, name: str = "", *, drop_self: bool = False) -> list[str]:
@@ -143,9 +86,6 @@ def accepted_type(setter: object) -> str:
     return next((Signature.parse(text).parameters[-1].type for text in signatures(setter)), "")
 
 
-_LEAKED = ("attr", "value", "common_enter", "common_exit")
-"""Names that the package's own code leaves behind."""
-_SPECIAL = ("__bool__", "__call__", "__contains__", "__getitem__", "__iter__", "__len__")
 _NAMESPACES = re.compile(
     r"\b(?:(?:tensorrt\.tensorrt|typing|typing_extensions|collections\.abc)\."
     r"|(?:nvinfer1|nvonnxparser|v_1_0)::)"
@@ -158,31 +98,6 @@ _ALIASES = {
 }
 """What docstrings call by another name than users do."""
 _ALIAS = re.compile(rf"\b(?:{'|'.join(_ALIASES)})\b")
-
-
-def _dump_class(kind: type, name: str, api: Api) -> None:
-    if (members := enum_members(kind)) is not None:
-        api["enums"][name] = {member: int(value) for member, value in members.items()}
-        return
-    entry = api["classes"][name] = ClassApi(
-        bases=[base.__name__ for base in kind.__bases__ if base.__module__ == kind.__module__],
-        init=method_signatures(kind, "__init__") if "__init__" in vars(kind) else [],
-        methods={},
-        properties={},
-        attributes={},
-    )
-    for member, value in vars(kind).items():
-        if member.startswith("_") and member not in _SPECIAL:
-            continue
-        if isinstance(value, type):
-            _dump_class(value, f"{name}.{member}", api)
-        elif isinstance(value, property):
-            writable = value.fset is not None
-            entry["properties"][member] = {"type": returned_type(value.fget), "writable": writable}
-        elif callable(getattr(kind, member)):
-            entry["methods"][member] = method_signatures(kind, member)
-        else:
-            entry["attributes"][member] = type(value).__qualname__
 
 
 def _in_plain_names(text: str) -> str:
@@ -204,9 +119,3 @@ def _parameter(text: str) -> Parameter:
     found = re.fullmatch(r"(\w+)(?:: (.*?))?( ?=.*)?", text)
     assert found, text
     return Parameter(found[1], found[2] or "", found[3] is not None)
-
-
-if __name__ == "__main__":
-    import tensorrt
-
-    json.dump(dump(tensorrt), sys.stdout)
