@@ -19,8 +19,8 @@ $(VENV)/.done: pyproject.toml
 demo: setup     ## Adapt, evaluate, predict, export and verify on the embedded benchmark
 	$(BIN)/microclip-deploy demo
 
-test: setup     ## Run the default test suite
-	$(BIN)/python -m pytest
+test: setup     ## Run the default test suite, in as many processes as there are cores, at most four
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: setup    ## Lint, format check, types, import contracts
 	$(BIN)/ruff check .

@@ -48,22 +48,28 @@ def exact_float32() -> Iterator[None]:
 
     The switches are the process's, so they are put back.
     """
-    switches = _tf32_switches()
-    before = [getattr(place, name) for place, name, _ in switches]
-    for place, name, exact in switches:
-        setattr(place, name, exact)
+    places = _tf32_switches()
+    before = [getattr(place, name) for place, name, _ in places]
     try:
+        for place, name, exact in places:
+            setattr(place, name, exact)
         yield
     finally:
-        for (place, name, _), value in zip(switches, before, strict=True):
+        for (place, name, _), value in zip(places, before, strict=True):
             setattr(place, name, value)
 
 
 def _tf32_switches() -> list[tuple[Any, str, object]]:
-    """Return what decides, and its exact value. PyTorch refuses to mix both kinds of switches."""
+    """Return what decides, and its exact value.
+
+    PyTorch 2.9 brought other switches and refuses to read the old ones once those have been set by
+    hand. Its own exporter reads the old ones, so they are set wherever they can be.
+    """
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    if hasattr(matmul, "fp32_precision"):  # PyTorch 2.9
+    try:
+        _ = matmul.allow_tf32, cudnn.allow_tf32
+    except RuntimeError:
         return [(place, "fp32_precision", "ieee") for place in (matmul, cudnn.conv, cudnn.rnn)]
     return [(place, "allow_tf32", False) for place in (matmul, cudnn)]
 
