@@ -29,11 +29,7 @@ def test_other_errors_stay_what_they_are(loaded: bool, monkeypatch: pytest.Monke
 
 
 def test_a_command_loads_clip_once(
-    tiny_model_dir: Path,
-    photos: Path,
-    classes_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    adapt_arguments: list[str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
     create = open_clip.create_model
@@ -44,9 +40,7 @@ def test_a_command_loads_clip_once(
 
     monkeypatch.setattr(open_clip, "create_model", counted)
     run = tmp_path / "run"
-    start = ["adapt", str(photos), "--classes", str(classes_file), "-o", str(run)]
-    settings = ["--epochs", "1", "--set", "views.crops=1", "--set", "adapt.batch_size=24"]
-    assert main([*start, "--model", f"local-dir:{tiny_model_dir}", *settings]) == 0
+    assert main([*adapt_arguments, "--epochs", "1", "--batch-size", "24"]) == 0
     assert (run / "report.html").is_file()
     for command in (["evaluate", str(run), str(photos)], ["predict", str(run), str(photos)]):
         assert len(loaded) == 1, command

@@ -1,17 +1,18 @@
 """The CUDA kernels of the cut, compiled by g++ and run on the CPU: the unchanged .cu files."""
 
 import ctypes
+import hashlib
 import math
 import platform
 import shutil
 import subprocess
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from numpy.typing import NDArray
 
 import microclip_deploy
@@ -23,7 +24,8 @@ HERE = Path(__file__).parent / "on_cpu"
 SOURCES = Path(microclip_deploy.__file__).parent / "cuda"
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing")
 
-_builds = tempfile.TemporaryDirectory(prefix="ncut-on-cpu-")
+builds = Path()
+"""Where compiled kernels lie; conftest.py gives the workers of a test run one folder."""
 
 
 class Facts(NamedTuple):
@@ -57,11 +59,14 @@ def build(source: CudaSource) -> ctypes.CDLL:
     """Compile a source with its constants behind the driver of its name in on_cpu/."""
     require_compiler()
     driver = HERE / source.file.replace(".cu", "_on_cpu.cpp")
-    target = Path(_builds.name) / f"{driver.stem}-{abs(hash(source))}.so"
+    name = hashlib.sha256(repr(source).encode()).hexdigest()
+    target = builds / f"{driver.stem}-{name}.so"
     defines = [f"-D{name}={value}" for name, value in source.defines]
     folders = [f"-I{SOURCES}", f"-I{HERE}"]
     command = ["g++", *FLAGS, "-shared", "-fPIC", *folders, *defines, str(driver), "-o"]
-    subprocess.run([*command, str(target)], check=True)
+    with FileLock(target.with_suffix(".lock")):
+        if not target.exists():
+            subprocess.run([*command, str(target)], check=True)
     return ctypes.CDLL(str(target))
 
 

@@ -4,13 +4,11 @@
 // poisoned. Threads run in an order that can be permuted, so that a missing barrier shows as
 // another result.
 #pragma once
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <utility>
 #include <vector>
 
@@ -65,7 +63,8 @@ struct Fiber {
 static std::vector<Fiber> fibers;
 static void* scheduler;
 static int current, count;
-static std::function<void()> body;
+static void (*body)(void*);  // of a thread; no std::function, whose header costs every build
+static void* bound;
 static unsigned order = 0;  // 0: ascending, 1: descending, others: seeds of random orders
 
 static void wait(State state) {
@@ -75,7 +74,7 @@ static void wait(State state) {
 }
 
 static void enter() {
-  body();
+  body(bound);
   wait(DONE);
 }
 
@@ -138,8 +137,10 @@ static bool release_barrier() {
   return true;
 }
 
-static void run_block(int threads, size_t shared, std::function<void()> kernel) {
-  body = kernel;
+template <class Kernel>
+static void run_block(int threads, size_t shared, Kernel kernel) {
+  body = [](void* called) { (*(Kernel*)called)(); };
+  bound = &kernel;
   start(threads);
   memset(shared_bytes, 0xA5, shared + GUARD_BYTES);
   std::vector<int> turn(threads);
@@ -160,9 +161,9 @@ static void run_block(int threads, size_t shared, std::function<void()> kernel) 
         progress = true;
       }
     progress |= release_collectives();
-    if (std::all_of(fibers.begin(), fibers.begin() + threads,
-                    [](const Fiber& fiber) { return fiber.state == DONE; }))
-      break;
+    bool done = true;
+    for (int i = 0; i < threads; ++i) done &= fibers[i].state == DONE;
+    if (done) break;
     progress |= release_barrier();
     if (!progress) fail("deadlock: threads wait for one another");
   }
