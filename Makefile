@@ -44,7 +44,7 @@ ablations: setup ## Rerun the ablation table on the embedded benchmark (about an
 	$(BIN)/python -m microclip_deploy.bench.training.ablations
 
 verify-kernel: setup ## Compare 20,000 graphs with float64, and print a table (some minutes)
-	NCUT_GRAPHS=20000 $(BIN)/python -m pytest -q -s tests/ncut/test_kernel_families.py
+	NCUT_GRAPHS=20000 $(BIN)/python -m pytest -q -s tests/cuda/test_kernel_families.py
 
 gpu-check: setup ## Everything only a GPU can show (needs one, and cupy-cuda13x): tests, sanitizers, stress, speed
 	PYTHON=$(BIN)/python bench/gpu_check.sh $(OUT)

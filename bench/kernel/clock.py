@@ -130,7 +130,7 @@ def _copy_us(stream: Any) -> float:
     return _median_us(lambda: target.copy_(source), stream)
 
 
-@exact_float32()
+@exact_float32
 def _product_us(dtype: str, stream: Any) -> tuple[float, dict[str, Any] | None]:
     """Return the time of a large matrix product, and the card's state under that load."""
     shape = (PRODUCT_SIDE, PRODUCT_SIDE)

@@ -216,7 +216,7 @@ class Contestants:
             model = torch.compile(model)
 
         @torch.inference_mode()
-        @exact_float32()  # as this package computes
+        @exact_float32  # as this package computes
         def answer(images: NDArray[np.uint8]) -> NDArray[np.float32]:
             pixels = self.subject.preprocess.normalize(torch.from_numpy(images).to(self.device))
             logits: NDArray[np.float32] = model(pixels).logits.cpu().numpy()

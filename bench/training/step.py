@@ -190,7 +190,7 @@ def _plain_step(geometry: Geometry, views: Views, device: str) -> Step:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
 
-    @exact_float32()  # as the product's own step
+    @exact_float32  # as the product's own step
     def step() -> Tensor:
         return plain_step(model, optimizer, views, config)
 

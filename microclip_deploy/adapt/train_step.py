@@ -139,7 +139,7 @@ def label(model: MicroCLIP, views: Views, config: AdaptConfig) -> Labels:
     return Labels(aggregated, (prior @ model.frozen.T).argmax(dim=1), weak)
 
 
-@exact_float32()
+@exact_float32
 def train_step(
     model: MicroCLIP,
     optimizer: torch.optim.Optimizer,

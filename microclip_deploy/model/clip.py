@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ContextDecorator
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,21 +43,34 @@ class BackboneSpec(BaseModel):
     """open_clip tag or a .safetensors file; none for hf-hub:, local-dir: and demo."""
 
 
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Compute in float32 where CUDA would take TF32, which moves products of tokens across tau.
+class _ExactFloat32(ContextDecorator):
+    """Context manager and decorator; switches when the first thread enters and the last leaves."""
 
-    The switches are the process's, so they are put back.
-    """
-    places = _tf32_switches()
-    before = [getattr(place, name) for place, name, _ in places]
-    try:
-        for place, name, exact in places:
-            setattr(place, name, exact)
-        yield
-    finally:
-        for (place, name, _), value in zip(places, before, strict=True):
-            setattr(place, name, value)
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: list[tuple[Any, str, object]] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                switches = _tf32_switches()
+                self._before = [(place, name, getattr(place, name)) for place, name, _ in switches]
+                for place, name, exact in switches:
+                    setattr(place, name, exact)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for place, name, value in self._before:
+                    setattr(place, name, value)
+
+
+exact_float32 = _ExactFloat32()
+"""Within it float32 is computed in float32 where CUDA would take TF32, which moves products of
+tokens across tau. The switches are the process's, so they are put back."""
 
 
 def _tf32_switches() -> list[tuple[Any, str, object]]:
@@ -93,7 +107,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
 
     @torch.no_grad()
-    @exact_float32()
+    @exact_float32
     def __call__(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Encode texts to raw embeddings: float32 (len(texts), E), not normalised."""
         device = next(self._clip.parameters()).device

@@ -121,7 +121,7 @@ class TorchEncoder:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        with torch.cuda.stream(self._stream), torch.inference_mode(), exact_float32():
+        with torch.cuda.stream(self._stream), torch.inference_mode(), exact_float32:
             yield
 
     def close(self) -> None:

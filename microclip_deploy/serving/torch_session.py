@@ -42,7 +42,7 @@ class TorchSession(Session):
         return cls(load_model(checkpoint, device), known.classes, known.preprocess, device)
 
     @torch.inference_mode()
-    @exact_float32()
+    @exact_float32
     def predict(self, images: NDArray[np.uint8]) -> Prediction:
         """Classify images as every session does."""
         if self._model is None:

@@ -5,12 +5,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.model.clip import BackboneSpec, load_clip
+from microclip_deploy.model.clip import BackboneSpec, exact_float32, load_clip
 
 READ = {
     "fp32_precision": "[each.fp32_precision for each in (matmul, cudnn.conv, cudnn.rnn)]",
@@ -33,7 +35,7 @@ from microclip_deploy.model.clip import exact_float32
 matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
 {chosen}
 before = {READ[kind]}
-with exact_float32():
+with exact_float32:
     assert {READ[kind]} == {exact}
 assert {READ[kind]} == before
 """
@@ -43,10 +45,23 @@ assert {READ[kind]} == before
     assert [process.wait() for process in started] == [0] * len(codes)
 
 
+def test_threads_that_overlap_leave_tf32_as_it_was() -> None:
+    before = torch.backends.cudnn.allow_tf32
+
+    def enter(_: int) -> None:
+        for _ in range(500):
+            with exact_float32:
+                assert not torch.backends.cudnn.allow_tf32
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(enter, range(4)))
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_loading_a_model_leaves_the_process_alone(tiny_model_dir: Path) -> None:
     code = (
         "import sys, torch\n"
-        "from microclip_deploy.model.clip import BackboneSpec, load_clip\n"
+        "from microclip_deploy.model.clip import BackboneSpec, exact_float32, load_clip\n"
         "torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True\n"
         "clip = load_clip(BackboneSpec(model=sys.argv[1]))\n"
         "clip.text(['a photo'])\n"
