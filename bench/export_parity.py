@@ -18,7 +18,8 @@ from microclip_deploy.artifact import write_json
 from microclip_deploy.bench.card import environment
 from microclip_deploy.bench.geometry import random_geometry
 from microclip_deploy.export.proof.answers import Graphs
-from microclip_deploy.export.proof.limits import LIMITS
+from microclip_deploy.export.proof.forward_error import forward_error
+from microclip_deploy.export.proof.limits import Tolerance
 from microclip_deploy.export.proof.parity import compare_pixels, prove
 from microclip_deploy.export.proof.probes import Reference, made_up_photos
 from microclip_deploy.export.to_onnx import write_graphs
@@ -36,6 +37,7 @@ def rows(name: str, precisions: list[str], images: int) -> Iterator[dict[str, An
     views = photos.views(preprocess)
     pixels = compare_pixels(photos.read(), views, preprocess)
     reference = Reference.of(model, preprocess, views)
+    tolerance = Tolerance(error=forward_error(model, preprocess, reference))
     for precision in cast(list[Precision], precisions):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
@@ -46,7 +48,7 @@ def rows(name: str, precisions: list[str], images: int) -> Iterator[dict[str, An
                 Graphs(Path(folder), precision, model.ncut, matrix, share),
                 reference,
                 photos,
-                limits=LIMITS[precision],
+                tolerance=tolerance,
                 pixels=pixels,
             )
             yield {

@@ -27,8 +27,9 @@ from microclip_deploy.console import bar
 from microclip_deploy.errors import CheckpointError, UsageError
 from microclip_deploy.export.graphs import HeadGraph
 from microclip_deploy.export.proof.answers import Graphs
+from microclip_deploy.export.proof.forward_error import forward_error
 from microclip_deploy.export.proof.judge import Proof, Stage, require_proven
-from microclip_deploy.export.proof.limits import LIMITS, Limits
+from microclip_deploy.export.proof.limits import Tolerance
 from microclip_deploy.export.proof.parity import compare_pixels, prove
 from microclip_deploy.export.proof.probes import Photos, Reference, photos_with
 from microclip_deploy.export.proof.verify import VERIFIED, require_one_device
@@ -79,6 +80,7 @@ class _Subject(NamedTuple):
     reference: Reference
     photos: Photos
     pixels: Stage
+    tolerance: Tolerance
 
 
 class _Candidate(NamedTuple):
@@ -86,7 +88,6 @@ class _Candidate(NamedTuple):
 
     directory: Path
     graphs: dict[str, GraphSpec]
-    limits: Limits
     proof: Proof
 
 
@@ -111,8 +112,8 @@ def run_export(
         dtype: precision of the encoder; "auto" measures and keeps the fastest.
         images: the user's, proven on as well.
         device: where the graphs are run.
-        atol: as for `Limits.changed`.
-        min_agreement: as for `Limits.changed`.
+        atol: as for `Tolerance.changed`.
+        min_agreement: as for `Tolerance.changed`.
         overwrite: replace an export.
 
     Raises:
@@ -125,12 +126,12 @@ def run_export(
     require_one_device(device)
     automatic = _CANDIDATES["cuda" if device.startswith("cuda") else "cpu"]
     precisions = automatic if dtype == "auto" else (dtype,)
-    limits = {each: LIMITS[each].changed(atol, min_agreement) for each in precisions}
+    own = Tolerance().changed(atol, min_agreement)
     evidence = _evidence(out)
     _require_free(out, overwrite)
-    subject = _subject(run, images, notes)
+    subject = _subject(run, images, own, notes)
     with artifact.staged_directory(out) as folder:
-        candidates = [_candidate(subject, p, limits[p], device, folder, notes) for p in precisions]
+        candidates = [_candidate(subject, p, device, folder, notes) for p in precisions]
         chosen = _chosen(candidates, subject.reference.images, device, evidence, notes)
         for path in chosen.directory.iterdir():
             path.replace(folder / path.name)
@@ -184,14 +185,16 @@ def _require_free(target: Path, overwrite: bool) -> None:
         )
 
 
-def _subject(run: Path, images: Path | None, notes: Console) -> _Subject:
-    """Load the model and let it answer."""
+def _subject(run: Path, images: Path | None, own: Tolerance, notes: Console) -> _Subject:
+    """Load the model, let it answer, and measure its rounding."""
     checkpoint = read_checkpoint(run)
     model, preprocess = load_model(checkpoint), checkpoint.manifest.preprocess
     photos = photos_with(images, preprocess.size, notes)
     views = photos.views(preprocess)
     with bar(notes, "asking PyTorch") as progress:
         reference = Reference.of(model, preprocess, views, progress.update)
+    with bar(notes, "asking PyTorch in float64") as progress:
+        error = forward_error(model, preprocess, reference, progress.update)
     return _Subject(
         checkpoint.manifest,
         artifact.sha256_file(run / artifact.MANIFEST),
@@ -200,13 +203,13 @@ def _subject(run: Path, images: Path | None, notes: Console) -> _Subject:
         reference,
         photos,
         compare_pixels(photos.read(), views, preprocess),
+        own.model_copy(update={"error": error}),
     )
 
 
 def _candidate(
     subject: _Subject,
     precision: Precision,
-    limits: Limits,
     device: str,
     parent: Path,
     notes: Console,
@@ -224,13 +227,13 @@ def _candidate(
             Graphs(folder, precision, checkpoint.ncut_spec(), other, share),
             subject.reference,
             subject.photos,
-            limits=limits,
+            tolerance=subject.tolerance,
             pixels=subject.pixels,
             device=device,
             progress=progress.update,
         )
     artifact.write_json(folder / PARITY, proof.model_dump())
-    return _Candidate(folder, written, limits, proof)
+    return _Candidate(folder, written, proof)
 
 
 def _chosen(
@@ -344,7 +347,7 @@ def _complete(folder: Path, subject: _Subject, chosen: _Candidate) -> None:
         "package": {"name": "microclip-deploy", "version": version("microclip-deploy")},
         "created_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **manifest.model_dump(mode="json"),
-        "limits": chosen.limits.model_dump(),
+        "tolerance": subject.tolerance.model_dump(),
         "agreement": chosen.proof.agreement,
     }
     shared = [WEIGHTS] if (folder / WEIGHTS).is_file() else []

@@ -27,9 +27,9 @@ from microclip_deploy.errors import (
 )
 from microclip_deploy.export.build_options import require_buildable, spelled
 from microclip_deploy.export.proof.judge import Proof, require_proven
-from microclip_deploy.export.proof.limits import Limits
+from microclip_deploy.export.proof.limits import Tolerance
 from microclip_deploy.export.proof.probes import photos_with
-from microclip_deploy.export.proof.verify import stored_limits
+from microclip_deploy.export.proof.verify import stored_tolerance
 from microclip_deploy.serving.engines import (
     BACKBONE_PLAN,
     ENGINES,
@@ -74,8 +74,8 @@ def run_build(
         timing_cache: folder of timing caches; None: the export's folder of engines.
         images: the user's, proven on as well.
         device: "cuda" or "cuda:N"; any other stands for "cuda".
-        atol: as for `Limits.changed`.
-        min_agreement: as for `Limits.changed`.
+        atol: as for `Tolerance.changed`.
+        min_agreement: as for `Tolerance.changed`.
 
     Raises:
         CheckpointError: the export is damaged, or TensorRT cannot read its graphs.
@@ -96,7 +96,7 @@ def run_build(
     device = device if device.startswith("cuda") else "cuda"
     stream = open_stream(device)
     here = target(stream.device_id)
-    limits = stored_limits(export).changed(atol, min_agreement)
+    tolerance = stored_tolerance(export).changed(atol, min_agreement)
     place = directory / ENGINES / here.folder
     evidence = place.with_name(f"{place.name}.failed")
     with (
@@ -107,7 +107,7 @@ def run_build(
     ):
         caches = timing_cache or directory / ENGINES
         manifest = _build_plans(folder, export, options, here, caches, notes)
-        proof = _prove(folder, export, manifest, stream, images, limits, notes)
+        proof = _prove(folder, export, manifest, stream, images, tolerance, notes)
         remedy = "the engines are not used; update TensorRT, or export with a more exact --dtype"
         require_proven(proof, evidence / PARITY, remedy)
         _complete(folder, manifest, proof)
@@ -207,7 +207,7 @@ def _prove(
     manifest: EngineManifest,
     stream: "cupy.cuda.Stream",
     images: Path | None,
-    limits: Limits,
+    tolerance: Tolerance,
     notes: Console,
 ) -> Proof:
     """Load the plans, compare them with ONNX Runtime, and write the proof beside them."""
@@ -220,7 +220,7 @@ def _prove(
     notes.print("proving engines")
     subject = _subject(folder, export, manifest, stream)
     try:
-        proof = prove_engines(export, subject, reference, photos, limits)
+        proof = prove_engines(export, subject, reference, photos, tolerance)
     finally:
         subject.session.close()
     artifact.write_json(folder / PARITY, proof.model_dump())

@@ -174,7 +174,7 @@ def open_graph(path: Path, precision: Precision, device: str) -> Iterator[OnnxGr
     require("onnx", "export")
     import onnx
 
-    from microclip_deploy.export.proof.rounding import in_float32
+    from microclip_deploy.export.proof.bfloat16 import in_float32
 
     try:
         onnx.checker.check_model(path)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from microclip_deploy.export.proof.answers import Answers, open_graph, rotating
 from microclip_deploy.export.proof.judge import Judge, Proof, Stage
-from microclip_deploy.export.proof.limits import Limits
+from microclip_deploy.export.proof.limits import Tolerance
 from microclip_deploy.export.proof.probes import Array, Photos, Reference
 from microclip_deploy.ncut.steps import adjacency, determined
 from microclip_deploy.serving.engines import BACKBONE_PLAN, FULL_PLAN, EngineManifest, PlanSpec
@@ -78,7 +78,7 @@ def onnx_reference(export: Export, images: NDArray[np.uint8]) -> Reference:
 
 
 def prove_engines(
-    export: Export, subject: Subject, reference: Reference, photos: Photos, limits: Limits
+    export: Export, subject: Subject, reference: Reference, photos: Photos, tolerance: Tolerance
 ) -> Proof:
     """Compare plans and session with ONNX Runtime's answers.
 
@@ -87,7 +87,7 @@ def prove_engines(
         subject: on a device.
         reference: images, and what ONNX Runtime answers to them.
         photos: where the images come from.
-        limits: what departs.
+        tolerance: what departs.
 
     Raises:
         CheckpointError: a plan refuses a batch that its profiles take.
@@ -99,7 +99,8 @@ def prove_engines(
     by_session, by_plan = _ask_session(subject, images), _ask(subject, FULL_PLAN, images, matrix)
     served = _ask(subject, FULL_PLAN, images, other)
     spec = export.manifest.ncut_spec()
-    judge = Judge(reference, photos, backbone, spec=spec, precision=precision, limits=limits)
+    allowed = tolerance.between_graphs()
+    judge = Judge(reference, photos, backbone, spec=spec, precision=precision, tolerance=allowed)
     kernels, full = judge.verdict(by_session), judge.verdict(by_plan)
     stages = (
         precision_stage(BACKBONE_PLAN, subject.layers[BACKBONE_PLAN], precision),

@@ -1,8 +1,9 @@
 """The judgement: answers held against a reference's, stage by stage; what departs is found out.
 
 A stage departs when it is further from the reference than its limit. A mask is compared where it is
-determined, and in float32 only where no similarity is so near tau that the rounding seen could move
-it. What is left out is counted and listed.
+determined: in float32 only where no similarity is so near tau that the rounding seen could move it,
+in other precisions where the graph's own tokens join the same edges. What is left out is counted
+and listed.
 """
 
 import math
@@ -16,12 +17,12 @@ from pydantic import BaseModel, PlainSerializer
 
 from microclip_deploy.errors import VerificationError, printable
 from microclip_deploy.export.proof.answers import Answers
-from microclip_deploy.export.proof.limits import LIMITS, NEAR_TAU, Limits
+from microclip_deploy.export.proof.limits import NEAR_TAU, Limits, Tolerance
 from microclip_deploy.export.proof.probes import Array, Photos, Reference
 from microclip_deploy.head import LOGIT_SCALE
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import adjacency, similarities
-from microclip_deploy.serving.exported import Precision
+from microclip_deploy.serving.exported import FULL, Precision
 
 Measured = Annotated[float, PlainSerializer(lambda x: x if math.isfinite(x) else None)]
 """What is no number is null in JSON."""
@@ -91,10 +92,13 @@ class Proof(BaseModel, frozen=True):
     """Images that got another mask, undetermined ones among them."""
 
 
-def require_proven(
-    proof: Proof, evidence: Path, remedy: str = "choose a more exact --dtype, or export again"
-) -> None:
+def require_proven(proof: Proof, evidence: Path, remedy: str | None = None) -> None:
     """Refuse what departs.
+
+    Args:
+        proof: what was found.
+        evidence: the file where it is written.
+        remedy: for the user; None: what helps against the stage that departs.
 
     Raises:
         VerificationError: with the first stage that departs and where the evidence is.
@@ -105,14 +109,31 @@ def require_proven(
     limit, source = stage.limit, proof.reference
     wanted = "a number" if limit is None else f"at most {limit:.3g} from {source}"
     found = f"{stage.difference:.3g}"
-    if stage.stage == "pixels":
-        remedy = "use the Pillow and torchvision of the export"
-    elif stage.stage == "precision":
+    if stage.stage == "precision":
         wanted, found = f"layers in {proof.precision}", "others in TensorRT's inspector"
     raise VerificationError(
         f"{stage}: expected {wanted}, found {found} on {proof.images} images ({proof.precision}, "
-        f"{proof.device}); evidence: {printable(evidence)}; {remedy}"
+        f"{proof.device}); evidence: {printable(evidence)}; {remedy or _remedy(proof, stage)}"
     )
+
+
+def _remedy(proof: Proof, stage: Stage) -> str:
+    """Return what helps, if anything does, against a stage that departs."""
+    if stage.stage == "pixels":
+        return "use the Pillow and torchvision of the export"
+    exact = proof.precision == "fp32"
+    first = "fp32 is the most exact --dtype" if exact else "export with a more exact --dtype"
+    if stage.graph == FULL and math.isfinite(stage.difference):
+        if stage.stage == "logits":  # rounded to one digit, 1.5 times as much is never less
+            return (
+                f"{first}; if this is near enough, export with --atol {1.5 * stage.difference:.1g}"
+            )
+        if stage.stage == "top1":
+            share = math.floor(100 * (1 - stage.difference)) / 100
+            return f"{first}; if this is enough, export with --min-agreement {share}"
+    if exact:
+        return f"{first}, so this graph is wrong: export again; if it stays, report the evidence"
+    return first
 
 
 class Verdict(NamedTuple):
@@ -141,7 +162,7 @@ class Judge:
         *,
         spec: NCutSpec,
         precision: Precision,
-        limits: Limits,
+        tolerance: Tolerance,
     ) -> None:
         """Judge the backbone, whose tokens say which masks must be the reference's.
 
@@ -151,17 +172,15 @@ class Judge:
             backbone: "cls" and "patches" of every image.
             spec: constants of the cut.
             precision: of the encoder.
-            limits: what departs.
+            tolerance: what departs.
         """
-        largest = float(np.abs(reference.logits).max())
         self.reference = reference
         self.photos = photos
         self.precision = precision
-        self.limits = limits.scaled(largest)
-        self.exact = LIMITS["fp32"].scaled(largest)
+        self.limits = tolerance.limits(precision)
+        self.exact = tolerance.exact()
         """Of what is float32 in every precision."""
-        # Whatever the user allows, a tie is what rounding can turn.
-        self._tie = 2 * (LIMITS[precision].scaled(largest).logits or 0)
+        self._tie = tolerance.tie(precision)
         tokens = backbone.by_image("patches")
         self._determined = _determined(tokens, reference, spec, precision)
         changed = adjacency(tokens, spec) != adjacency(reference.patches, spec)
@@ -218,9 +237,8 @@ class Judge:
             "embedding": fused / np.linalg.norm(fused, axis=1, keepdims=True),
             "logits": LOGIT_SCALE * fused @ classifier.T.astype(np.float64),
         }
-        largest = np.max([np.abs(served.outputs[name] - x).max() for name, x in wanted.items()])
-        limit = self.exact.logits
-        return Stage(graph=served.graph, stage="classes", difference=largest, limit=limit)
+        largest = self.exact.largest_share(served.outputs, wanted)
+        return Stage(graph=served.graph, stage="classes", difference=largest, limit=1)
 
     def proof(
         self,
@@ -282,7 +300,9 @@ class Judge:
 def _determined(tokens: Array, reference: Reference, spec: NCutSpec, precision: Precision) -> Array:
     """Return which images' masks must be PyTorch's, bool (P,)."""
     if precision != "fp32":
-        return reference.determined
+        moved = adjacency(tokens, spec) != adjacency(reference.patches, spec)
+        unmoved: Array = reference.determined & ~moved.any(axis=(1, 2))
+        return unmoved
     expected = similarities(reference.patches, spec)
     rounding = np.abs(similarities(tokens, spec) - expected).max(axis=(1, 2))
     nearest = np.abs(expected - spec.tau).min(axis=(1, 2))

@@ -19,7 +19,7 @@ from PIL import Image
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.export.proof.answers import Asked, Graphs, ask
 from microclip_deploy.export.proof.judge import Judge, Proof, Stage
-from microclip_deploy.export.proof.limits import OTHER_CUT, PARTS, Limits
+from microclip_deploy.export.proof.limits import OTHER_CUT, PARTS, Limits, Tolerance
 from microclip_deploy.export.proof.probes import Photos, Progress, Reference, silent
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import adjacency, determined, saliency_exact
@@ -31,7 +31,7 @@ def prove(
     reference: Reference,
     photos: Photos,
     *,
-    limits: Limits,
+    tolerance: Tolerance,
     pixels: Stage,
     device: str = "cpu",
     progress: Progress = silent,
@@ -42,7 +42,7 @@ def prove(
         graphs: what is proven.
         reference: images and answers.
         photos: where the images come from.
-        limits: what departs.
+        tolerance: what departs.
         pixels: the stage before the graphs, from `compare_pixels`.
         device: as for `OnnxGraph`.
         progress: called with (done, total) batches.
@@ -53,7 +53,9 @@ def prove(
     """
     asked = ask(graphs, reference, device, progress)
     spec, precision = graphs.spec, graphs.precision
-    judge = Judge(reference, photos, asked.backbone, spec=spec, precision=precision, limits=limits)
+    judge = Judge(
+        reference, photos, asked.backbone, spec=spec, precision=precision, tolerance=tolerance
+    )
     full = judge.verdict(asked.full)
     stages = (
         pixels,
@@ -110,7 +112,6 @@ def _cut_stage(asked: Asked, spec: NCutSpec) -> Stage:
 
 def _parts_stage(asked: Asked, exact: Limits) -> Stage:
     """Compare what the full graph says with what its parts say to the same batches."""
-    assert exact.logits is not None, "fp32 has a limit on logits"
     made = {**asked.parts.outputs, "cls": asked.backbone.outputs["cls"]}
-    largest = np.max([np.abs(asked.full.outputs[name] - x).max() for name, x in made.items()])
-    return Stage(graph=FULL, stage="parts", difference=largest, limit=PARTS * exact.logits)
+    largest = exact.largest_share(asked.full.outputs, made)
+    return Stage(graph=FULL, stage="parts", difference=largest, limit=PARTS)

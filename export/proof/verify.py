@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +14,7 @@ from microclip_deploy.console import bar
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, require
 from microclip_deploy.export.proof.answers import Graphs
 from microclip_deploy.export.proof.judge import Proof
-from microclip_deploy.export.proof.limits import Limits
+from microclip_deploy.export.proof.limits import ForwardError, Tolerance
 from microclip_deploy.export.proof.parity import compare_pixels, prove
 from microclip_deploy.export.proof.probes import Photos, Reference, photos_with
 from microclip_deploy.serving.exported import PROBES, Export, read_export
@@ -22,6 +23,15 @@ VERIFIED = "verify.json"
 """The newest proof on this machine; parity.json is the one from the export."""
 
 _SHOWN = 10  # flips that a table lists
+
+
+class _EarlierLimits(BaseModel):
+    """What earlier exports stored instead of a tolerance, as far as users could change it."""
+
+    logits: float | None = None
+    logits_relative: float | None = None
+    """Share of the largest logit that is allowed besides; None or 0 where the user decided."""
+    top1: float
 
 
 def run_verify(
@@ -54,10 +64,12 @@ def run_verify(
     export = read_export(directory)
     manifest = export.manifest
     photos = photos_with(images, manifest.preprocess.size, notes)
+    tolerance = stored_tolerance(export)
     if run is None:
         reference = Reference.read(directory / PROBES)
     else:
-        reference = _answers_of(run, export, photos, notes)
+        reference, error = _answers_of(run, export, photos, notes)
+        tolerance = tolerance.model_copy(update={"error": error.or_more(tolerance.error)})
     graphs = Graphs(
         directory,
         manifest.precision,
@@ -70,7 +82,7 @@ def run_verify(
             graphs,
             reference,
             photos,
-            limits=stored_limits(export),
+            tolerance=tolerance,
             pixels=compare_pixels(photos.read(), reference.images, manifest.preprocess),
             device=device,
             progress=progress.update,
@@ -124,19 +136,30 @@ def table(proof: Proof) -> Table:
     return shown
 
 
-def stored_limits(export: Export) -> Limits:
-    """Return the limits that the export was proven with."""
+def stored_tolerance(export: Export) -> Tolerance:
+    """Return the tolerance that the export was proven with."""
+    key = "tolerance" if "tolerance" in export.stored else "limits"
     try:
-        return validate(Limits, export.stored.get("limits") or {})
+        if key == "tolerance":
+            return validate(Tolerance, export.stored[key])
+        earlier = validate(_EarlierLimits, export.stored.get(key, {}))
     except UsageError as error:
         raise CheckpointError(
-            f"{export.directory / artifact.MANIFEST}: limits: {error}; export again"
+            f"{export.directory / artifact.MANIFEST}: {key}: {error}; export again"
         ) from error
+    own = Tolerance().limits(export.manifest.precision)
+    return Tolerance(
+        atol=None if earlier.logits_relative else earlier.logits,
+        min_agreement=None if earlier.top1 == own.top1 else 1 - earlier.top1,
+    )
 
 
-def _answers_of(run: Path, export: Export, photos: Photos, notes: Console) -> Reference:
-    """Ask the model of a run."""
+def _answers_of(
+    run: Path, export: Export, photos: Photos, notes: Console
+) -> tuple[Reference, ForwardError]:
+    """Ask the model of a run, and measure its rounding."""
     require("torch", "adapt")
+    from microclip_deploy.export.proof.forward_error import forward_error
     from microclip_deploy.model.checkpoint import load_model, read_checkpoint
 
     checkpoint, preprocess = read_checkpoint(run), export.manifest.preprocess
@@ -151,4 +174,6 @@ def _answers_of(run: Path, export: Export, photos: Photos, notes: Console) -> Re
         )
     model = load_model(checkpoint)
     with bar(notes, "asking PyTorch") as progress:
-        return Reference.of(model, preprocess, photos.views(preprocess), progress.update)
+        reference = Reference.of(model, preprocess, photos.views(preprocess), progress.update)
+    with bar(notes, "asking PyTorch in float64") as progress:
+        return reference, forward_error(model, preprocess, reference, progress.update)

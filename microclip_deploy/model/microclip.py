@@ -78,10 +78,20 @@ class MicroCLIP(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             cls, patches = _at_least_float32(cls), _at_least_float32(patches)
             found = saliency(patches.detach(), self.ncut)
-            vector, attention = self.pooling(patches, found.mask)
-            fg = self.backbone.project(vector)
-            logits = fused_logits(cls, fg, self.class_matrix(), self.cls_share)
-        return Output(cls, fg, logits, attention, found)
+            fused = self.fuse(cls, patches, found.mask)
+        return Output(cls, *fused, found)
+
+    def fuse(self, cls: Tensor, patches: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return [FG] (B, E), logits (B, C) and SOAP's weights (B, N+1) of tokens and their mask.
+
+        Args:
+            cls: float (B, E), unit rows.
+            patches: float (B, N, D).
+            mask: bool (B, N).
+        """
+        vector, attention = self.pooling(patches, mask)
+        fg = self.backbone.project(vector)
+        return fg, fused_logits(cls, fg, self.class_matrix(), self.cls_share), attention
 
     def encode_cls(self, images: Tensor) -> Tensor:
         """Return only the [CLS] embedding, float32 (B, E): cheaper, and all that crops need."""

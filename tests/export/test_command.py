@@ -16,7 +16,7 @@ from microclip_deploy import artifact
 from microclip_deploy.cli.main import main
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.export import command
-from microclip_deploy.export.proof.limits import LIMITS
+from microclip_deploy.export.proof.limits import Limits, Tolerance
 from microclip_deploy.export.proof.verify import VERIFIED
 from microclip_deploy.serving import open_session
 from microclip_deploy.serving.exported import (
@@ -27,6 +27,7 @@ from microclip_deploy.serving.exported import (
     HEAD_WEIGHTS,
     PARITY,
     PROBES,
+    Precision,
     read_export,
 )
 from tests.export.damage import declare
@@ -36,7 +37,17 @@ if TYPE_CHECKING:
 
 GRAPHS = (FULL, BACKBONE, HEAD)
 FILES = {*GRAPHS, CLASSIFIER, HEAD_WEIGHTS, PROBES, PARITY, artifact.MANIFEST}
-IMPOSSIBLE = {name: limits.model_copy(update={"cls": 0.0}) for name, limits in LIMITS.items()}
+
+
+def allow_nothing(monkeypatch: pytest.MonkeyPatch, *precisions: str) -> None:
+    """Let no [CLS] of these precisions be right."""
+    limits = Tolerance.limits
+
+    def without(tolerance: Tolerance, precision: Precision) -> Limits:
+        ours = limits(tolerance, precision)
+        return ours.model_copy(update={"cls": 0.0}) if precision in precisions else ours
+
+    monkeypatch.setattr(Tolerance, "limits", without)
 
 
 @pytest.fixture
@@ -167,7 +178,7 @@ def test_the_working_directory_is_never_replaced(
 def test_a_failed_proof_leaves_the_earlier_export_and_the_newest_evidence(
     finished_run: Path, out: Path, monkeypatch: pytest.MonkeyPatch, error_line: "ErrorLine"
 ) -> None:
-    monkeypatch.setattr(command, "LIMITS", IMPOSSIBLE)
+    allow_nothing(monkeypatch, "fp32")
     before, evidence = content(out), out.with_name("tiny.failed")
     for _ in range(2):
         assert export(finished_run, out, "--overwrite") == 5
@@ -198,13 +209,17 @@ def test_limits_of_the_users_replace_ours(
 ) -> None:
     new = tmp_path / "new"
     assert export(finished_run, new, "--atol", "1e-9") == 5
-    assert error_line().startswith("error: full.onnx: logits: expected at most 1e-09 ")
-    options = ("--dtype", "int8", "--atol", "9", "--min-agreement", "0.99")
+    line = error_line()
+    assert line.startswith("error: full.onnx: logits: expected at most 1e-09 ")
+    assert "fp32 is the most exact --dtype; if this is near enough, export with --atol " in line
+    assert export(finished_run, new, "--atol", line.rpartition(" ")[2]) == 0
+    options = ("--dtype", "int8", "--overwrite", "--atol", "9", "--min-agreement", "0.99")
     assert export(finished_run, new, *options) == 0
-    limits = read_export(new).stored["limits"]
-    assert limits["top1"] == pytest.approx(0.01)
-    assert (limits["logits"], limits["logits_relative"]) == (9, 0)
-    assert limits["cls"] == LIMITS["int8"].cls
+    tolerance = Tolerance.model_validate(read_export(new).stored["tolerance"])
+    assert (tolerance.atol, tolerance.min_agreement) == (9, 0.99)
+    limits = tolerance.limits("int8")
+    assert (limits.logits, limits.cls) == (9, Tolerance().limits("int8").cls)
+    assert limits.top1 == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(
@@ -305,8 +320,7 @@ def test_auto_leaves_out_what_is_not_proven(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    chosen = {name: (IMPOSSIBLE if name in impossible else LIMITS)[name] for name in LIMITS}
-    monkeypatch.setattr(command, "LIMITS", chosen)
+    allow_nothing(monkeypatch, *impossible)
     assert export(finished_run, tmp_path / "new", "--dtype", "auto") == code
     if code == 0:
         assert "int8: departs at backbone.onnx: cls; left out" in capsys.readouterr().err

@@ -12,7 +12,8 @@ import pytest
 from onnx import TensorProto
 
 from microclip_deploy.export.proof.answers import Graphs
-from microclip_deploy.export.proof.limits import LIMITS
+from microclip_deploy.export.proof.forward_error import forward_error
+from microclip_deploy.export.proof.limits import Tolerance
 from microclip_deploy.export.proof.parity import compare_pixels, prove
 from microclip_deploy.export.proof.probes import Reference, made_up_photos
 from microclip_deploy.export.to_onnx import write_graphs
@@ -212,11 +213,12 @@ def test_unusual_models_need_no_other_operators(odd: "Subject", tmp_path: Path) 
         assert "Gelu" not in kinds
     photos = made_up_photos(preprocess.size)
     views, matrix = photos.views(preprocess), model.class_matrix().detach().numpy()
+    reference = Reference.of(model, preprocess, views)
     proof = prove(
         Graphs(tmp_path, "fp32", model.ncut, matrix, model.cls_share),
-        Reference.of(model, preprocess, views),
+        reference,
         photos,
-        limits=LIMITS["fp32"],
+        tolerance=Tolerance(error=forward_error(model, preprocess, reference)),
         pixels=compare_pixels(photos.read(), views, preprocess),
     )
     assert proof.departure is None

@@ -11,9 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
+from microclip_deploy import artifact
 from microclip_deploy.export.proof.answers import Graphs
 from microclip_deploy.export.proof.judge import Proof, Stage
-from microclip_deploy.export.proof.limits import LIMITS
+from microclip_deploy.export.proof.limits import MARGIN, ROUNDOFF, Tolerance
 from microclip_deploy.export.proof.parity import prove
 from microclip_deploy.export.proof.probes import Reference, made_up_photos
 from microclip_deploy.ncut.spec import NCutSpec
@@ -56,16 +57,21 @@ def proof_of(
     pixels: Stage = INTACT,
     classifier: NDArray[np.float32] = OTHER_CLASSES,
     cls_share: float = 0.5,
-    **limits: float | None,
+    atol: float | None = None,
 ) -> Proof:
-    """Prove an export; limits may be others than the precision's."""
+    """Prove an export; the limit on logits may be another than the precision's."""
     return prove(
         Graphs(directory, precision, spec or NCutSpec(), classifier, cls_share),
         reference,
         PHOTOS,
-        limits=LIMITS[precision].model_copy(update=limits),
+        tolerance=tolerance_of(directory).changed(atol, None),
         pixels=pixels,
     )
+
+
+def tolerance_of(directory: Path) -> Tolerance:
+    """Return what an export stores, though its files may be damaged."""
+    return Tolerance.model_validate(artifact.read_json(directory / artifact.MANIFEST)["tolerance"])
 
 
 def departures(proof: Proof) -> list[str]:
@@ -218,7 +224,7 @@ def test_what_is_no_number_departs_in_every_precision(
     # PyTorch's first class is also what the largest of nothing but NaN is.
     always_first = reference._replace(logits=reference.logits - np.array([0, 99, 99], np.float32))
     change(export / FULL, weight("backbone.position", lambda array: array * np.float32(np.nan)))
-    proof = proof_of(export, always_first, precision, logits=None)
+    proof = proof_of(export, always_first, precision, atol=1e9)
     assert stage_of(proof, "full.onnx: logits").departs
     assert stage_of(proof, "full.onnx: parts").departs
 
@@ -262,15 +268,16 @@ def test_another_class_is_counted_and_listed(export: Path, reference: Reference)
     assert {flip.batch for flip in proof.flips} == {*range(1, 10), 24}
 
 
-@pytest.mark.parametrize(("margin", "counts"), [(8e-5, False), (3e-4, True)])
+@pytest.mark.parametrize(("share", "counts"), [(0.8, False), (1.5, True)])
 def test_ties_do_not_count(
-    tiny_export: Path, reference: Reference, margin: float, counts: bool
+    tiny_export: Path, reference: Reference, share: float, counts: bool
 ) -> None:
     logits = reference.logits.copy()
     second, best = np.argsort(logits[5])[1:]
-    logits[5, second] = logits[5, best] + margin
+    tie = tolerance_of(tiny_export).tie("fp32")
+    logits[5, second] = logits[5, best] + share * tie
     # Whatever the user allows of logits, a tie is what rounding in float32 can turn.
-    proof = proof_of(tiny_export, reference._replace(logits=logits), logits=99)
+    proof = proof_of(tiny_export, reference._replace(logits=logits), atol=99)
     assert {flip.row for flip in proof.flips} == {5}
     assert (stage_of(proof, "full.onnx: top1").difference > 0) == counts
 
@@ -312,9 +319,10 @@ def test_a_class_that_an_undetermined_mask_decides_does_not_count(
     logits[6] = logits[6][[1, 0, 2]]
     posed = (np.arange(24) != 6) | determined
     other = with_another_mask._replace(logits=logits, determined=posed)
-    proof = proof_of(tiny_export, other, mask=1)
+    proof = proof_of(tiny_export, other)
     # head.onnx was asked with the other mask, and is right to call that another class.
-    assert departures(proof) == ["head.onnx: logits", *["full.onnx: top1"] * determined]
+    expected = ["head.onnx: logits", *["full.onnx: mask", "full.onnx: top1"] * determined]
+    assert departures(proof) == expected
     assert {flip.image for flip in proof.flips} == {PHOTOS.names[6]}
     assert all(flip.other_mask for flip in proof.flips)
 
@@ -326,18 +334,28 @@ def test_a_similarity_near_tau_leaves_the_mask_undetermined(
     tau = float(np.nextafter(np.sort(nearest, axis=None)[100], np.float32(1)))
     proof = proof_of(tiny_export, reference, spec=NCutSpec(tau=tau))
     assert proof.undetermined == (PHOTOS.names[4],)
-    halves = proof_of(tiny_export, reference, "fp16", spec=NCutSpec(tau=tau))
-    assert halves.undetermined == ()  # reduced precision is held against all well-posed masks
 
 
-def test_the_limit_on_logits_grows_with_them(write: "Write", reference: Reference) -> None:
-    largest = float(np.abs(reference.logits).max())
-    assert largest > 20
-    ours = stage_of(proof_of(write("fp16"), reference, "fp16"), "full.onnx: logits")
-    assert ours.limit == pytest.approx(1e-3 * largest)
-    own = proof_of(write("fp16"), reference, "fp16", logits=0.5)
+def test_reduced_precision_answers_for_masks_whose_edges_it_does_not_move(
+    tiny_export: Path, reference: Reference
+) -> None:
+    patches = reference.patches.copy()
+    patches[4, 3] *= -1
+    assert proof_of(tiny_export, reference, "fp16").undetermined == ()
+    moved = proof_of(tiny_export, reference._replace(patches=patches), "fp16")
+    assert moved.undetermined == (PHOTOS.names[4],)
+
+
+def test_limits_follow_the_rounding_of_the_model(write: "Write", reference: Reference) -> None:
+    error = tolerance_of(write("fp16")).error
+    exact = MARGIN * error.total.logits
+    ours = proof_of(write("fp16"), reference, "fp16")
+    assert stage_of(ours, "head.onnx: logits").limit == exact
+    half = ROUNDOFF["fp16"] * error.encoder.logits + exact
+    assert stage_of(ours, "full.onnx: logits").limit == half
+    own = proof_of(write("fp16"), reference, "fp16", atol=0.5)
     assert stage_of(own, "full.onnx: logits").limit == 0.5
-    assert stage_of(own, "head.onnx: logits").limit == 5e-5
+    assert stage_of(own, "head.onnx: logits").limit == exact
 
 
 def test_wrong_pixels_are_the_first_departure(tiny_export: Path, reference: Reference) -> None:

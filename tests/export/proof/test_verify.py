@@ -98,14 +98,18 @@ def test_a_graph_changed_behind_the_manifest_departs(export: Path, error_line: "
 
 
 @pytest.mark.parametrize(
-    ("limits", "wanted"),
-    [({"top1": 1.0, "logits": 1.0}, "at most 1 from"), ({"top1": 1.0}, "a number")],
+    ("fields", "wanted"),
+    [
+        ({"tolerance": {"atol": 1.0}}, "at most 1 from"),
+        ({"tolerance": None, "limits": {"logits": 1.0, "top1": 1.0}}, "at most 1 from"),
+        ({"precision": "int8"}, "a number"),
+    ],
 )
 def test_what_is_no_number_departs_whatever_the_limit(
-    export: Path, capsys: pytest.CaptureFixture[str], limits: dict[str, float], wanted: str
+    export: Path, capsys: pytest.CaptureFixture[str], fields: dict[str, Any], wanted: str
 ) -> None:
     change(export / FULL, weight("classifier", unknown))
-    declare(export, FULL, limits=limits)
+    declare(export, FULL, **fields)
     assert verify(export, "--json") == 5
     printed = capsys.readouterr()
     assert f"error: full.onnx: logits: expected {wanted}" in printed.err
@@ -142,8 +146,11 @@ def test_a_damaged_file_is_bad_data(
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        *(({"limits": limits}, "limits") for limits in (
-            None, {}, {"top1": "much"}, {"top1": 0, "speed": 1}, [1, 2], "none"
+        *(({"tolerance": None, "limits": limits}, "limits") for limits in (
+            None, {}, {"top1": "much"}, [1, 2], "none"
+        )),
+        *(({"tolerance": tolerance}, "tolerance") for tolerance in (
+            {"error": 1}, {"speed": 1}, [1, 2], "none"
         )),
         ({"schema": "microclip.export/2"}, "expected schema microclip.export/1"),
     ],

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 from onnx.parser import parse_model
 from onnx.reference import ReferenceEvaluator
 
+from microclip_deploy.export.proof.bfloat16 import in_float32
 from microclip_deploy.export.proof.probes import made_up_photos
-from microclip_deploy.export.proof.rounding import in_float32
 from microclip_deploy.serving.exported import BACKBONE
 
 if TYPE_CHECKING:
