@@ -23,7 +23,7 @@ from microclip_deploy.head import LOGIT_SCALE
 from microclip_deploy.model.backbone import BlockWeights, TowerWeights
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import saliency_iterative
+from microclip_deploy.ncut.steps import agreement_with, saliency_iterative
 
 # Pixels enter as (x - 128) / 64, which fp16 and bf16 hold exactly; folding the normalisation of raw
 # 0..255 values would cancel digits.
@@ -69,6 +69,8 @@ class Everything(NamedTuple):
     """float32 (B,): how far the cut's filter is from one eigenvector."""
     patches: Tensor
     """float32 (B, N, D): what the backbone gives the cut and the head; no output of full.onnx."""
+    agreement: Tensor | None = None
+    """float32 (B, N): each token's agreement with [CLS], where the cut asks for it; as `patches`."""
 
 
 class BackboneGraph(nn.Module):
@@ -114,8 +116,8 @@ class HeadGraph(nn.Module):
 
     def __init__(self, model: MicroCLIP) -> None:
         super().__init__()
-        self.cls_share = model.cls_share
         head = model.head()
+        self.cls_share, self.cls_fallback = head.cls_share, head.cls_fallback
         self.project = _frozen(torch.from_numpy(head.project), torch.float32)
         self.match = (
             None if head.match is None else _frozen(torch.from_numpy(head.match), torch.float32)
@@ -126,6 +128,8 @@ class HeadGraph(nn.Module):
         attention = self._attention(patches, mask)
         pooled = (attention[:, None, :-1] @ patches)[:, 0]
         fg = unit(F.linear(pooled, self.project))
+        if self.cls_fallback:
+            fg = torch.where(mask.all(dim=1, keepdim=True), cls, fg)
         fused = self.cls_share * cls + (1 - self.cls_share) * fg
         return Fused(F.linear(LOGIT_SCALE * fused, classifier), unit(fused), fg, attention)
 
@@ -147,14 +151,16 @@ class FullGraph(nn.Module):
         self.head = head
         self.ncut = ncut
 
-    def forward(self, image: Tensor, classifier: Tensor) -> Everything:
-        """Run the whole of microCLIP."""
+    def forward(self, image: Tensor, classifier: Tensor) -> tuple[Tensor, ...]:
+        """Run the whole of microCLIP; return the fields of `Everything`, its last only if it is."""
         cls, patches = self.backbone(image)
-        cut = saliency_iterative(patches, self.ncut)
+        agreement: tuple[Tensor, ...] = ()
+        if self.ncut.asks_cls:
+            agreement = (agreement_with(cls @ self.backbone.projection.T, patches),)
+        cut = saliency_iterative(patches, self.ncut, *agreement)
         logits, embedding, fg, attention = self.head(cls, patches, cut.mask, classifier)
-        return Everything(
-            logits, embedding, cls, fg, cut.mask, attention, cut.complete, cut.residual, patches
-        )
+        found = (logits, embedding, cls, fg, cut.mask, attention, cut.complete, cut.residual)
+        return (*found, patches, *agreement)
 
 
 class _BlockParts(nn.Module):

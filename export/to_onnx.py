@@ -24,6 +24,7 @@ from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import require
 from microclip_deploy.export.graphs import BackboneGraph, Everything, FullGraph, HeadGraph
 from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, GraphSpec, Precision, TensorSpec
 
 WEIGHTS = "weights.data"
@@ -47,15 +48,12 @@ _TRACED_DTYPE: Mapping[Precision, torch.dtype] = {
 _KEPT_FROM_INT8 = {"backbone.projection"}
 """The projection to the joint space stays float32: the cosines that decide come next."""
 
-_CUTS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
-    FULL: (("image", "classifier"), Everything._fields[:-1]),
-    BACKBONE: (("image",), ("cls", "patches")),
-    HEAD: (
-        ("cls", "patches", "mask", "classifier"),
-        ("logits", "embedding", "fg", "attention"),
-    ),
+_INPUTS = {
+    FULL: ("image", "classifier"),
+    BACKBONE: ("image",),
+    HEAD: ("cls", "patches", "mask", "classifier"),
 }
-"""Inputs and outputs of each file."""
+"""Of each file."""
 
 
 def write_graphs(
@@ -97,8 +95,8 @@ def _cut_apart(
     classifier = model.class_matrix().detach().numpy()
     extractor = Extractor(traced)
     specs = {}
-    for name, (inputs, outputs) in _CUTS.items():
-        graph = extractor.extract_model(list(inputs), list(outputs))
+    for name, outputs in _outputs(model.ncut).items():
+        graph = extractor.extract_model(list(_INPUTS[name]), outputs)
         _finish(graph, name, classifier)
         onnx.helper.set_model_props(
             graph, {**properties, "weights_sha256": _weights_sha256(graph, directory)}
@@ -112,6 +110,16 @@ def _cut_apart(
     return specs
 
 
+def _outputs(ncut: NCutSpec) -> dict[str, list[str]]:
+    """Return what each file gives."""
+    *answers, patches, agreement = Everything._fields
+    return {
+        FULL: answers,
+        BACKBONE: ["cls", patches, agreement] if ncut.asks_cls else ["cls", patches],
+        HEAD: ["logits", "embedding", "fg", "attention"],
+    }
+
+
 def _trace(
     model: MicroCLIP, preprocess: Preprocess, precision: Precision, directory: Path
 ) -> onnx.ModelProto:
@@ -120,6 +128,7 @@ def _trace(
     backbone = BackboneGraph(tower, preprocess, _TRACED_DTYPE[precision])
     graph = FullGraph(backbone, HeadGraph(model), model.ncut).eval()
     size = preprocess.size
+    given = _outputs(model.ncut)
     example = (torch.zeros(2, size, size, 3, dtype=torch.uint8), model.class_matrix().detach())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch's exporter
@@ -129,7 +138,7 @@ def _trace(
             dynamo=True,
             opset_version=OPSET,
             input_names=["image", "classifier"],
-            output_names=Everything._fields,
+            output_names=[*given[FULL], *given[BACKBONE][1:]],
             dynamic_shapes=(
                 {0: torch.export.Dim("batch", min=1, max=4096)},
                 {0: torch.export.Dim("classes", min=2, max=2**20)},

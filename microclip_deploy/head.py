@@ -19,6 +19,8 @@ class Head(NamedTuple):
     """float32 (C, E), unit rows."""
     cls_share: float
     """Weight of [CLS] in the fused logits, 0 to 1."""
+    cls_fallback: bool
+    """[FG] is [CLS] where every token is salient, which is where the cut is undefined."""
 
 
 def fused_logits(cls: Any, fg: Any, classifier: Any, cls_share: Any) -> Any:

@@ -125,14 +125,15 @@ def ask(graphs: Graphs, reference: Reference, device: str, progress: Progress) -
                 yield Answers.of(name, batches, outputs)
 
     photos = {"image": reference.images}
-    (backbone,) = run(BACKBONE, _Question(batches, ("cls", "patches"), photos))
+    tokens = ("cls", "patches", *["agreement"] * graphs.spec.asks_cls)
+    (backbone,) = run(BACKBONE, _Question(batches, tokens, photos))
     full, served = run(
         FULL,
         _Question(batches, ("cls", "mask", "complete", *HEAD_STAGES), photos),
         _Question(batches[-1:], _SERVED, {**photos, "classifier": graphs.classifier}),
     )
     pytorch = {name: getattr(reference, name) for name in ("cls", "patches", "mask")}
-    made = {**backbone.outputs, "mask": full.outputs["mask"]}
+    made = {n: backbone.outputs[n] for n in ("cls", "patches")} | {"mask": full.outputs["mask"]}
     # The same batches, of what the graphs made instead of images.
     answers = list(rotating(map(len, batches), len(full.rows)))
     head, parts = run(
@@ -147,7 +148,8 @@ def _require_shapes(
     """Refuse answers in other shapes than PyTorch's; a matrix that is fed has its own classes."""
     batch = len(next(iter(feeds.values())))
     for name, output in outputs.items():
-        expected = (batch, *getattr(reference, name).shape[1:])
+        like = "mask" if name == "agreement" else name
+        expected = (batch, *getattr(reference, like).shape[1:])
         if name == "logits" and "classifier" in feeds:
             expected = (batch, len(feeds["classifier"]))
         if output.shape != expected:

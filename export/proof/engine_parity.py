@@ -67,11 +67,12 @@ def onnx_reference(export: Export, images: NDArray[np.uint8]) -> Reference:
     ):
 
         def answer(batch: NDArray[np.uint8]) -> Reference:
-            (patches,) = backbone.run(["patches"], {"image": batch})
+            tokens = ["patches", *["agreement"] * spec.asks_cls]
+            patches, *agreement = backbone.run(tokens, {"image": batch})
             wanted = ("cls", "mask", "attention", "fg", "embedding", "logits", "complete")
             feeds: dict[str, Array] = {"image": batch, "classifier": export.classifier}
             outputs = dict(zip(wanted, full.run(wanted, feeds), strict=True))
-            decided = determined(adjacency(patches, spec), spec)
+            decided = determined(adjacency(patches, spec), spec, *agreement)
             return Reference(images=batch, patches=patches, determined=decided, **outputs)
 
         return Reference.by_batch(answer, images)

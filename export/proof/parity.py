@@ -103,9 +103,10 @@ def _torchvision_view(preprocess: Preprocess) -> Callable[[Image.Image], NDArray
 def _cut_stage(asked: Asked, spec: NCutSpec) -> Stage:
     """Compare masks with the exact cut of the backbone's tokens, where they are determined."""
     tokens, full = asked.backbone.outputs["patches"], asked.full.outputs
-    expected = saliency_exact(tokens, spec)
+    agreement = asked.backbone.outputs.get("agreement")
+    expected = saliency_exact(tokens, spec, agreement)
     other = (full["mask"] != expected.mask).any(axis=1) | (full["complete"] != expected.complete)
-    counted = determined(adjacency(tokens, spec), spec)
+    counted = determined(adjacency(tokens, spec), spec, agreement)
     share = other[counted].sum() / max(counted.sum(), 1)
     return Stage(graph=FULL, stage="cut", difference=share, limit=OTHER_CUT)
 

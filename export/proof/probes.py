@@ -83,7 +83,8 @@ class Reference(NamedTuple):
                 out = model(network_input)
                 patches = model.backbone(network_input).patches
                 embedding = fused_embedding(out.cls, out.fg, model.cls_share)
-                decided = determined(adjacency(patches, model.ncut), model.ncut)
+                agreement = model.agreement(out.cls, patches)
+                decided = determined(adjacency(patches, model.ncut), model.ncut, agreement)
             cut = out.saliency
             made = (out.cls, patches, cut.mask, out.attention, out.fg, embedding, out.logits)
             return cls(batch, *(part.cpu().numpy() for part in (*made, cut.complete, decided)))

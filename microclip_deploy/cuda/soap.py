@@ -69,6 +69,7 @@ class CudaFusion:
         project: Array,
         classifier: Array,
         cls_share: float,
+        cls_fallback: bool,
     ) -> None:
         """Upload the float32 matrices of a `Head`.
 
@@ -86,7 +87,7 @@ class CudaFusion:
             None if matrix is None else cupy.asarray(matrix, cupy.float32)
             for matrix in (match, project, classifier)
         )
-        self.head = Head(match, project, classifier, cls_share)
+        self.head = Head(match, project, classifier, cls_share, cls_fallback)
 
     def outputs(self, batch: int, count: int) -> Fused:
         """Return buffers for `batch` images of `count` tokens."""

@@ -89,6 +89,14 @@ class VisionBackbone(nn.Module):
         """Map float (..., D) to the joint space: float (..., E), L2-normalised."""
         return F.normalize(x @ self.visual.proj, dim=-1)
 
+    def unproject(self, cls: Tensor) -> Tensor:
+        """Map embeddings (..., E) back among the tokens: float (..., D), P cls.
+
+        Its product with a token is that of the projected token with the embedding.
+        """
+        found: Tensor = cls @ self.visual.proj.T
+        return found
+
     def weights(self) -> TowerWeights:
         """Return the tower's weights for other implementations of it; nothing is copied twice."""
         visual = self.visual

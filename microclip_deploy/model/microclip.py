@@ -17,7 +17,7 @@ from microclip_deploy.model.soap import SOAP, TokenMean
 from microclip_deploy.model.text import TextHeads
 from microclip_deploy.model.token_fusion import fused_logits
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import Saliency
+from microclip_deploy.ncut.steps import Saliency, agreement_with
 
 Pooling = Literal["soap", "mean"]
 
@@ -77,9 +77,16 @@ class MicroCLIP(nn.Module):
         cls, patches = self.backbone(images)
         with torch.autocast(images.device.type, enabled=False):
             cls, patches = _at_least_float32(cls), _at_least_float32(patches)
-            found = saliency(patches.detach(), self.ncut)
+            found = saliency(patches.detach(), self.ncut, self.agreement(cls, patches))
             fused = self.fuse(cls, patches, found.mask)
         return Output(cls, *fused, found)
+
+    def agreement(self, cls: Tensor, patches: Tensor) -> Tensor | None:
+        """Return each token's agreement with [CLS], float32 (B, N), where the cut asks for it."""
+        if not self.ncut.asks_cls:
+            return None
+        found: Tensor = agreement_with(self.backbone.unproject(cls), patches).detach()
+        return found
 
     def fuse(self, cls: Tensor, patches: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return [FG] (B, E), logits (B, C) and SOAP's weights (B, N+1) of tokens and their mask.
@@ -91,6 +98,8 @@ class MicroCLIP(nn.Module):
         """
         vector, attention = self.pooling(patches, mask)
         fg = self.backbone.project(vector)
+        if self.ncut.fallback == "cls":
+            fg = torch.where(mask.all(dim=1, keepdim=True), cls, fg)
         return fg, fused_logits(cls, fg, self.class_matrix(), self.cls_share), attention
 
     def encode_cls(self, images: Tensor) -> Tensor:
@@ -110,7 +119,13 @@ class MicroCLIP(nn.Module):
             query, key, value = (linear.weight.detach().double() for linear in maps)
             match, project = key.T @ query / math.sqrt(len(query)), project @ value
         folded = None if match is None else _on_host(match)
-        return Head(folded, _on_host(project), _on_host(self.class_matrix()), self.cls_share)
+        return Head(
+            folded,
+            _on_host(project),
+            _on_host(self.class_matrix()),
+            self.cls_share,
+            self.ncut.fallback == "cls",
+        )
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the trained tensors by name, in a fixed order."""

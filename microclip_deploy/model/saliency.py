@@ -11,7 +11,7 @@ from microclip_deploy.ncut.steps import Array, Saliency, saliency_exact, salienc
 _log = logging.getLogger(__name__)
 
 
-def saliency(tokens: Array, spec: NCutSpec) -> Saliency:
+def saliency(tokens: Array, spec: NCutSpec, agreement: Array | None = None) -> Saliency:
     """Mark the tokens on the foreground side of the normalised cut.
 
     CuPy arrays and torch CUDA tensors take the kernel, other accelerators the iterative solver,
@@ -22,12 +22,13 @@ def saliency(tokens: Array, spec: NCutSpec) -> Saliency:
     Args:
         tokens: float (B, N, D), N >= 4, raw (not normalised), class token removed.
         spec: constants and rules.
+        agreement: as for `saliency_exact`.
 
     Returns:
         One foreground mask an image.
 
     Raises:
-        UsageError: `tokens` is not (B, N, D) floating point with N >= 4.
+        UsageError: as for `saliency_exact`.
 
     Source: docs/numerics.md section 2.
     """
@@ -35,8 +36,10 @@ def saliency(tokens: Array, spec: NCutSpec) -> Saliency:
     if is_cupy_array(tokens) or (place == "cuda" and _has_cupy()):
         from microclip_deploy.cuda.ncut import saliency_cuda, takes
 
-        return saliency_cuda(tokens, spec) if takes(tokens) else saliency_iterative(tokens, spec)
-    return saliency_exact(tokens, spec) if place == "cpu" else saliency_iterative(tokens, spec)
+        if takes(tokens):
+            return saliency_cuda(tokens, spec, agreement)
+    solve = saliency_exact if place == "cpu" else saliency_iterative
+    return solve(tokens, spec, agreement)
 
 
 @lru_cache(maxsize=1)

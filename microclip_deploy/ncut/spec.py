@@ -27,9 +27,18 @@ class NCutSpec(BaseModel):
     eps: float = Field(default=1e-6, gt=0, lt=1e-3)
     """Weight of an absent edge, also added to sqrt(degree)."""
 
-    threshold: Literal["std", "mean"] = "std"
-    """Foreground is every entry of the oriented vector above its unbiased standard deviation
-    (the method's own rule) or above its mean."""
+    threshold: Literal["std", "mean", "otsu"] = "std"
+    """What splits the entries of the oriented vector: its unbiased standard deviation (the method's
+    own rule), its mean, or the level that leaves the most variance between both sides (Otsu)."""
+
+    side: Literal["seed", "border", "cls", "object"] = "seed"
+    """Which side of the split is foreground: the one with the largest entry (the method's own
+    rule); the one with the smaller share of the image's border; the one whose tokens agree more
+    with [CLS]; or the one with the larger agreement minus share of the border."""
+
+    fallback: Literal["all", "cls"] = "all"
+    """Where the vector is undefined, [FG] is pooled with every token as the query (the method's own
+    rule), or is [CLS], so that [CLS] alone answers."""
 
     gap_tolerance: float = Field(default=1e-6, gt=0, lt=1e-2)
     """The vector is undefined when (lambda3 - lambda2) <= gap_tolerance * lambda3."""
@@ -52,6 +61,16 @@ class NCutSpec(BaseModel):
 
     lanczos_restarts: int = Field(default=6, ge=1, le=64)
     """Krylov spaces that the kernel builds at most: its work is bounded."""
+
+    @property
+    def asks_cls(self) -> bool:
+        """Say whether the side depends on [CLS]."""
+        return self.side in ("cls", "object")
+
+    @property
+    def asks_border(self) -> bool:
+        """Say whether the side depends on where tokens lie, so that they must form a square."""
+        return self.side in ("border", "object")
 
     def fingerprint(self) -> str:
         """Return sha256 (hex) of the canonical JSON of all fields."""

@@ -11,11 +11,13 @@ chooses):
 
 The method leaves the sign of the eigenvector to the solver, and with it the mask. Here the
 vector is oriented first (largest entry positive) and thresholded second; where it is undefined
-(complete, edgeless or exactly symmetric graphs) every token is foreground.
+(complete, edgeless or exactly symmetric graphs) every token is foreground. Other rules than the
+method's then choose the foreground among both sides of the split.
 
 Letters: B images, N tokens, D width.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -66,27 +68,46 @@ class Saliency(NamedTuple):
     solver: trace / Frobenius norm - 1 of its filter. Kernel: residual / spread of the spectrum."""
 
 
-def saliency_exact(tokens: Array, spec: NCutSpec) -> Saliency:
+def saliency_exact(tokens: Array, spec: NCutSpec, agreement: Array | None = None) -> Saliency:
     """Mark the tokens on the foreground side of the cut, by a dense float64 eigendecomposition.
 
     Args:
         tokens: float (B, N, D), N >= 4, raw (not normalised), class token removed.
         spec: constants and rules.
+        agreement: float32 (B, N), each token's with [CLS], from `agreement_with`; not read where
+            `spec.asks_cls` is False.
 
     Raises:
-        UsageError: `tokens` is not (B, N, D) floating point with N >= 4.
+        UsageError: `tokens` is not (B, N, D) floating point with N >= 4, no square of tokens where
+            the border counts, or has no agreement where it does.
 
     Source: docs/numerics.md section 2.
     """
     edges = adjacency(tokens, spec)
-    return _bipartition(tokens, edges, fiedler_exact(edges, spec), spec.tie_tolerance, spec)
+    fiedler = fiedler_exact(edges, spec)
+    return _bipartition(tokens, edges, fiedler, spec.tie_tolerance, spec, agreement)
 
 
-def saliency_iterative(tokens: Array, spec: NCutSpec) -> Saliency:
+def saliency_iterative(tokens: Array, spec: NCutSpec, agreement: Array | None = None) -> Saliency:
     """As `saliency_exact`, by float32 matrix products only."""
     edges = adjacency(tokens, spec)
     fiedler = fiedler_iterative(edges, spec)
-    return _bipartition(tokens, edges, fiedler, spec.tie_tolerance_iterative, spec)
+    return _bipartition(tokens, edges, fiedler, spec.tie_tolerance_iterative, spec, agreement)
+
+
+def agreement_with(direction: Array, tokens: Array) -> Array:
+    """Return the cosine of each token with a direction: float32 (B, N).
+
+    Args:
+        direction: float32 (B, D), P cls: the [CLS] embedding brought back among the tokens.
+        tokens: float (B, N, D).
+
+    Source: docs/numerics.md section 2.4.
+    """
+    xp = array_namespace(tokens)
+    x = xp.astype(tokens, xp.float32)
+    length = xp.sqrt(xp.sum(x * x, axis=2) * xp.sum(direction * direction, axis=1, keepdims=True))
+    return (x @ direction[:, :, None])[:, :, 0] / xp.clip(length, min=1e-12)
 
 
 def adjacency(tokens: Array, spec: NCutSpec) -> Array:
@@ -138,12 +159,13 @@ def fiedler_exact(edges: Array, spec: NCutSpec) -> Fiedler:
     return Fiedler(vectors[:, :, 1], simple, xp.zeros_like(values[:, 1]))
 
 
-def well_posed(edges: Array, spec: NCutSpec) -> Array:
+def well_posed(edges: Array, spec: NCutSpec, agreement: Array | None = None) -> Array:
     """Say which graphs have a mask that rounding in float32 cannot change: bool (B,).
 
     Args:
         edges: bool (B, N, N), symmetric.
         spec: constants and rules.
+        agreement: as for `saliency_exact`.
 
     Source: docs/numerics.md section 9.
     """
@@ -154,12 +176,17 @@ def well_posed(edges: Array, spec: NCutSpec) -> Array:
     first, second, third = (values[:, i] for i in range(3))
     gap = xp.minimum(second - first, third - second) > WELL_POSED_GAP * values[:, -1]
     vector = _oriented(xp, vectors[:, :, 1])
-    threshold = xp.min(xp.abs(vector - _level(xp, vector, spec)), axis=1)
+    threshold = _split_margin(xp, vector, spec)
     orientation = xp.abs(xp.max(vector, axis=1) + xp.min(vector, axis=1))
-    return gap & (xp.minimum(threshold, orientation) > WELL_POSED_MARGIN)
+    certain = gap & (xp.minimum(threshold, orientation) > WELL_POSED_MARGIN)
+    if not spec.asks_cls:
+        return certain
+    inside = vector > _level(xp, vector, spec)
+    preference = _preference(xp, inside, agreement, spec)
+    return certain & (xp.abs(preference) > WELL_POSED_MARGIN)
 
 
-def determined(edges: Array, spec: NCutSpec) -> Array:
+def determined(edges: Array, spec: NCutSpec, agreement: Array | None = None) -> Array:
     """Say which graphs' masks are the same from every solver: bool (B,).
 
     Besides the well-posed ones, those in which all or no pairs are joined: every token by rule.
@@ -167,7 +194,7 @@ def determined(edges: Array, spec: NCutSpec) -> Array:
     xp = array_namespace(edges)
     pairs = edges.shape[1] * (edges.shape[1] - 1)
     joined = _pairs_joined(xp, edges)
-    return well_posed(edges, spec) | (joined == 0) | (joined == pairs)
+    return well_posed(edges, spec, agreement) | (joined == 0) | (joined == pairs)
 
 
 def fiedler_iterative(edges: Array, spec: NCutSpec) -> Fiedler:
@@ -241,18 +268,26 @@ def _dominant(xp: Any, filter_: Array, identity: Array, spec: NCutSpec) -> Fiedl
 
 
 def _bipartition(
-    tokens: Array, edges: Array, fiedler: Fiedler, tie: float, spec: NCutSpec
+    tokens: Array,
+    edges: Array,
+    fiedler: Fiedler,
+    tie: float,
+    spec: NCutSpec,
+    agreement: Array | None = None,
 ) -> Saliency:
-    """Orient, threshold, and answer "everything" where the vector is undefined."""
+    """Orient, split, choose the side, and answer "everything" where the vector is undefined."""
     xp = array_namespace(edges)
     vector = _oriented(xp, fiedler.vector)
     decided = xp.abs(xp.max(vector, axis=1) + xp.min(vector, axis=1)) > tie
-    mask = vector > _level(xp, vector, spec) + tie
+    inside = vector > _level(xp, vector, spec, tie) + tie
+    mask = inside
+    if spec.side != "seed":
+        mask = inside ^ (_preference(xp, inside, agreement, spec) < 0)[:, None]
     joined = _pairs_joined(xp, edges)
     complete = joined == edges.shape[1] * (edges.shape[1] - 1)
     determined = fiedler.simple & decided & (joined > 0) & ~complete
     finite = xp.abs(xp.sum(_summable(xp, tokens), axis=(1, 2))) < xp.inf  # False for NaN
-    determined = determined & finite & xp.any(mask, axis=1)
+    determined = determined & finite & xp.any(inside, axis=1)
     everything = mask | ~determined[:, None]
     return Saliency(everything, vector, ~determined, complete, fiedler.residual)
 
@@ -269,13 +304,83 @@ def _oriented(xp: Any, vector: Array) -> Array:
     return xp.where(upright, vector, -vector)
 
 
-def _level(xp: Any, vector: Array, spec: NCutSpec) -> Array:
-    """Return what foreground entries exceed, (B, 1): the unbiased deviation, or the mean."""
+def _level(xp: Any, vector: Array, spec: NCutSpec, tie: float = 0.0) -> Array:
+    """Return what the entries of one side exceed by more than a tie, (B, 1)."""
     center = xp.mean(vector, axis=1, keepdims=True)
     if spec.threshold == "mean":
         return center
     deviation = vector - center
+    if spec.threshold == "otsu":
+        between = _between(xp, deviation, tie)
+        best = between >= xp.max(between, axis=1, keepdims=True)
+        return xp.max(xp.where(best, vector, -xp.ones_like(vector)), axis=1, keepdims=True)
     return xp.sqrt(xp.sum(deviation * deviation, axis=1, keepdims=True) / (vector.shape[1] - 1))
+
+
+def _between(xp: Any, deviation: Array, tie: float) -> Array:
+    """Return the variance between both sides, times N, if they were split just above each entry.
+
+    Args:
+        xp: the array library.
+        deviation: float (B, N), entries less their mean.
+        tie: entries closer than this stay on one side.
+
+    Source: Otsu 1979, equation 14.
+    """
+    count = deviation.shape[1]
+    above = deviation[:, None, :] > deviation[:, :, None] + tie
+    above = xp.astype(above, deviation.dtype)  # [b, i, j]: j lies above i
+    number, total = xp.sum(above, axis=2), (above @ deviation[:, :, None])[:, :, 0]
+    return total * total * count / xp.clip(number * (count - number), min=1.0)
+
+
+def _split_margin(xp: Any, vector: Array, spec: NCutSpec) -> Array:
+    """Return how far the entries are from where they would change sides, (B,)."""
+    level = _level(xp, vector, spec)
+    if spec.threshold != "otsu":
+        return xp.min(xp.abs(vector - level), axis=1)
+    # Only the best of all other splits can take its place; both are of the order of 1 at most.
+    between = _between(xp, vector - xp.mean(vector, axis=1, keepdims=True), 0.0)
+    other = xp.where(vector == level, xp.zeros_like(vector), between)
+    return xp.max(between, axis=1) - xp.max(other, axis=1)
+
+
+def _preference(xp: Any, inside: Array, agreement: Array | None, spec: NCutSpec) -> Array:
+    """Return by how much the rule prefers one side of a split to the other one, float (B,).
+
+    The rule's score of a side is the mean agreement of its tokens with [CLS], less the share of the
+    image's border that lies in it.
+    """
+    score, sides = 0.0, (inside, ~inside)
+    if spec.asks_cls:
+        if agreement is None:
+            raise UsageError(f'ncut.side = "{spec.side}": expected the agreement with [CLS]')
+        ours, others = (_mean_over(xp, agreement, side) for side in sides)
+        score = score + ours - others
+    if spec.asks_border:
+        border = _border(xp, inside)
+        ours, others = (_mean_over(xp, xp.astype(side, xp.float32), border) for side in sides)
+        score = score - ours + others
+    return score
+
+
+def _mean_over(xp: Any, values: Array, where: Array) -> Array:
+    """Return the mean (B,) of values (B, N) where a bool (B, N) or (1, N) holds; 0 if nowhere."""
+    weight = xp.astype(where, values.dtype)
+    return xp.sum(values * weight, axis=1) / xp.clip(xp.sum(weight, axis=1), min=1.0)
+
+
+def _border(xp: Any, inside: Array) -> Array:
+    """Return which of (B, N) tokens, a square image's row by row, touch its border: bool (1, N)."""
+    count = inside.shape[1]
+    side = math.isqrt(count)
+    if side * side != count:
+        raise UsageError(
+            f"patch tokens: expected a square number of them, whose border is known, found {count}"
+        )
+    index = xp.arange(count, device=device(inside))[None, :]
+    row, column = index // side, index % side
+    return (row == 0) | (row == side - 1) | (column == 0) | (column == side - 1)
 
 
 def _laplacian(edges: Array, spec: NCutSpec, dtype: Any) -> tuple[Array, Array]:

@@ -201,4 +201,6 @@ def read_head(export: Export) -> Head:
                 f"{path}: expected finite float32 {wanted}, found {name} {matrix.dtype} "
                 f"{matrix.shape}; export again"
             )
-    return Head(match, project, export.classifier, export.manifest.cls_share)
+    known = export.manifest
+    alone = known.ncut_spec().fallback == "cls"
+    return Head(match, project, export.classifier, known.cls_share, alone)

@@ -50,7 +50,7 @@ class Head(NamedTuple):
         )
         match = to_float32(key.T @ query / math.sqrt(len(query)))
         project = to_float32(self.projection.T @ value)
-        return Folded(match, project, to_float32(self.classifier), CLS_SHARE)
+        return Folded(match, project, to_float32(self.classifier), CLS_SHARE, False)
 
 
 class Found(NamedTuple):
