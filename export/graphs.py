@@ -70,7 +70,7 @@ class Everything(NamedTuple):
     patches: Tensor
     """float32 (B, N, D): what the backbone gives the cut and the head; no output of full.onnx."""
     agreement: Tensor | None = None
-    """float32 (B, N): each token's agreement with [CLS], where the cut asks for it; as `patches`."""
+    """float32 (B, N): each token's with [CLS], where the cut asks for it; no output either."""
 
 
 class BackboneGraph(nn.Module):

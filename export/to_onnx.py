@@ -7,7 +7,7 @@ that the split path runs the very nodes of the full graph. Two exports give the 
 import hashlib
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np

@@ -80,4 +80,4 @@ def random_fusion(width: int) -> CudaFusion:
     classifier /= np.linalg.norm(classifier, axis=1, keepdims=True)
     # Scores of about one, as trained pooling gives them: tokens have squared length `width`.
     match = matrix(width, width) / np.float32(np.sqrt(width))
-    return CudaFusion(match, matrix(EMBEDDING, width), classifier, CLS_SHARE)
+    return CudaFusion(match, matrix(EMBEDDING, width), classifier, CLS_SHARE, cls_fallback=False)

@@ -107,7 +107,7 @@ def time_stages(pipeline: Any, bucket: int, repeats: int) -> dict[Stage, list[fl
 
     work, stream = pipeline.bucket(bucket), pipeline.stream
     with CAPTURE, pipeline.current():
-        encode = pipeline.encoder.capture(work.pixels, work.cls, work.patches, lambda: None)
+        encode = pipeline.encoder.capture(work.pixels, work.tokens, lambda: None)
         edges, cut, fuse = (captured(each, stream).replay for each in work.kernels)
     launches: dict[Stage, Callable[[], object]] = {
         Stage.H2D: lambda: work.pixels.set(work.host_pixels, stream=stream),

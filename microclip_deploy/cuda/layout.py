@@ -13,7 +13,7 @@ from microclip_deploy.cuda.arrays import Array, Empty, readable
 from microclip_deploy.cuda.source import TOKEN_TYPES, CudaSource, Launch, TokenType
 from microclip_deploy.errors import UsageError
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import MIN_TOKENS
+from microclip_deploy.ncut.steps import MIN_TOKENS, square_side
 
 MAX_TOKENS = 1024
 """A block has a thread for every token."""
@@ -54,6 +54,9 @@ class Workspace(NamedTuple):
     """float32 (B, N, D), or empty unless the affinity is centred."""
     spilled: Array
     """float32 (B, rows, THREADS): Krylov vectors that shared memory has no room for."""
+    agreement: Array
+    """float32 (B, N): each token's with [CLS], written before K2 runs; empty where the side does
+    not ask for it."""
 
 
 class Cut(NamedTuple):
@@ -163,6 +166,7 @@ class KernelLayout:
             lengths=empty("float32", batch if cosine else 0, self.count),
             centred=empty("float32", batch if centred else 0, self.count, self.width),
             spilled=empty("float32", batch, self.spilled_rows, self.threads),
+            agreement=empty("float32", batch if self.spec.asks_cls else 0, self.count),
         )
 
     def outputs(self, batch: int, empty: Empty) -> Cut:
@@ -210,7 +214,7 @@ class KernelLayout:
 
     def cut_launch(self, work: Workspace, cut: Cut) -> Launch:
         """K2: bits -> mask and what belongs to it."""
-        arguments = (work.edges, work.defects, work.spilled, *cut)
+        arguments = (work.edges, work.defects, work.spilled, work.agreement, *cut)
         grid, shared = (len(cut.mask), 1), self.cut_bytes()
         return Launch(self.cut_source(), "ncut_cut", grid, self.threads, arguments, shared)
 
@@ -246,7 +250,9 @@ class KernelLayout:
             "NCUT_GAP": spec.gap_tolerance,
             "NCUT_RESIDUAL": spec.lanczos_residual,
             "NCUT_RESTARTS": spec.lanczos_restarts,
-            "NCUT_LEVEL_IS_MEAN": spec.threshold == "mean",
+            "NCUT_THRESHOLD": ("std", "mean", "otsu").index(spec.threshold),
+            "NCUT_ASKS_CLS": spec.asks_cls,
+            "NCUT_BORDER_SIDE": square_side(self.count) if spec.asks_border else 0,
             "NCUT_BASIS": self.basis,
             "NCUT_BASIS_SHARED": self.basis_in_shared,
             "NCUT_FIRST_CHECK": self.first_check,

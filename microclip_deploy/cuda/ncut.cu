@@ -6,7 +6,7 @@
 //   components   breadth-first search on the bits
 //   parts        several components: a scalar equation in float64 decides (decision 007)
 //   Lanczos      one component: Krylov space in float32, and a second one that looks for a twin
-//   foreground   orientation, level, mask
+//   foreground   orientation, level, side, mask
 //
 // The graph is a bit matrix of WORDS words a row, stored word by word: edges[word][row]. All float
 // operations are explicit and round to nearest, so that every device gives the same bits, and so
@@ -14,10 +14,15 @@
 
 #if !defined(NCUT_TOKENS) || !defined(NCUT_WORDS) || !defined(NCUT_EPS) || !defined(NCUT_TIE) || \
     !defined(NCUT_GAP) || !defined(NCUT_RESIDUAL) || !defined(NCUT_RESTARTS) ||                  \
-    !defined(NCUT_LEVEL_IS_MEAN) || !defined(NCUT_BASIS) || !defined(NCUT_BASIS_SHARED) ||       \
-    !defined(NCUT_FIRST_CHECK) || !defined(NCUT_EDGES_SHARED) || !defined(NCUT_TILES)
+    !defined(NCUT_THRESHOLD) || !defined(NCUT_ASKS_CLS) || !defined(NCUT_BORDER_SIDE) ||         \
+    !defined(NCUT_BASIS) || !defined(NCUT_BASIS_SHARED) || !defined(NCUT_FIRST_CHECK) ||         \
+    !defined(NCUT_EDGES_SHARED) || !defined(NCUT_TILES)
 #error "cuda/layout.py gives all constants: nothing is chosen here"
 #endif
+
+// NCUT_THRESHOLD, besides the mean.
+#define NCUT_STD 0
+#define NCUT_OTSU 2
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -667,9 +672,70 @@ __device__ __forceinline__ Eigenvector second_eigenvector(const Operator& op, fl
 
 // ------------------------------------------------------------------------------ foreground
 
-// Orients the vector, thresholds it, and says whether the result is defined. `entry` comes back
-// oriented and of unit length.
-__device__ bool foreground(float* entry, bool* above, const Thread& t) {
+// The entry just above which a split leaves most variance between both sides. Every warp sorts its
+// entries and sums them from the top; then every token asks all warps for what lies above its own.
+__device__ float otsu_level(float z, float mean, const Thread& t) {
+  float *sorted = shared.probe, *from_top = shared.sums;  // of the eigenvector no more is needed
+  const float own = t.token ? sub(z, mean) : -HUGE_FLOAT;
+  float x = own;
+#pragma unroll
+  for (int size = 2; size <= 32; size <<= 1)
+#pragma unroll
+    for (int stride = size >> 1; stride; stride >>= 1) {
+      const float other = __shfl_xor_sync(EVERY_LANE, x, stride);
+      const bool ascending = (t.lane & size) == 0, lower = (t.lane & stride) == 0;
+      x = ascending == lower ? fminf(x, other) : fmaxf(x, other);
+    }
+  float sum = x;
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1) {
+    const float higher = __shfl_sync(EVERY_LANE, sum, (t.lane + step) & 31);
+    if (t.lane + step < 32) sum = add(sum, higher);
+  }
+  sorted[t.id] = x;
+  from_top[t.id] = sum;
+  __syncthreads();
+  const float limit = add(own, (float)NCUT_TIE);
+  float total = 0.f;
+  int count = 0;
+#pragma unroll 4
+  for (int w = 0; w < WORDS; ++w) {
+    int below = 0;  // entries of that warp that do not lie above
+#pragma unroll
+    for (int step = 16; step; step >>= 1)
+      if (!(sorted[32 * w + below + step - 1] > limit)) below += step;
+    if (!(sorted[32 * w + below] > limit)) ++below;
+    if (below < 32) total = add(total, from_top[32 * w + below]);
+    count += 32 - below;
+  }
+  const float sides = (float)(count * (N - count));
+  const float between = t.token && sides > 0.f ? div_(mul(total, total), sides) : 0.f;
+  const float best = block_max(between, t);
+  return block_max(t.token && between >= best ? z : -HUGE_FLOAT, t);
+}
+
+// By how much the rule prefers the tokens inside to the others: mean agreement with [CLS], less the
+// share of the border.
+__device__ float preference(bool inside, const float* agreement, const Thread& t) {
+  float score = 0.f;
+#if NCUT_ASKS_CLS
+  const int count = __syncthreads_count(inside);
+  const float own = t.token ? agreement[t.id] : 0.f;
+  score = block_sum(div_(own, (float)(inside ? count : count - N)), t);
+#endif
+#if NCUT_BORDER_SIDE
+  constexpr int SIDE = NCUT_BORDER_SIDE, BORDER = 4 * (SIDE - 1);
+  const int row = t.id / SIDE, column = t.id % SIDE;
+  const bool border = row == 0 || row == SIDE - 1 || column == 0 || column == SIDE - 1;
+  const int held = __syncthreads_count(inside && border);
+  score = sub(score, div_((float)(2 * held - BORDER), (float)BORDER));
+#endif
+  return score;
+}
+
+// Orients the vector, splits it, chooses the side, and says whether the result is defined. `entry`
+// comes back oriented and of unit length.
+__device__ bool foreground(float* entry, bool* selected, const float* agreement, const Thread& t) {
   const float high = block_max(t.token ? *entry : -HUGE_FLOAT, t);
   const float low = -block_max(t.token ? -*entry : -HUGE_FLOAT, t);
   const float peak = high >= -low ? high : low;
@@ -679,14 +745,18 @@ __device__ bool foreground(float* entry, bool* above, const Thread& t) {
   z = div_(z, norm);
   const float mean = div_(block_sum(z, t), (float)N);
   float level = mean;
-#if !NCUT_LEVEL_IS_MEAN
+#if NCUT_THRESHOLD == NCUT_STD
   const float deviation = t.token ? sub(z, mean) : 0.f;
   level = __fsqrt_rn(div_(block_sum(mul(deviation, deviation), t), (float)(N - 1)));
+#elif NCUT_THRESHOLD == NCUT_OTSU
+  level = otsu_level(z, mean, t);
 #endif
   const float imbalance = div_(fabsf(div_(add(high, low), peak)), norm);
   *entry = z;
-  *above = t.token && z > add(level, (float)NCUT_TIE);
-  const bool any = __syncthreads_or(*above) != 0;
+  const bool inside = t.token && z > add(level, (float)NCUT_TIE);
+  const bool any = __syncthreads_or(inside) != 0;
+  const bool others = preference(inside, agreement, t) < 0.f;
+  *selected = t.token && inside != others;
   return any && imbalance > (float)NCUT_TIE;  // false for a vector of NaN, too
 }
 
@@ -726,6 +796,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     ncut_cut(const u32* __restrict__ edges,    // [B][WORDS][THREADS]; bits past N are 0
              const int* __restrict__ defects,  // [B][NCUT_TILES]: not 0 where tokens are no numbers
              float* __restrict__ spilled,      // [B][rows past SHARED_ROWS][THREADS]
+             const float* __restrict__ agreement,  // [B][N], of each token with [CLS]
              u8* mask, float* vector, u8* degenerate, u8* complete, float* residual, int* count,
              u16* rows, int* steps, int* components) {
   const int id = threadIdx.x, image = blockIdx.x;
@@ -755,7 +826,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     finite = finite && defects[image * NCUT_TILES + tile] == 0;
   const bool full = pairs == N * (N - 1);
 
-  bool defined = finite && !full && pairs > 0, above = false;
+  bool defined = finite && !full && pairs > 0, selected = false;
   float entry = 0.f;
   Eigenvector found{0.f, true, 0.f, 0};
   int parts = 1;
@@ -774,9 +845,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       entry = found.entry;
       defined = found.simple;
     }
-    if (defined) defined = foreground(&entry, &above, t);
+    if (defined) defined = foreground(&entry, &selected, agreement + (size_t)image * N, t);
   }
-  write(out, image, defined ? above : t.token, defined ? entry : 0.f, t);
+  write(out, image, defined ? selected : t.token, defined ? entry : 0.f, t);
   if (t.id == 0) {
     out.degenerate[image] = !defined;
     out.complete[image] = full;

@@ -19,22 +19,23 @@ from microclip_deploy.cuda.layout import Cut, Device, KernelLayout, Workspace, c
 from microclip_deploy.cuda.source import TokenType
 from microclip_deploy.errors import UsageError
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import Saliency
+from microclip_deploy.ncut.steps import Saliency, require_agreement
 
 
-def saliency_cuda(tokens: Array, spec: NCutSpec) -> Saliency:
+def saliency_cuda(tokens: Array, spec: NCutSpec, agreement: Array | None = None) -> Saliency:
     """As `steps.saliency`, by the kernels.
 
     Args:
         tokens: torch CUDA tensor or CuPy array, float16, bfloat16 or float32 (B, N, D); N from 4 to
             1024, D a multiple of 16. Images may lie apart; other layouts are copied first.
         spec: constants and rules.
+        agreement: as for `saliency_exact`, in the library of `tokens`.
 
     Returns:
         Arrays of the library of `tokens`, on its device, not yet computed.
 
     Raises:
-        UsageError: another shape or type, or not on a CUDA device.
+        UsageError: another shape or type, not on a CUDA device, or no agreement where it counts.
         EnvironmentProblem: the kernels cannot be compiled here.
 
     Source: docs/numerics.md section 2.
@@ -47,6 +48,8 @@ def saliency_cuda(tokens: Array, spec: NCutSpec) -> Saliency:
         kernels = NCutKernels.of(tokens.shape[1], tokens.shape[2], type_name(tokens.dtype), spec)
         work = kernels.workspace(len(tokens), tokens)
         cut = kernels.outputs(len(tokens), tokens)
+        if spec.asks_cls:
+            work = work._replace(agreement=require_agreement(agreement, spec))
         kernels.run(tokens, work, cut)
     return Saliency(*cut[: len(Saliency._fields)])
 
@@ -110,7 +113,7 @@ class NCutKernels:
             launch()
 
     def solve(self, work: Workspace, cut: Cut) -> None:
-        """K2: bits -> mask and what belongs to it; raises as `run`."""
+        """K2: bits, and agreement if asked for -> mask and what belongs to it; raises as `run`."""
         self.layout.cut_launch(work, cut)()
 
 

@@ -180,8 +180,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 // Grid (B).
 extern "C" __global__ void __launch_bounds__(THREADS)
-    fuse(int embedding, float cls_share, const float* __restrict__ cls,  // [B][E], unit rows
-         const float* __restrict__ projected,                            // [B][E]
+    fuse(int embedding, float cls_share, int tokens_an_image,
+         const int* __restrict__ salient,      // [B], or null; [FG] is [CLS] where every token is
+         const float* __restrict__ cls,        // [B][E], unit rows
+         const float* __restrict__ projected,  // [B][E]
          float* __restrict__ fg, float* __restrict__ fused) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   float* part = (float*)shared_bytes;  // [WARPS]
@@ -196,8 +198,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int w = 0; w < WARPS; ++w) square = __fadd_rn(square, part[w]);
   const float length = __fsqrt_rn(fmaxf(square, 1e-24f));  // as F.normalize
+  const bool alone = salient && salient[blockIdx.x] == tokens_an_image;
   for (int e = threadIdx.x; e < embedding; e += THREADS) {
-    const float unit = __fdiv_rn(projected[row + e], length);
+    const float unit = alone ? cls[row + e] : __fdiv_rn(projected[row + e], length);
     fg[row + e] = unit;
     fused[row + e] =
         (float)SOAP_LOGIT_SCALE *

@@ -154,7 +154,8 @@ def launches(head: Head, cls: Array, patches: Array, cut: Cut, fused: Fused) -> 
         yield _product(fused.query, head.match, fused.key)
         yield from _attend(source, tokens, fused)
     yield _product(fused.pooled, head.project, fused.projected)
-    yield _fuse(source, cls, head, fused)
+    salient = cut.salient if head.cls_fallback else np.uint64(0)
+    yield _fuse(source, cls, head, (tokens[2], salient), fused)
     yield _product(fused.fused, head.classifier, fused.logits)
 
 
@@ -202,10 +203,12 @@ def _attend(source: CudaSource, tokens: tuple[Any, ...], fused: Fused) -> Iterat
     yield Launch(source, "merge", (batch, 1), _THREADS, merged, 4 * splits)
 
 
-def _fuse(source: CudaSource, cls: Array, head: Head, fused: Fused) -> Launch:
+def _fuse(
+    source: CudaSource, cls: Array, head: Head, salient: tuple[Any, ...], fused: Fused
+) -> Launch:
     batch, embedding = fused.projected.shape
     numbers = (np.int32(embedding), np.float32(head.cls_share))
-    arguments = (*numbers, cls, fused.projected, fused.fg, fused.fused)
+    arguments = (*numbers, *salient, cls, fused.projected, fused.fg, fused.fused)
     return Launch(source, "fuse", (batch, 1), _THREADS, arguments, _WARPS * 4)
 
 

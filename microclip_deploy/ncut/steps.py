@@ -353,9 +353,8 @@ def _preference(xp: Any, inside: Array, agreement: Array | None, spec: NCutSpec)
     """
     score, sides = 0.0, (inside, ~inside)
     if spec.asks_cls:
-        if agreement is None:
-            raise UsageError(f'ncut.side = "{spec.side}": expected the agreement with [CLS]')
-        ours, others = (_mean_over(xp, agreement, side) for side in sides)
+        values = require_agreement(agreement, spec)
+        ours, others = (_mean_over(xp, values, side) for side in sides)
         score = score + ours - others
     if spec.asks_border:
         border = _border(xp, inside)
@@ -373,14 +372,38 @@ def _mean_over(xp: Any, values: Array, where: Array) -> Array:
 def _border(xp: Any, inside: Array) -> Array:
     """Return which of (B, N) tokens, a square image's row by row, touch its border: bool (1, N)."""
     count = inside.shape[1]
+    side = square_side(count)
+    index = xp.arange(count, device=device(inside))[None, :]
+    row, column = index // side, index % side
+    return (row == 0) | (row == side - 1) | (column == 0) | (column == side - 1)
+
+
+def require_agreement(agreement: Array | None, spec: NCutSpec) -> Array:
+    """Insist on what the side asks for.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if agreement is None:
+        raise UsageError(
+            f'ncut.side = "{spec.side}": expected the agreement of tokens with [CLS], found none; '
+            "give what agreement_with returns"
+        )
+    return agreement
+
+
+def square_side(count: int) -> int:
+    """Return how many tokens lie in a row of a square image of `count` tokens.
+
+    Raises:
+        UsageError: `count` is no square number.
+    """
     side = math.isqrt(count)
     if side * side != count:
         raise UsageError(
             f"patch tokens: expected a square number of them, whose border is known, found {count}"
         )
-    index = xp.arange(count, device=device(inside))[None, :]
-    row, column = index // side, index % side
-    return (row == 0) | (row == side - 1) | (column == 0) | (column == side - 1)
+    return side
 
 
 def _laplacian(edges: Array, spec: NCutSpec, dtype: Any) -> tuple[Array, Array]:

@@ -8,7 +8,7 @@ at every replay, so a batch costs one upload, one launch and one download.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -33,6 +33,10 @@ _OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation, and CUDA_ERROR_OUT_OF_MEMORY of the driver."""
 
 
+Tokens = Mapping[str, cupy.ndarray]
+"""What an encoder writes, by name."""
+
+
 class Launches(NamedTuple):
     """Two ways to launch the same work on a stream, without waiting for it."""
 
@@ -51,16 +55,16 @@ class Encoder(Protocol):
     def capture(
         self,
         pixels: cupy.ndarray,
-        cls: cupy.ndarray,
-        patches: cupy.ndarray,
+        tokens: Tokens,
         rest: Callable[[], None],
     ) -> Launches:
         """Prepare the work on static buffers.
 
         Args:
             pixels: uint8 (B, S, S, 3), read.
-            cls: float32 (B, E), unit rows, written.
-            patches: float32 (B, N, D), written.
+            tokens: buffers by the names of backbone.onnx's outputs, written: "cls", float32 (B, E),
+                unit rows; "patches", float32 (B, N, D); and "agreement", float32 (B, N), where the
+                cut asks for it.
             rest: launches what follows on the current stream; neither waits nor allocates.
 
         Returns:
@@ -91,8 +95,7 @@ class Bucket(NamedTuple):
     block: cupy.ndarray
     answers: Prediction
     """Views of `host_block`."""
-    cls: cupy.ndarray
-    patches: cupy.ndarray
+    tokens: Tokens
     launches: Launches
     """Encoder and kernels."""
     kernels: Kernels
@@ -214,11 +217,12 @@ class CudaPipeline:
             for launch in each:
                 launch()
 
-        launches = self.encoder.capture(pixels, answers.cls, patches, rest)
+        tokens = {"cls": answers.cls, "patches": patches}
+        if len(work.agreement):
+            tokens["agreement"] = work.agreement
+        launches = self.encoder.capture(pixels, tokens, rest)
         views = block_views(host_block, batch, self._sizes)
-        return Bucket(
-            host_pixels, pixels, host_block, block, views, answers.cls, patches, launches, each
-        )
+        return Bucket(host_pixels, pixels, host_block, block, views, tokens, launches, each)
 
     def _pinned_bytes(self, size: int) -> NDArray[np.uint8]:
         return np.frombuffer(self._pinned.malloc(size), np.uint8, size)

@@ -10,6 +10,7 @@ from microclip_deploy.errors import CheckpointError
 from microclip_deploy.serving.cuda_pipeline import (
     CudaPipeline,
     Launches,
+    Tokens,
     captured,
     open_stream,
 )
@@ -59,8 +60,7 @@ class OnnxEncoder:
     def capture(
         self,
         pixels: cupy.ndarray,
-        cls: cupy.ndarray,
-        patches: cupy.ndarray,
+        tokens: Tokens,
         rest: Callable[[], None],
     ) -> Launches:
         """Bind the encoder to the buffers and capture `rest`.
@@ -71,7 +71,7 @@ class OnnxEncoder:
         """
         assert self._graph is not None, "a closed session captures nothing"
         encode = self._graph.bind(
-            {"image": _buffer(pixels)}, {"cls": _buffer(cls), "patches": _buffer(patches)}
+            {"image": _buffer(pixels)}, {name: _buffer(each) for name, each in tokens.items()}
         )
         encode()  # so that `rest`, which runs once before its capture, has tokens to read
         after = captured(rest, self._stream)

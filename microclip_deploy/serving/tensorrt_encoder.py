@@ -8,6 +8,7 @@ import cupy
 from microclip_deploy.serving.cuda_pipeline import (
     CudaPipeline,
     Launches,
+    Tokens,
     captured,
     open_stream,
 )
@@ -62,8 +63,7 @@ class TensorRTEncoder:
     def capture(
         self,
         pixels: cupy.ndarray,
-        cls: cupy.ndarray,
-        patches: cupy.ndarray,
+        tokens: Tokens,
         rest: Callable[[], None],
     ) -> Launches:
         """Capture encoder and `rest` in one graph.
@@ -74,7 +74,7 @@ class TensorRTEncoder:
         """
         assert self._engine is not None, "a closed session captures nothing"
         profile = self._manifest.profile_of(len(pixels))
-        encode = self._engine.bind(profile, {"image": pixels, "cls": cls, "patches": patches})
+        encode = self._engine.bind(profile, {"image": pixels, **tokens})
 
         def work() -> None:
             encode()

@@ -11,9 +11,11 @@ from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.model.backbone import VisionBackbone
 from microclip_deploy.model.clip import exact_float32
 from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.ncut.steps import agreement_with
 from microclip_deploy.serving.cuda_pipeline import (
     CudaPipeline,
     Launches,
+    Tokens,
     open_stream,
     out_of_memory,
 )
@@ -65,8 +67,7 @@ class TorchEncoder:
     def capture(
         self,
         pixels: cupy.ndarray,
-        cls: cupy.ndarray,
-        patches: cupy.ndarray,
+        tokens: Tokens,
         rest: Callable[[], None],
     ) -> Launches:
         """Capture encoder and `rest` in one graph.
@@ -75,7 +76,7 @@ class TorchEncoder:
             EnvironmentProblem: the device is out of memory.
         """
         try:
-            return self._captured(pixels, cls, patches, rest)
+            return self._captured(pixels, tokens, rest)
         except torch.cuda.OutOfMemoryError as error:
             problem = out_of_memory(str(self._device), str(error))
         torch.cuda.empty_cache()  # here, where the error no longer holds tensors
@@ -84,22 +85,23 @@ class TorchEncoder:
     def _captured(
         self,
         pixels: cupy.ndarray,
-        cls: cupy.ndarray,
-        patches: cupy.ndarray,
+        tokens: Tokens,
         rest: Callable[[], None],
     ) -> Launches:
         backbone = self._backbone
         assert backbone is not None, "a closed session captures nothing"
         graph = torch.cuda.CUDAGraph()
         with self._inference():
-            images, class_rows, token_rows = (
-                from_dlpack(array) for array in (pixels, cls, patches)
-            )
+            images = from_dlpack(pixels)
+            written = {name: from_dlpack(array) for name, array in tokens.items()}
 
             def work() -> None:
                 seen = backbone(self._preprocess.normalize(images))
-                class_rows.copy_(seen.cls)
-                token_rows.copy_(seen.patches)
+                written["cls"].copy_(seen.cls)
+                written["patches"].copy_(seen.patches)
+                if "agreement" in written:
+                    direction = backbone.unproject(seen.cls)
+                    written["agreement"].copy_(agreement_with(direction, seen.patches))
                 rest()
 
             work()  # loads kernels and creates handles, which a capture must not

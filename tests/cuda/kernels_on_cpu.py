@@ -78,23 +78,35 @@ def poisoned(dtype: str, *shape: int) -> NDArray[Any]:
 
 
 def cut_edges(
-    layout: KernelLayout, edges: NDArray[np.bool_], *, defects: Any = None, order: int = 0
+    layout: KernelLayout,
+    edges: NDArray[np.bool_],
+    *,
+    defects: Any = None,
+    order: int = 0,
+    agreement: NDArray[np.float32] | None = None,
 ) -> tuple[Saliency, Facts]:
-    """Run `ncut_cut` on bool (B, N, N) graphs."""
+    """Run `ncut_cut` on bool (B, N, N) graphs, and float32 (B, N) agreement if it is asked for."""
     batch = len(edges)
     return cut_bits(
         layout,
         packed(layout, edges),
         np.zeros((batch, layout.tiles), np.int32) if defects is None else defects,
         order,
+        agreement,
     )
 
 
 def cut_bits(
-    layout: KernelLayout, bits: NDArray[np.uint32], defects: NDArray[np.int32], order: int = 0
+    layout: KernelLayout,
+    bits: NDArray[np.uint32],
+    defects: NDArray[np.int32],
+    order: int = 0,
+    agreement: NDArray[np.float32] | None = None,
 ) -> tuple[Saliency, Facts]:
     """Run `ncut_cut` on bits as `ncut_affinity` writes them."""
     work = layout.workspace(len(bits), poisoned)._replace(edges=bits, defects=defects)
+    if agreement is not None:
+        work = work._replace(agreement=agreement)
     cut = layout.outputs(len(bits), poisoned)
     run(layout.cut_launch(work, cut), order=order)
     assert set(np.unique(cut.mask.view(np.uint8))) <= {0, 1}

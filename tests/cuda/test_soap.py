@@ -90,10 +90,13 @@ def make_head(
     return Head(soap, held.double(), held, mask, cls, projection, classifier)
 
 
-def run_kernels(head: Head, splits: int, *, order: int = 0, pooling: bool = True) -> Found:
+def run_kernels(
+    head: Head, splits: int, *, order: int = 0, pooling: bool = True, cls_fallback: bool = False
+) -> Found:
     """Run the head as CudaFusion.run does."""
     batch, count, width = head.held.shape
-    folded = head.folded() if pooling else head.folded()._replace(match=None)
+    folded = head.folded()._replace(cls_fallback=cls_fallback)
+    folded = folded if pooling else folded._replace(match=None)
     fused = cuda_soap.outputs(folded, batch, count, poisoned)._replace(
         softmaxes=poisoned("float32", batch, splits, 2),
         sums=poisoned("float32", batch, splits, width),
@@ -182,6 +185,16 @@ def test_scores_far_apart_stay_finite() -> None:
     assert np.isfinite(found.logits).all()
     # Scores of thousands lose three digits of float32; the softmax is close to one token's.
     np.testing.assert_allclose(found.attention, exact.attention, atol=0.02)
+
+
+def test_fg_is_cls_where_every_token_is_salient_if_the_rule_says_so() -> None:
+    head = make_head(49, 64, 32, 3, "float32")
+    assert head.mask.all(dim=1).tolist() == [False, False, True]
+    exact, found = expected(head), run_kernels(head, 2, cls_fallback=True)
+    np.testing.assert_array_equal(found.fg[2], to_float32(head.cls)[2])
+    np.testing.assert_allclose(found.fg[:2], exact.fg[:2], atol=SCORES)
+    alone = 100 * (head.cls @ head.classifier.T).numpy()
+    np.testing.assert_allclose(found.logits[2], alone[2], atol=LOGITS)
 
 
 def test_without_maps_the_tokens_are_pooled_alike() -> None:

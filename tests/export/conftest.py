@@ -53,6 +53,12 @@ ODD_MODEL = {
 }
 """LayerScale, QuickGELU, and no LayerNorm in front."""
 
+RULES = {
+    "soap": {"threshold": "otsu", "side": "object", "fallback": "cls"},
+    "mean": {"threshold": "mean"},
+}
+"""Of the cut, by the pooling of an odd model."""
+
 Write = Callable[[Precision], Path]
 Read = Callable[[Precision, str], "Graph"]
 ErrorLine = Callable[[], str]
@@ -170,7 +176,7 @@ def odd(request: pytest.FixtureRequest) -> Subject:
         model = MicroCLIP(
             VisionBackbone(clip.visual),
             TextHeads(classes, classes, classes),
-            ncut=NCutSpec(affinity="centered_cosine", threshold="mean"),
+            ncut=NCutSpec.model_validate({"affinity": "centered_cosine", **RULES[request.param]}),
             cls_share=0.3,
             pooling=request.param,
         )

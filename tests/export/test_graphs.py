@@ -40,13 +40,17 @@ def graphs(
     return FullGraph(BackboneGraph(tower, preprocess, dtype), HeadGraph(model), model.ncut).eval()
 
 
+def ask(
+    model: MicroCLIP, preprocess: Preprocess, images: Tensor, dtype: torch.dtype = torch.float32
+) -> Everything:
+    return Everything(*graphs(model, preprocess, dtype)(images, model.class_matrix()))
+
+
 @pytest.fixture(scope="module")
 def answers(golden: "Golden") -> Everything:
     """Return what the graphs say to the reference's images."""
     with torch.inference_mode():
-        full = graphs(golden.model, golden.preprocess)
-        images = torch.from_numpy(golden.images)
-        return Everything(*full(images, golden.model.class_matrix()))
+        return ask(golden.model, golden.preprocess, torch.from_numpy(golden.images))
 
 
 def test_graphs_equal_the_reference(golden: "Golden", answers: Everything) -> None:
@@ -75,10 +79,11 @@ def test_unusual_towers_and_poolings_are_covered(odd: "Subject") -> None:
     with torch.inference_mode():
         network_input = preprocess.normalize(images)
         expected = model(network_input)
-        found = graphs(model, preprocess)(images, model.class_matrix())
+        found = ask(model, preprocess, images)
         patches = model.backbone(network_input).patches
         embedding = fused_embedding(found.cls, found.fg, model.cls_share)
-    determined = well_posed(adjacency(patches, model.ncut), model.ncut)
+    agreement = model.agreement(expected.cls, patches)
+    determined = well_posed(adjacency(patches, model.ncut), model.ncut, agreement)
     assert determined.sum() > 12
     np.testing.assert_allclose(found.cls, expected.cls, atol=TOLERANCE["cls"], rtol=0)
     np.testing.assert_allclose(found.embedding, embedding, atol=1e-6, rtol=0)
@@ -99,7 +104,7 @@ def test_the_algebra_is_exact_in_float64(golden: "Golden", monkeypatch: pytest.M
     mean, std = torch.tensor([preprocess.mean, preprocess.std], dtype=torch.float64)
     with torch.inference_mode():
         expected = model(((images.double() / 255 - mean) / std).permute(0, 3, 1, 2))
-        found = graphs(model, preprocess, torch.float64)(images, model.class_matrix())
+        found = ask(model, preprocess, images, torch.float64)
     assert found.logits.dtype == torch.float64
     np.testing.assert_allclose(found.logits[posed], expected.logits[posed], atol=1e-9, rtol=0)
 
@@ -120,7 +125,7 @@ def test_a_featureless_image_is_complete_and_gives_every_token(tiny: "Subject") 
         model.backbone.visual.positional_embedding.zero_()
         image = torch.full((2, 32, 32, 3), 90, dtype=torch.uint8)
         image[1, 4:12, 8:30] = 250
-        found = graphs(model, preprocess)(image, model.class_matrix())
+        found = ask(model, preprocess, image)
     assert found.complete.tolist() == [True, False]
     assert found.mask[0].all()
     assert not found.mask[1].all()

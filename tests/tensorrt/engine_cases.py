@@ -482,9 +482,8 @@ def test_the_encoder_is_captured_with_what_follows(monkeypatch: pytest.MonkeyPat
     )
     assert encoder.tokens == 16
     made = buffers()
-    launches = encoder.capture(
-        made["image"], made["cls"], made["patches"], lambda: log.append(Call("rest"))
-    )
+    tokens = {name: made[name] for name in ("cls", "patches")}
+    launches = encoder.capture(made["image"], tokens, lambda: log.append(Call("rest")))
     # Once before the capture: TensorRT settles shapes in the first run, which may wait.
     assert names(log)[-7:] == [
         "IExecutionContext.execute_async_v3", "rest", "synchronize", "begin_capture",
@@ -495,11 +494,11 @@ def test_the_encoder_is_captured_with_what_follows(monkeypatch: pytest.MonkeyPat
     assert names(log)[-1] == "launch"
     launches.eager()
     assert names(log)[-2:] == ["IExecutionContext.execute_async_v3", "rest"]
-    encoder.capture(made["image"], made["cls"], made["patches"], lambda: None)
+    encoder.capture(made["image"], tokens, lambda: None)
     assert names(log).count("ICudaEngine.create_execution_context") == 2  # one a captured bucket
     encoder.close()
     with pytest.raises(AssertionError, match="closed"):
-        encoder.capture(made["image"], made["cls"], made["patches"], lambda: None)
+        encoder.capture(made["image"], tokens, lambda: None)
 
 
 def test_the_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
