@@ -101,6 +101,7 @@ def run_export(
     atol: float | None = None,
     min_agreement: float | None = None,
     overwrite: bool = False,
+    **reading: int | None,
 ) -> Proof:
     """Export a run and return the proof.
 
@@ -114,6 +115,7 @@ def run_export(
         atol: as for `Limits.changed`.
         min_agreement: as for `Limits.changed`.
         overwrite: replace an export.
+        reading: `max_pixels` and `bit_depth` in place of those of the run, also in the export.
 
     Raises:
         UsageError: the target is not empty and may not be replaced, or a limit is no number.
@@ -128,7 +130,7 @@ def run_export(
     limits = {each: LIMITS[each].changed(atol, min_agreement) for each in precisions}
     evidence = _evidence(out)
     _require_free(out, overwrite)
-    subject = _subject(run, images, notes)
+    subject = _subject(run, images, notes, reading)
     with artifact.staged_directory(out) as folder:
         candidates = [_candidate(subject, p, limits[p], device, folder, notes) for p in precisions]
         chosen = _chosen(candidates, subject.reference.images, device, evidence, notes)
@@ -184,16 +186,19 @@ def _require_free(target: Path, overwrite: bool) -> None:
         )
 
 
-def _subject(run: Path, images: Path | None, notes: Console) -> _Subject:
+def _subject(
+    run: Path, images: Path | None, notes: Console, reading: Mapping[str, int | None]
+) -> _Subject:
     """Load the model and let it answer."""
     checkpoint = read_checkpoint(run)
-    model, preprocess = load_model(checkpoint), checkpoint.manifest.preprocess
-    photos = photos_with(images, preprocess.size, notes)
+    preprocess = checkpoint.manifest.preprocess.reading(**reading)
+    photos = photos_with(images, preprocess.size, notes, preprocess.photos)
+    model = load_model(checkpoint)
     views = photos.views(preprocess)
     with bar(notes, "asking PyTorch") as progress:
         reference = Reference.of(model, preprocess, views, progress.update)
     return _Subject(
-        checkpoint.manifest,
+        checkpoint.manifest.model_copy(update={"preprocess": preprocess}),
         artifact.sha256_file(run / artifact.MANIFEST),
         model,
         model.class_matrix().detach().numpy(),
