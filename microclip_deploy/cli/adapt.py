@@ -26,9 +26,8 @@ from microclip_deploy.cli.commands import gpu_memory, update_report
 from microclip_deploy.config import merge, parse_override, read_recipe, resolve, validate
 from microclip_deploy.console import bar, counter, tell_left_out, tell_skipped, tell_warnings
 from microclip_deploy.data.classes import DEFAULT_TEMPLATES, class_texts
-from microclip_deploy.data.copies import find_copies
 from microclip_deploy.data.labelled import LabelledImages
-from microclip_deploy.data.sources import check_images, list_images
+from microclip_deploy.data.sources import check_images, copies, list_images
 from microclip_deploy.errors import UsageError, printable
 from microclip_deploy.evaluation.evaluate import accuracy
 from microclip_deploy.evaluation.report import REPORT
@@ -129,11 +128,12 @@ def _new(asked: Asked, device: str, max_bad: str, notes: Console) -> tuple[RunIn
         )
     tell_skipped(checked.bad, notes)
     tell_warnings(checked.remarks, notes)
-    copies = find_copies(checked.good)
-    told = f", {len(copies)} copies (such as {printable(copies[0].path)})" if copies else ""
+    again = copies(checked.good)
+    if again:
+        told = f"{len(again)} images are copies of others, such as {printable(again[0])}"
+        notes.print(told, markup=False)
     notes.print(
-        f"{len(checked.good)} images{told}, {len(checked.bad)} skipped, {len(texts.names)} classes",
-        markup=False,
+        f"{len(checked.good)} images, {len(checked.bad)} skipped, {len(texts.names)} classes"
     )
     inputs = make_inputs(
         clip,
@@ -143,7 +143,7 @@ def _new(asked: Asked, device: str, max_bad: str, notes: Console) -> tuple[RunIn
         bad=checked.bad,
         val_dir=asked.val_dir,
         left_out=listed.left_out.to_json(),
-        copies=len(copies),
+        copies=len(again),
         remarks=checked.remarks,
     )
     return inputs, clip

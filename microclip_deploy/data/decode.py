@@ -16,24 +16,23 @@ formats. `read_image` turns every usable one into plain 8-bit RGB and every othe
 
 import io
 import logging
+import re
 import stat
 import struct
 import threading
+import warnings
 import zlib
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
-import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageChops
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
 from microclip_deploy.data import formats
-from microclip_deploy.data.cut_jpeg import completions, missing_share
-from microclip_deploy.data.jpeg_xl import read_header
 from microclip_deploy.data.photo import MAX_PIXELS, USUAL, Kind, Photo, PhotoConfig, Remark
-from microclip_deploy.data.pillow_warnings import PILLOW_WARNINGS_HIDDEN
 from microclip_deploy.data.pixels import Samples, eight_bits, on_background
 from microclip_deploy.errors import DataError, printable
 
@@ -57,8 +56,8 @@ MIN_SIDE = 2
 MOST_MISSING = 0.01
 """Share of the pixels that a JPEG may lack at its end."""
 
-_DNG_VERSION, _NEW_SUBFILE_TYPE = 50706, 254
-"""TIFF tags; bit 0 of the second marks a page as a smaller copy of another."""
+_JPEG_END = b"\xff\xd9"
+_JPEG_NOISE = bytes(97 * i % 255 for i in range(255))  # no 255, which begins a marker
 
 _ONE_LARGE_PHOTO = threading.Lock()
 """Held while a photo above FULL_PIXELS is decoded, which may take 1 GB."""
@@ -174,26 +173,27 @@ def decode_photo(stream: IO[bytes], path: Path, config: PhotoConfig) -> Photo:
         BadImage: no accepted image, damaged, or larger than a limit.
     """
     try:
-        with PILLOW_WARNINGS_HIDDEN:
+        with _PILLOW_WARNINGS_HIDDEN:
             try:
-                return _decode(stream, path, config)
+                return _decode(stream, config)
             except ValueError as error:
                 # Pillow refuses compressed PNG metadata that grows beyond 1 MiB, such as a large
                 # colour profile. None of it is needed, so such a file is read without it.
                 if "MAX_TEXT" not in str(error):
                     raise
-                return _decode(_without_png_metadata(stream), path, config)
+                return _decode(_without_png_metadata(stream), config)
             except OSError as error:
                 if "truncated" not in str(error):
                     raise
-                return _decode_unended(stream, path, config, error)
-    except _DECODE_ERRORS as error:
+                return _decode_unended(stream, config, error)
+    except (formats.NotRead, *_DECODE_ERRORS) as error:
         raise BadImage(path, _reason(error)) from error
 
 
-def _decode(stream: IO[bytes], path: Path, config: PhotoConfig) -> Photo:
-    """Decode for `decode_photo`; raises BadImage on a limit and any decode error on damage."""
-    image = _opened(stream, path, config.max_pixels)
+def _decode(stream: IO[bytes], config: PhotoConfig) -> Photo:
+    """Decode for `decode_photo`; raises NotRead on a limit and any decode error on damage."""
+    require_size = partial(_require_size, config.max_pixels)
+    image = formats.opened(stream, require_size)
     samples, factor = Samples.of(image), _reduction(*image.size)
     with _ONE_LARGE_PHOTO if factor > 1 else nullcontext():
         # Before the orientation is read: Pillow applies a TIFF's own while loading.
@@ -202,7 +202,7 @@ def _decode(stream: IO[bytes], path: Path, config: PhotoConfig) -> Photo:
             image,
             samples,
             config.bit_depth,
-            lambda rawmode: _loaded_as(rawmode, _opened(stream, path, config.max_pixels)),
+            lambda rawmode: _loaded_as(rawmode, formats.opened(stream, require_size)),
         )
         pixels = _reduced(pixels, factor // scale)
     rgb = on_background(pixels, config.background)
@@ -216,47 +216,6 @@ def _decode(stream: IO[bytes], path: Path, config: PhotoConfig) -> Photo:
         Remark(Kind.REDUCED): factor > 1,
     }
     return Photo(rgb, tuple(remark for remark, true in found.items() if true))
-
-
-def _opened(stream: IO[bytes], path: Path, max_pixels: int) -> ImageFile:
-    """Return an image whose pixels are not decoded yet, of a size within the limits.
-
-    Unlike `Image.open`, which has a limit of its own that is global to the process.
-    """
-    stream.seek(0)
-    start, damaged = stream.read(132), ""
-    for name in formats.recognised(start[:16]):
-        stream.seek(0)
-        try:
-            if name == "JXL":
-                return _opened_jpeg_xl(stream, path, max_pixels)
-            image = Image.OPEN[name][0](stream, "")
-        except (SyntaxError, IndexError, TypeError, struct.error):
-            damaged = f"a damaged {name} file"
-            continue
-        _require_usable(path, *image.size, max_pixels)
-        if start[8:10] == b"CR" or _is_preview(image):
-            raise BadImage(path, formats.RAW)
-        return image
-    known = f"no image of a known format: {', '.join(formats.readable())}"
-    raise BadImage(path, formats.described(start) or damaged or known)
-
-
-def _opened_jpeg_xl(stream: IO[bytes], path: Path, max_pixels: int) -> ImageFile:
-    """Open a JPEG XL file, which decodes it; the limits are checked before."""
-    header = read_header(stream)
-    _require_usable(path, header.width, header.height, max_pixels)
-    stream.seek(0)
-    image = Image.OPEN["JXL"][0](stream, "")
-    if header.orientation > 1 and not getattr(image, "jpeg", None):
-        image.info.pop("exif", None)  # the decoder has turned it upright
-    return image
-
-
-def _is_preview(image: ImageFile) -> bool:
-    """Say whether the first page of a TIFF is a thumbnail, as in the raw files of cameras."""
-    tags = getattr(image, "tag_v2", {})
-    return _DNG_VERSION in tags or bool(tags.get(_NEW_SUBFILE_TYPE, 0) & 1)
 
 
 def _reduction(width: int, height: int) -> int:
@@ -305,19 +264,21 @@ def _has_more_frames(image: ImageFile) -> bool:
         return True
 
 
-def _decode_unended(stream: IO[bytes], path: Path, config: PhotoConfig, error: OSError) -> Photo:
-    """Decode a JPEG without its end, if nearly all of it is there; otherwise raise the error."""
+def _decode_unended(stream: IO[bytes], config: PhotoConfig, error: OSError) -> Photo:
+    """Decode a JPEG without its end, if nearly all of it is there; otherwise raise the error.
+
+    Decoders go on with grey where the bytes end, and do not say where that begins. So the file is
+    decoded twice, completed in two ways: the pixels that differ are made up.
+    """
     stream.seek(0)
     content = stream.read()
     if not content.startswith(b"\xff\xd8"):
         raise error
-    ended = completions(content)
-    images = [_opened(io.BytesIO(each), path, config.max_pixels) for each in ended]
-    for image in images:
-        _load(image, _reduction(*image.size))
-    if missing_share(*(np.asarray(image.convert("RGB")) for image in images)) > MOST_MISSING:
+    noise = _JPEG_NOISE * (len(content) // len(_JPEG_NOISE) + 1)
+    photo, other = (_decode(io.BytesIO(content + end + _JPEG_END), config) for end in (b"", noise))
+    left, top, right, bottom = ImageChops.difference(photo.image, other.image).getbbox() or [0] * 4
+    if (right - left) * (bottom - top) > MOST_MISSING * photo.image.width * photo.image.height:
         raise error
-    photo = _decode(io.BytesIO(ended[0]), path, config)
     return photo._replace(remarks=(Remark(Kind.UNENDED), *photo.remarks))
 
 
@@ -336,20 +297,20 @@ def _without_png_metadata(stream: IO[bytes]) -> io.BytesIO:
     return kept
 
 
-def _require_usable(path: Path, width: int, height: int, max_pixels: int) -> None:
+def _require_size(max_pixels: int, width: int, height: int) -> None:
     """Refuse an image of a size that is not used.
 
     Raises:
-        BadImage: too many pixels, or too long or too small a side.
+        NotRead: too many pixels, or too long or too small a side.
     """
     short, long = sorted((width, height))
     size = f"{width}x{height} pixels"
     if width * height > max_pixels:
-        raise BadImage(path, f"{size} exceed the limit of {max_pixels} pixels (--max-pixels)")
+        raise formats.NotRead(f"{size} exceed the limit of {max_pixels} pixels (--max-pixels)")
     if short < MIN_SIDE:
-        raise BadImage(path, f"{size}, a side is shorter than {MIN_SIDE}")
+        raise formats.NotRead(f"{size}, a side is shorter than {MIN_SIDE}")
     if long > MAX_ASPECT_RATIO * short:
-        raise BadImage(path, f"{size}, one side exceeds {MAX_ASPECT_RATIO} times the other")
+        raise formats.NotRead(f"{size}, one side exceeds {MAX_ASPECT_RATIO} times the other")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -364,6 +325,8 @@ def _orientation(image: Image.Image) -> int:
 
 def _reason(error: BaseException) -> str:
     """Return one short line for what opening or decoding raised."""
+    if isinstance(error, formats.NotRead):
+        return str(error)
     if isinstance(error, Image.DecompressionBombError):
         return "the header declares more pixels than Pillow decodes"
     if isinstance(error, MemoryError):
@@ -377,3 +340,38 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and "truncated" in str(error).lower():
         return "the file is truncated"
     return printable(f"it cannot be decoded: {error}")[:160]
+
+
+class _PillowWarningsHidden:
+    """Context manager that hides Pillow's own warnings while any thread is inside.
+
+    Pillow warns about large images and damaged metadata. Both are handled here, and a caller that
+    turns warnings into errors must not see them. `warnings.catch_warnings` is unsafe in threads:
+    its exit restores a copy that may be another thread's. One filter is added and removed instead.
+    """
+
+    _FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._FILTER not in warnings.filters:
+                self._filters().insert(0, self._FILTER)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._FILTER in warnings.filters:
+                self._filters().remove(self._FILTER)
+
+    @staticmethod
+    def _filters() -> list[object]:
+        """Return the list behind `warnings.filters`, which the type stubs call a sequence."""
+        return cast("list[object]", warnings.filters)
+
+
+_PILLOW_WARNINGS_HIDDEN = _PillowWarningsHidden()

@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from microclip_deploy.data.formats import SIDE, image_endings, kind_of, recognised
+from microclip_deploy.data.formats import (
+    INSTALL,
+    PHOTO_KINDS,
+    SIDE,
+    image_endings,
+    kind_of,
+    recognised,
+)
 from microclip_deploy.errors import DataError, printable
 
 _SYSTEM_FOLDERS = frozenset(
@@ -46,6 +53,8 @@ class LeftOut:
 
     endings: Counter[str] = field(default_factory=Counter)
     """Files by the ending of their names, in lower case; '' without one."""
+    photos: list[Path] = field(default_factory=list)
+    """Those of them that show something, by the parts of their paths."""
     inside: dict[str, str] = field(default_factory=dict)
     """Format that was found in the first file of an ending that is unknown."""
     side_files: int = 0
@@ -59,6 +68,7 @@ class LeftOut:
     def add(self, others: "LeftOut") -> None:
         """Add what another search left out."""
         self.endings += others.endings
+        self.photos += others.photos
         self.inside = others.inside | self.inside
         self.side_files += others.side_files
         self.hidden_files += others.hidden_files
@@ -155,6 +165,7 @@ def search(root: Path, on_found: Callable[[int], None]) -> Found:
             told = len(images)
             on_found(told)
     images.sort(key=lambda path: path.parts)
+    left_out.photos.sort(key=lambda path: path.parts)
     left_out.unreadable.sort()
     return Found(images, left_out)
 
@@ -178,7 +189,7 @@ def _sort(
             left_out.hidden_folders[entry.name] += 1
         elif is_folder:
             (links if entry.is_symlink() else folders).append(path)
-        elif path.suffix.lower() in image_endings():
+        elif _is_image(path):
             images.append(path)
         else:
             _count(path, left_out)
@@ -191,6 +202,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def _is_image(path: Path) -> bool:
+    """Say whether a file is read; many .heic files are JPEG inside."""
+    ending = path.suffix.lower()
+    return ending in image_endings() or (kind_of(ending) == INSTALL and bool(_format_inside(path)))
+
+
 def _count(path: Path, left_out: LeftOut) -> None:
     """Count a file that is no image by its name."""
     ending = path.suffix.lower()
@@ -199,6 +216,8 @@ def _count(path: Path, left_out: LeftOut) -> None:
         left_out.side_files += 1
         return
     left_out.endings[ending] += 1
+    if kind in PHOTO_KINDS:
+        left_out.photos.append(path)
     if not kind and left_out.endings[ending] == 1:
         left_out.inside[ending] = _format_inside(path)
 

@@ -6,11 +6,15 @@ was built with it, HEIC and JPEG XL need a plugin; the extra `photos` brings all
 """
 
 import importlib
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from PIL import Image, features
+from PIL.ImageFile import ImageFile
+
+from microclip_deploy.data.jpeg_xl import read_header
 
 INSTALL = "install microclip-deploy[photos]"
 """What reads the formats that Pillow does not."""
@@ -44,6 +48,11 @@ FORMATS = (
 RAW = "camera raw: develop to JPEG or TIFF"
 """Many are TIFF files whose first page is a thumbnail, which must not pass for the photo."""
 
+CONVERT = "convert to PNG or JPEG"
+
+PHOTO_KINDS = (INSTALL, RAW, CONVERT)
+"""Kinds of files that show something although they are not read."""
+
 SIDE = "beside photos"
 """Files that nobody takes for photos."""
 
@@ -52,7 +61,7 @@ _ENDINGS = {
     "srf srw x3f",
     "video: extract frames": "3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts webm wmv",
     "archive: unpack": "7z bz2 gz rar tar tgz xz zip",
-    "convert to PNG or JPEG": "ai cur dcm dds eps exr fit fits hdr icns ico j2k jp2 jpf jpx jxr "
+    CONVERT: "ai cur dcm dds eps exr fit fits hdr icns ico j2k jp2 jpf jpx jxr "
     "kra pcx pdf pfm psb psd qoi sgi svg svgz tga wdp xbm xcf xpm",
     SIDE: "aae bib cfg csv db doc docx htm html ini json jsonl log md npy npz onnx pt py rst "
     "safetensors sh thm toml tsv txt url xls xlsx xml xmp yaml yml",
@@ -94,6 +103,13 @@ _BRANDS = {
 }
 """Of ISO media files, which are videos otherwise."""
 
+_DNG_VERSION, _NEW_SUBFILE_TYPE = 50706, 254
+"""TIFF tags; bit 0 of the second marks a page as a smaller copy of another."""
+
+
+class NotRead(Exception):
+    """A file is not read although its bytes may be in order; the text says why."""
+
 
 @cache
 def readable() -> tuple[str, ...]:
@@ -115,6 +131,37 @@ def recognised(start: bytes) -> Iterator[str]:
         answer = accepts(start) if accepts is not None else True
         if answer and not isinstance(answer, str):  # a text says why not
             yield name
+
+
+def opened(stream: IO[bytes], require_size: Callable[[int, int], None]) -> ImageFile:
+    """Return an image whose pixels are not decoded yet.
+
+    Unlike `Image.open`, which has a limit of its own that is global to the process.
+
+    Args:
+        stream: binary and seekable.
+        require_size: called with width and height; what it raises leaves this function.
+
+    Raises:
+        NotRead: no image of a format that is read.
+    """
+    stream.seek(0)
+    start, damaged = stream.read(132), ""
+    for name in recognised(start[:16]):
+        stream.seek(0)
+        try:
+            if name == "JXL":
+                return _opened_jpeg_xl(stream, require_size)
+            image = Image.OPEN[name][0](stream, "")
+        except (SyntaxError, IndexError, TypeError, struct.error):
+            damaged = f"a damaged {name} file"
+            continue
+        require_size(*image.size)
+        if start[8:10] == b"CR" or _is_preview(image):
+            raise NotRead(RAW)
+        return image
+    known = f"no image of a known format: {', '.join(readable())}"
+    raise NotRead(described(start) or damaged or known)
 
 
 def kind_of(ending: str) -> str:
@@ -140,6 +187,23 @@ def described(start: bytes) -> str:
     if told in ("AVIF", "HEIF", "JXL"):
         return f"a damaged {told} file" if told in readable() else f"{told}: {INSTALL}"
     return told
+
+
+def _opened_jpeg_xl(stream: IO[bytes], require_size: Callable[[int, int], None]) -> ImageFile:
+    """Open a JPEG XL file, which decodes it; its size is checked before."""
+    header = read_header(stream)
+    require_size(header.width, header.height)
+    stream.seek(0)
+    image = Image.OPEN["JXL"][0](stream, "")
+    if header.orientation > 1 and not getattr(image, "jpeg", None):
+        image.info.pop("exif", None)  # the decoder has turned it upright
+    return image
+
+
+def _is_preview(image: ImageFile) -> bool:
+    """Say whether the first page of a TIFF is a thumbnail, as in the raw files of cameras."""
+    tags = getattr(image, "tag_v2", {})
+    return _DNG_VERSION in tags or bool(tags.get(_NEW_SUBFILE_TYPE, 0) & 1)
 
 
 def _loaded(kind: Format) -> bool:

@@ -11,6 +11,8 @@ from typing import IO, NamedTuple
 _RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 7: (2, 1)}
 """Width to height, by their code."""
 
+_SIGNATURE = b"\xff\n"
+
 _HEADER_BYTES = 32
 """More than size and orientation take."""
 
@@ -69,30 +71,21 @@ def _length(bits: _Bits, eights: int) -> int:
 
 
 def _codestream(stream: IO[bytes]) -> bytes:
-    """Return the start of the codestream behind its two bytes of signature."""
-    start = stream.read(2)
-    if start != b"\xff\n":
+    """Return the start of the codestream behind its signature, which may lie in a box."""
+    start = stream.read(2 + _HEADER_BYTES)
+    if start[:2] != _SIGNATURE:
         stream.seek(0)
-        start = _boxed(stream)
-    content = stream.read(_HEADER_BYTES)
-    if start != b"\xff\n" or not content:
+        while len(head := stream.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind in (b"jxlc", b"jxlp"):
+                stream.seek(
+                    8 * (length == 1) + 4 * (kind == b"jxlp"), 1
+                )  # long sizes, part numbers
+                start = stream.read(2 + _HEADER_BYTES)
+                break
+            if length < 8:  # up to the end of the file, or of over 4 GiB
+                break
+            stream.seek(length - 8, 1)
+    if start[:2] != _SIGNATURE or len(start) == 2:
         raise SyntaxError("no JPEG XL codestream")
-    return content
-
-
-def _boxed(stream: IO[bytes]) -> bytes:
-    """Move into the first box of the codestream; return its first two bytes."""
-    while len(head := stream.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        passed = 8
-        if length == 1:
-            (length,) = struct.unpack(">Q", stream.read(8).ljust(8, b"\0"))
-            passed = 16
-        if kind == b"jxlp":  # parts are numbered
-            stream.read(4)
-        if kind in (b"jxlc", b"jxlp"):
-            return stream.read(2)
-        if length < passed:
-            break
-        stream.seek(length - passed, 1)
-    return b""
+    return start[2:]

@@ -3,17 +3,20 @@
     list_images    a folder, a .csv/.tsv/.txt list or one image  -> ImageSet (paths, labels)
     list_sources   several of them, as `predict` takes them      -> ImageSet
     check_images   every file decoded once, in threads           -> CheckedImages (good, bad)
+    copies         paths -> those with the bytes of one before them
     read_batches   paths -> uint8 batches for inference, read ahead in threads
 
 Labels are kept beside the paths and are for `evaluate` alone: adaptation is given `.paths`.
 Every order is deterministic: it depends on the names, never on the file system or on threads.
 """
 
+import hashlib
 import os
 import unicodedata
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -130,34 +133,39 @@ def list_images(
 def list_sources(
     sources: Sequence[Path], *, on_found: Callable[[int], None] = lambda _: None
 ) -> ImageSet:
-    """Return the images of several sources, in their order, as `list_images` does.
+    """Return the images of several sources, in their order, without labels.
 
-    A path at which nothing is found is taken for an image: whoever reads it says so. A folder
-    without images only counts where all are like that.
+    Files that show something although their format is not read are among them, and so is a path
+    at which nothing is found: whoever reads them says why not. Folders and paths without anything
+    are errors where there is nothing else.
 
     Raises:
         NoImages: no image at all.
-        DataError: a list cannot be read.
+        DataError: nothing is at any of the paths, or a list cannot be read.
     """
+    if sources and not any(map(os.path.exists, sources)):
+        return list_images(sources[0])  # raises
     paths: list[Path] = []
-    labels: list[str | None] = []
     left_out, empty = LeftOut(), list[NoImages]()
     for source in sources:
         if not os.path.exists(source):
-            found = ImageSet((source,), (None,), source.parent)
-        else:
-            try:
-                found = list_images(source, on_found=partial(_tell_sum, on_found, len(paths)))
-            except NoImages as problem:
-                empty.append(problem)
-                left_out.add(problem.left_out)
-                continue
-        paths += found.paths
-        labels += found.labels
+            paths.append(source)
+            continue
+        try:
+            found = list_images(source, on_found=partial(_tell_sum, on_found, len(paths)))
+        except NoImages as problem:
+            found = ImageSet((), (), source, problem.left_out)
+            empty.append(problem)
+        listed = [*found.paths, *found.left_out.photos]
+        paths += sorted(listed, key=_parts) if found.left_out.photos else listed
         left_out.add(found.left_out)
     if empty and not paths:
         raise empty[0]
-    return ImageSet(tuple(paths), tuple(labels), Path(), left_out)
+    return ImageSet(tuple(paths), (None,) * len(paths), Path(), left_out)
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    return path.parts
 
 
 def _tell_sum(tell: Callable[[int], None], before: int, count: int) -> None:
@@ -234,6 +242,25 @@ def check_images(
         raise DataError(_too_many_bad(bad, len(paths), limit, max_bad))
     usable = tuple(paths[i] for i in good)
     return CheckedImages(usable, tuple(bad), tuple(good), tuple(remarks.lines()))
+
+
+def copies(paths: Iterable[Path]) -> list[Path]:
+    """Return the files whose bytes are those of a file before them, in the order given.
+
+    Only files of equal size are read. What cannot be read any more is no copy.
+    """
+    sizes = [(path, path.stat().st_size) for path in paths if path.is_file()]
+    files = Counter(size for _, size in sizes)
+    seen, found = set[bytes](), list[Path]()
+    for path, size in sizes:
+        if files[size] == 1:
+            continue
+        with suppress(OSError), path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").digest()
+            if digest in seen:
+                found.append(path)
+            seen.add(digest)
+    return found
 
 
 def read_batches(

@@ -17,7 +17,7 @@ from PIL import Image
 
 from microclip_deploy.data.decode import BadImage, decode_image, read_image
 from microclip_deploy.data.photo import MAX_PIXELS
-from microclip_deploy.errors import printable
+from microclip_deploy.errors import UsageError, printable
 
 ORIENTATION = 0x0112
 GIF_BOMB = (
@@ -156,14 +156,30 @@ def test_cmyk_jpeg_keeps_its_colours(tmp_path: Path) -> None:
     assert np.abs(np.asarray(read_image(path), int) - (200, 30, 40)).max() < 8
 
 
-def test_alpha_is_dropped_and_not_composited(tmp_path: Path) -> None:
-    path = tmp_path / "clear.png"
-    Image.new("RGBA", (4, 4), (10, 20, 30, 0)).save(path)
-    assert read_image(path).getpixel((0, 0)) == (10, 20, 30)
+@pytest.mark.parametrize(
+    ("background", "shown"),
+    [("white", (255, 255, 255)), ("#010203", (1, 2, 3)), ("none", (10, 20, 30))],
+)
+def test_transparent_photos_lie_on_the_background(
+    tmp_path: Path, background: str, shown: tuple[int, int, int]
+) -> None:
     palette = Image.new("P", (4, 4))
     palette.putpalette([10, 20, 30, 40, 50, 60])
-    palette.save(path, transparency=b"\x00\x80")
-    assert read_image(path).getpixel((0, 0)) == (10, 20, 30)
+    grey = Image.new("LA", (4, 4), (10, 0))
+    for content, expected in (
+        (encoded(Image.new("RGBA", (4, 4), (10, 20, 30, 0)), "PNG"), shown),
+        (encoded(palette, "PNG", transparency=b"\x00\x80"), shown),
+        (encoded(Image.new("RGB", (4, 4), (10, 20, 30)), "PNG", transparency=(10, 20, 30)), shown),
+        (encoded(grey, "PNG"), (10, 10, 10) if background == "none" else shown),
+    ):
+        path = tmp_path / "clear.png"
+        path.write_bytes(content)
+        assert read_image(path, background=background).getpixel((0, 0)) == expected
+
+
+def test_a_background_that_is_no_colour_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="background: expected another value"):
+        read_image(tmp_path / "any.png", background="whiteish")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -227,7 +243,8 @@ def test_warnings_of_pillow_do_not_leak_and_filters_are_restored(tmp_path: Path)
             reasons = list(pool.map(attempt, ["large.png", "exif.jpg"] * 50))
         assert list(warnings.filters) == before
     assert leaked == []
-    assert set(reasons) == {"", "20000x20000 pixels exceed the limit of 200000000 pixels (--max-pixels)"}
+    large = "20000x20000 pixels exceed the limit of 200000000 pixels (--max-pixels)"
+    assert set(reasons) == {"", large}
 
 
 def test_limit_of_pixels_is_an_argument(tmp_path: Path) -> None:
