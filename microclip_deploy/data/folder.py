@@ -34,7 +34,7 @@ _SYSTEM_FOLDERS = frozenset(
     }
 )
 
-_SHOWN = 8  # endings or folders that one line names
+_SHOWN = 20  # endings or folders that one line names
 
 _EVERY = 1000
 """Files between two calls of `on_found`."""
@@ -78,10 +78,11 @@ class LeftOut:
     def summary(self) -> str:
         """Return all of it on one line, '' if there is nothing."""
         ranked = sorted(self.endings.items(), key=lambda item: (-item[1], item[0]))
-        parts = [
-            f"{count} {printable(ending) or 'without an ending'}{self._advice(ending)}"
-            for ending, count in ranked[:_SHOWN]
-        ]
+        by_advice: dict[str, list[str]] = {}
+        for ending, count in ranked[:_SHOWN]:
+            named = f"{count} {printable(ending) or 'without an ending'}"
+            by_advice.setdefault(self._advice(ending), []).append(named)
+        parts = [f"{', '.join(named)}{advice}" for advice, named in by_advice.items()]
         rest = sum(count for _, count in ranked[_SHOWN:])
         folders = ", ".join(map(printable, sorted(self.hidden_folders)[:_SHOWN]))
         unreadable = "; ".join(f"{printable(f.path)}: {f.reason}" for f in self.unreadable[:_SHOWN])
@@ -93,7 +94,7 @@ class LeftOut:
             (len(self.unreadable), "folders that cannot be read", f" ({unreadable})"),
         )
         parts += [f"{count} {what}{names}" for count, what, names in counted if count]
-        return ", ".join(parts)
+        return "; ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; names are made printable."""

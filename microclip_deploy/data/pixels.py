@@ -137,8 +137,8 @@ def _eight_bits_of_colour(
         high.point(lambda value: value << (16 - bit_depth)),
         low.point(lambda value: value >> (bit_depth - 8)),
     )
-    if "A" in high.getbands():
-        joined.putalpha(high.getchannel("A"))
+    if "A" in high.getbands() and _peak(high.getchannel("A")) << 8 >= 2**bit_depth:
+        joined.putalpha(high.getchannel("A"))  # is of 16 bits, whatever the colours are
     return Flat(joined, 0)
 
 
@@ -148,8 +148,8 @@ def _low_bytes(rawmode: str, decoded: Callable[[str], Image.Image]) -> Image.Ima
     The raw mode of the other byte order picks the other byte of each number.
     """
     if rawmode == "LA;16B":  # has no other order, but is as wide as RGBA
-        low = decoded("RGBA").getchannel("G")
-        return Image.merge("RGBA", (low, low, low, low))
+        _, grey, _, alpha = decoded("RGBA").split()
+        return Image.merge("RGBA", (grey, grey, grey, alpha))
     name, _, order = rawmode.partition(";16")
     if name not in ("RGB", "RGBA", "RGBX"):
         return None
@@ -160,7 +160,7 @@ def _low_bytes(rawmode: str, decoded: Callable[[str], Image.Image]) -> Image.Ima
 
 def _require_fit(peak: int, bit_depth: int) -> None:
     if peak >= 2**bit_depth:
-        raise ValueError(f"values of up to {peak} do not fit into a bit depth of {bit_depth}")
+        raise ValueError(f"values of up to {peak} do not fit into --bit-depth {bit_depth}")
 
 
 def _shallow(peak: int) -> int:

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microclip_deploy.data.decode import BadImage, decode_image, read_image
-from microclip_deploy.data.photo import MAX_PIXELS
+from microclip_deploy.data import decode
+from microclip_deploy.data.decode import BadImage, decode_image, read_image, read_photo
+from microclip_deploy.data.photo import MAX_PIXELS, USUAL, Kind
 from microclip_deploy.errors import UsageError, printable
 
 ORIENTATION = 0x0112
@@ -46,6 +47,12 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
+
+
+def rotated(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return exif
 
 
 def reason_for(path: Path) -> str:
@@ -186,10 +193,8 @@ def test_a_background_that_is_no_colour_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_exif_orientation_is_applied_once(tmp_path: Path, kind: str, orientation: int) -> None:
     path = tmp_path / "rotated"
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
     stored = gradient(48, 32)
-    path.write_bytes(encoded(stored, kind, exif=exif))
+    path.write_bytes(encoded(stored, kind, exif=rotated(orientation)))
     upright = stored.rotate({1: 0, 3: 180, 6: -90, 8: 90}[orientation], expand=True)
     image = read_image(path)
     assert image.size == upright.size
@@ -253,6 +258,52 @@ def test_limit_of_pixels_is_an_argument(tmp_path: Path) -> None:
     assert read_image(path, max_pixels=200).size == (20, 10)
     with pytest.raises(BadImage, match="20x10 pixels exceed the limit of 199"):
         read_image(path, max_pixels=199)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_large_photos_are_decoded_at_reduced_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, mode: str
+) -> None:
+    x, y = np.meshgrid(np.linspace(0, 255, 128), np.linspace(0, 255, 72))
+    source = Image.fromarray(((x + y) / 2).astype(np.uint8)).convert(mode)
+    path = tmp_path / "large"
+    path.write_bytes(encoded(source, kind, **({} if kind == "GIF" else {"exif": rotated(6)})))
+    whole = read_image(path)
+    monkeypatch.setattr(decode, "FULL_PIXELS", 128 * 72 // 9)
+    photo = read_photo(path, USUAL)
+    assert [remark.kind for remark in photo.remarks] == [Kind.REDUCED]
+    assert photo.image.size == tuple(side // 4 for side in whole.size)
+    error = np.asarray(photo.image, int) - np.asarray(whole.reduce(4), int)
+    assert np.abs(error).mean() < 3
+
+
+def cut(count: int, **options: object) -> bytes:
+    return encoded(gradient(200, 400), "JPEG", **options)[:-count]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_jpeg_without_its_end_marker_is_read(
+    tmp_path: Path, count: int, progressive: bool, orientation: int
+) -> None:
+    path = tmp_path / "cut.jpg"
+    options = {"progressive": progressive, "exif": rotated(orientation)}
+    path.write_bytes(cut(count, **options))
+    photo = read_photo(path, USUAL)
+    assert [remark.kind for remark in photo.remarks] == [Kind.UNENDED]
+    (tmp_path / "whole.jpg").write_bytes(encoded(gradient(200, 400), "JPEG", **options))
+    assert photo.image.tobytes() == read_image(tmp_path / "whole.jpg").tobytes()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_jpeg_that_lacks_more_is_refused(tmp_path: Path, share: float, progressive: bool) -> None:
+    path = tmp_path / "cut.jpg"
+    whole = encoded(gradient(200, 400), "JPEG", progressive=progressive)
+    path.write_bytes(whole[: -int(share * len(whole))])
+    assert reason_for(path) == "the file is truncated"
 
 
 def mutated(content: bytes, rng: np.random.Generator) -> bytes:
