@@ -60,7 +60,7 @@ _JPEG_END = b"\xff\xd9"
 _JPEG_NOISE = bytes(97 * i % 255 for i in range(255))  # no 255, which begins a marker
 
 _ONE_LARGE_PHOTO = threading.Lock()
-"""Held while a photo above FULL_PIXELS is decoded, which may take 1 GB."""
+"""Held while a photo above FULL_PIXELS is decoded, which may take 1 to 3 GB."""
 # What Pillow's decoders raise on damaged input (found by mutating valid files); a decoder may also
 # raise Pillow's DecompressionBombError, which derives from Exception alone.
 _DECODE_ERRORS = (

@@ -19,7 +19,7 @@ from microclip_deploy.data.formats import (
     kind_of,
     recognised,
 )
-from microclip_deploy.errors import DataError, printable
+from microclip_deploy.errors import printable
 
 _SYSTEM_FOLDERS = frozenset(
     {
@@ -134,9 +134,6 @@ def search(root: Path, on_found: Callable[[int], None]) -> Found:
     Args:
         root: the folder.
         on_found: called with the number of images now and then.
-
-    Raises:
-        DataError: the folder itself cannot be read.
     """
     images: list[Path] = []
     left_out = LeftOut()
@@ -155,13 +152,7 @@ def search(root: Path, on_found: Callable[[int], None]) -> Found:
             with os.scandir(folder) as entries:
                 _sort(entries, images, folders, links, left_out)
         except OSError as error:
-            reason = error.strerror or str(error)
-            if folder == root:
-                raise DataError(
-                    f"{printable(folder)}: expected a readable folder, found: {reason}; change its "
-                    f"permissions or move it elsewhere"
-                ) from error
-            left_out.unreadable.append(BadFile(folder, reason))
+            left_out.unreadable.append(BadFile(folder, error.strerror or str(error)))
         if len(images) >= told + _EVERY:
             told = len(images)
             on_found(told)

@@ -359,6 +359,13 @@ def _too_many_bad(bad: list[BadFile], total: int, limit: int, max_bad: str | int
 def _images_in_folder(root: Path, on_found: Callable[[int], None]) -> ImageSet:
     """Return the images below a folder."""
     found, left_out = search(root, on_found)
+    denied = [bad.reason for bad in left_out.unreadable if bad.path == root]
+    if denied:
+        raise NoImages(
+            f"{printable(root)}: expected a readable folder, found: {denied[0]}; change its "
+            "permissions or move it elsewhere",
+            left_out,
+        )
     if not found:
         raise NoImages(
             f"{printable(root)}: expected images ({' '.join(sorted(image_endings()))}), found "

@@ -65,8 +65,10 @@ def test_a_folder_that_cannot_be_entered_is_named_and_passed_by(
 
     # Replaced rather than chmod, which does not bind the administrator.
     monkeypatch.setattr(os, "scandir", refuse)
+    named = list_sources(sorted(tmp_path.iterdir()))
     found = list_images(tmp_path)
     assert [path.name for path in found.paths] == ["1.jpg", "3.jpg"]
+    assert (named.paths, named.left_out) == (found.paths, found.left_out)
     assert "1 folders that cannot be read" in found.left_out.summary()
     assert found.left_out.to_json()["unreadable_folders"] == [
         {"path": str(tmp_path / "lost+found"), "reason": "Permission denied"}
