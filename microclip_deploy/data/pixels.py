@@ -22,8 +22,9 @@ from microclip_deploy.data.photo import DROPPED
 _USUAL_DEPTHS = (8, 10, 12, 14)
 """Bits of cameras and of what is written by mistake; less than 16 are told when data fit."""
 
-_TIFF_BITS, _TIFF_INVERTED, _TIFF_SIGN = 258, 262, 339
-"""Tags: BitsPerSample, PhotometricInterpretation (0: white is zero), SampleFormat (2: signed)."""
+_TIFF_BITS, _TIFF_INVERTED, _TIFF_PLANES, _TIFF_SIGN = 258, 262, 284, 339
+"""Tags: BitsPerSample, PhotometricInterpretation (0: white is zero), PlanarConfiguration (2: one
+channel after the other), SampleFormat (2: signed)."""
 
 
 class Samples(NamedTuple):
@@ -38,15 +39,22 @@ class Samples(NamedTuple):
 
     @classmethod
     def of(cls, image: ImageFile) -> "Samples":
-        """Look at a file that was opened and not loaded."""
+        """Look at a file that was opened and not loaded.
+
+        Raises:
+            ValueError: Pillow would read other numbers than there are.
+        """
         codec, _, _, arguments = image.tile[0] if image.tile else ("", None, 0, "")
         rawmode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
         declared, tags = None, getattr(image, "tag_v2", {})
+        bits = tags.get(_TIFF_BITS, ())
+        if tags.get(_TIFF_PLANES) == 2 and len(bits) > 1 and bits[0] > 8:
+            raise ValueError("16-bit channels one after the other; interleave them")
         if codec in ("ppm", "ppm_plain"):  # scaled to 16 bits by Pillow: the file tells its white
             declared = 16
         elif rawmode == "I;12":
             declared = 12
-        elif image.mode == "I" and tags.get(_TIFF_SIGN, (1,))[0] == 2 and tags[_TIFF_BITS] == (16,):
+        elif image.mode == "I" and tags.get(_TIFF_SIGN, (1,))[0] == 2 and bits == (16,):
             declared = 15
         inverted = image.mode.startswith("I") and tags.get(_TIFF_INVERTED) == 0
         return cls(rawmode if isinstance(rawmode, str) else "", declared, inverted)

@@ -62,7 +62,8 @@ def open_session(
             f"{path / artifact.MANIFEST}: expected schema {_CHECKPOINT}N or {_EXPORT}N, found "
             f"{schema}; give a directory that `adapt` or `export` wrote"
         )
-    session.preprocess = session.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
+    if max_pixels is not None or bit_depth is not None:
+        session.preprocess = session.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
     _log.info("%s: opened with %s on %s", path, type(session).__name__, session.device)
     return session
 

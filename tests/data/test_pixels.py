@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from microclip_deploy.data.decode import BadImage, read_image, read_photo
 from microclip_deploy.data.photo import USUAL, Kind, Remark, Remarks
@@ -65,6 +65,22 @@ def test_files_that_tell_their_white_need_no_bit_depth(tmp_path: Path) -> None:
     photo = read_photo(tmp_path / "a.pgm", USUAL)
     assert photo.remarks == ()
     assert np.asarray(photo.image).max() == 255
+
+
+@pytest.mark.parametrize(("planes", "shade"), [(1, (85, 0, 255)), (2, None)])
+def test_colours_of_sixteen_bits_in_tiff_files(
+    tmp_path: Path, planes: int, shade: tuple[int, ...] | None
+) -> None:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.update({256: 2, 257: 2, 258: (16,) * 3, 259: 1, 262: 2, 277: 3, 278: 2, 284: planes})
+    tags.update({273: 0, 279: 24})  # Pillow adds where the tags end
+    numbers = np.array([0x5511, 0, 0xFF22] * 4, "<u2").tobytes()
+    (tmp_path / "a.tif").write_bytes(b"II*\0\x08\0\0\0" + tags.tobytes(8) + numbers)
+    if shade:
+        assert read_image(tmp_path / "a.tif").getpixel((1, 1)) == shade
+    else:  # Pillow would take the bytes of one number for two
+        with pytest.raises(BadImage, match="interleave them"):
+            read_image(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
