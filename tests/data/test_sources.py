@@ -247,6 +247,25 @@ def test_reading_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert len(started) <= 2 + 4 * 2
 
 
+def test_the_next_batch_is_decoded_while_one_is_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, whole = save(tmp_path / "a.png"), threading.Event()
+    started: list[Path] = []
+
+    def counted(path: Path, config: PhotoConfig) -> Photo:
+        started.append(path)
+        if len(started) == 2 * 32 - 1:  # the last is asked for together with the next batch
+            whole.set()
+        return read_photo(path, config)
+
+    monkeypatch.setattr(sources, "read_photo", counted)
+    batches = read_batches([path] * 1000, TINY, 32, threads=1)
+    next(batches)
+    assert whole.wait(timeout=60)
+    batches.close()  # type: ignore[attr-defined]  # a generator, declared as an iterator
+
+
 def test_batch_size_below_one_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="batch size: expected at least 1"):
         next(read_batches([], TINY, 0))
