@@ -165,7 +165,10 @@ def evaluate(
 @app.command()
 def predict(
     directory: Adapted,
-    images: Annotated[list[Path], typer.Argument(help="Images, folders or lists.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(help="Images, folders or lists.", readable=False),  # they get a row
+    ],
     top_k: Annotated[int, typer.Option(help="Classes to show.", min=1)] = 5,
     output_format: Annotated[
         OutputFormat, typer.Option("--format", help="How to print.")
