@@ -1,15 +1,17 @@
 """The one definition of pixels -> network input, for training, export and serving.
 
 `Preprocess` is stored as JSON in every artifact. It needs NumPy and Pillow only, so a server
-without the training stack computes exactly what training saw. Two steps, kept apart on purpose:
+without the training stack computes exactly what training saw. Three steps, kept apart on purpose:
 
+    read        file -> PIL RGB                               see data/decode.py
     test view   PIL RGB -> uint8 (S, S, 3)                    resize, centre crop
     normalise   uint8 (B, S, S, 3) -> float32 (B, 3, S, S)    (x / 255 - mean) / std
 
-The first step equals open_clip's own transform on PIL images byte for byte, in each of its resize
+The second step equals open_clip's own transform on PIL images byte for byte, in each of its resize
 modes: models were trained with one of them.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
 
 import array_api_compat
@@ -24,6 +26,8 @@ from pydantic import (
     model_serializer,
 )
 
+from microclip_deploy.data.decode import read_image
+from microclip_deploy.data.photo import USUAL, PhotoConfig
 from microclip_deploy.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,13 +55,27 @@ class Preprocess(BaseModel):
     filled; or both, whatever the aspect ratio."""
     fill_color: int = Field(default=0, ge=0, le=255)
     """What fills the rest, on all channels."""
+    photos: PhotoConfig = USUAL
+    """How files become images."""
 
     @model_serializer(mode="wrap")
     def _stored(self, stored: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what older readers do not know wherever it says what they do."""
         fields: dict[str, Any] = stored(self)
-        usual = {"resize_mode": "shortest", "fill_color": 0}
+        usual = {"resize_mode": "shortest", "fill_color": 0, "photos": USUAL.model_dump()}
         return {name: value for name, value in fields.items() if usual.get(name) != value}
+
+    def read(self, path: Path | str) -> Image.Image:
+        """Return a photo file as an RGB image; raises BadImage as `read_image` does."""
+        return read_image(path, **self.photos.model_dump())
+
+    def reading(self, **photos: Any) -> "Preprocess":
+        """Return a copy with other settings of `photos`; None keeps what there is.
+
+        Raises:
+            UsageError: a value out of range.
+        """
+        return self.model_copy(update={"photos": self.photos.changed(**photos)})
 
     def resized(self, image: Image.Image) -> Image.Image:
         """Return the image scaled as `resize_mode` says.

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from microclip_deploy import artifact
 from microclip_deploy.data.decode import BadImage
-from microclip_deploy.data.sources import ImageBatch, list_images, read_batches
+from microclip_deploy.data.photo import Remarks
+from microclip_deploy.data.sources import ImageBatch, ImageSet, list_sources, read_batches
 from microclip_deploy.errors import DataError, UsageError, printable
 from microclip_deploy.evaluation.overlay import overlay
 from microclip_deploy.serving import Prediction, Session
@@ -83,15 +84,21 @@ Result = ImagePrediction | FailedImage
 
 
 def predict(
-    session: Session, sources: Sequence[Path], top_k: int = 5, *, batch_size: int = 64
+    session: Session,
+    sources: Sequence[Path] | ImageSet,
+    top_k: int = 5,
+    *,
+    batch_size: int = 64,
+    remarks: Remarks | None = None,
 ) -> Iterator[Result]:
     """Classify images one batch at a time, in the order of the sources.
 
     Args:
         session: an open model; stays open.
-        sources: images, folders or lists, as for `sources.list_images`.
+        sources: images, folders or lists, as for `sources.list_sources`, or what it returned.
         top_k: how many classes an image; all of them if there are fewer.
         batch_size: images a batch.
+        remarks: gets what reading the images tells.
 
     Returns:
         One result a file; unreadable files are results too.
@@ -105,14 +112,18 @@ def predict(
             f"--top-k and --batch-size: expected at least 1, found {top_k} and {batch_size}; "
             "give others"
         )
-    paths = [path for source in sources for path in list_images(source).paths]
-    if not paths:
+    listed = sources if isinstance(sources, ImageSet) else list_sources(sources)
+    if not listed.paths:
         raise UsageError("predict: expected images, folders or lists, found none; name some")
-    return _results(session, paths, top_k, batch_size)
+    return _results(session, listed.paths, top_k, batch_size, remarks)
 
 
 def _results(
-    session: Session, paths: Sequence[Path], top_k: int, batch_size: int
+    session: Session,
+    paths: Sequence[Path],
+    top_k: int,
+    batch_size: int,
+    remarks: Remarks | None,
 ) -> Iterator[Result]:
     """Yield results in order; bad images are told between the good ones they lie between."""
     bad: list[FailedImage] = []
@@ -121,7 +132,8 @@ def _results(
     def failed(index: int, error: BadImage) -> None:
         bad.append(FailedImage(index, error.path, error.reason))
 
-    for batch in read_batches(paths, session.preprocess, batch_size, on_bad=failed):
+    batches = read_batches(paths, session.preprocess, batch_size, on_bad=failed, remarks=remarks)
+    for batch in batches:
         for result in _predictions(session, paths, batch, top_k):
             while told < len(bad) and bad[told].index < result.index:
                 yield bad[told]

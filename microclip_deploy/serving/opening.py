@@ -27,7 +27,13 @@ _EXPORT = "microclip.export/"
 _log = logging.getLogger(__name__)
 
 
-def open_session(path: Path, device: str = "cpu") -> Session:
+def open_session(
+    path: Path,
+    device: str = "cpu",
+    *,
+    max_pixels: int | None = None,
+    bit_depth: int | None = None,
+) -> Session:
     """Open a run or an export with the backend that the schema in its manifest asks for.
 
     Args:
@@ -37,11 +43,14 @@ def open_session(path: Path, device: str = "cpu") -> Session:
             the session's `device` says which. A GPU is served by the CUDA kernels where cupy is
             installed, and of an export by its TensorRT engines where it has some for this machine;
             "tensorrt" insists on them.
+        max_pixels: as in `PhotoConfig`, in place of the run's; so `session.preprocess.read` takes
+            photos that are larger.
+        bit_depth: likewise.
 
     Raises:
         CheckpointError: missing, damaged or of an unknown schema.
         EnvironmentProblem: the backend's packages or the device are missing.
-        UsageError: not a device that this backend knows.
+        UsageError: not a device that this backend knows, or a number out of range.
     """
     schema = artifact.read_schema(path)
     if schema.startswith(_CHECKPOINT):
@@ -53,6 +62,8 @@ def open_session(path: Path, device: str = "cpu") -> Session:
             f"{path / artifact.MANIFEST}: expected schema {_CHECKPOINT}N or {_EXPORT}N, found "
             f"{schema}; give a directory that `adapt` or `export` wrote"
         )
+    if max_pixels is not None or bit_depth is not None:
+        session.preprocess = session.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
     _log.info("%s: opened with %s on %s", path, type(session).__name__, session.device)
     return session
 
