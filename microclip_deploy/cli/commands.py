@@ -43,13 +43,16 @@ def run_evaluate(
     batch_size: int = 64,
     zero_shot: bool = True,
     max_bad: str = "1%",
+    threads: int | None = None,
 ) -> Evaluation:
     """Evaluate a run or an export on labelled images; a run's report gets the outcome.
 
     An export is never written to: its files are those its manifest lists.
     """
     with gpu_memory(), ExitStack() as stack:
-        run = None if is_export(directory) else stack.enter_context(open_run(directory, device))
+        run = None
+        if not is_export(directory):
+            run = stack.enter_context(open_run(directory, device, threads=threads))
         with bar(notes, "evaluating") as progress:
             measured = evaluate(
                 directory,
@@ -58,6 +61,7 @@ def run_evaluate(
                 batch_size=batch_size,
                 zero_shot=zero_shot,
                 max_bad=max_bad,
+                threads=threads,
                 sessions=run,
                 progress=progress.update,
                 on_open=lambda session: _tell_device(session, notes),
@@ -87,10 +91,11 @@ def run_predict(
     overlay: Path | None = None,
     device: str = "auto",
     batch_size: int = 64,
+    threads: int | None = None,
 ) -> None:
     """Classify images with a run or an export and print the results as they come."""
     overlays = OverlayWriter(overlay) if overlay else None
-    with gpu_memory(), open_session(directory, device) as session:
+    with gpu_memory(), open_session(directory, device, threads=threads) as session:
         _tell_device(session, notes)
         results = predict(session, images, top_k, batch_size=batch_size)
         if output_format == "table":

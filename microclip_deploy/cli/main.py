@@ -32,6 +32,7 @@ from microclip_deploy.cli.options import (
     ServingDevice,
     Sets,
     Templates,
+    Threads,
     ValDir,
 )
 from microclip_deploy.console import ReaderGone, checked_stdout, notes, out, print_json
@@ -119,6 +120,7 @@ def evaluate(
     ],
     device: ServingDevice = "auto",
     batch_size: BatchSize = 64,
+    threads: Threads = None,
     zero_shot: Annotated[
         bool, typer.Option(help="Also measure the model before adaptation; runs only.")
     ] = True,
@@ -141,6 +143,7 @@ def evaluate(
         batch_size=batch_size,
         zero_shot=zero_shot,
         max_bad=max_bad_images,
+        threads=threads,
     )
     if as_json:
         print_json(result.to_json())
@@ -162,6 +165,7 @@ def predict(
     ] = None,
     device: ServingDevice = "auto",
     batch_size: BatchSize = 64,
+    threads: Threads = None,
 ) -> None:
     """Classify images with an adapted model; only a run needs PyTorch, an export does not."""
     from microclip_deploy.cli import commands
@@ -176,6 +180,7 @@ def predict(
         overlay=overlay,
         device=device,
         batch_size=batch_size,
+        threads=threads,
     )
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from microclip_deploy.errors import DataError, printable
+from microclip_deploy.paths import StrPath, as_path
 
 ACCEPTED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """Pillow's names of the formats that are decoded."""
@@ -111,7 +112,7 @@ class BadImage(DataError):
         return BadImage, (self.path, self.reason)
 
 
-def read_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(path: StrPath, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Return the first frame of an image file, upright, as 8-bit RGB without metadata.
 
     Args:
@@ -120,8 +121,9 @@ def read_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> Image.Image
 
     Raises:
         BadImage: the file cannot be opened, is no accepted image, is damaged or exceeds a limit.
+        UsageError: not a path.
     """
-    path = Path(path)
+    path = as_path(path, "image")
     try:
         status = path.stat()
         # A named pipe would block and a device would never end, so the kind is checked first.

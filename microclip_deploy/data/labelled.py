@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from microclip_deploy.data.sources import list_images
 from microclip_deploy.errors import DataError, printable
+from microclip_deploy.paths import StrPath, as_path
 
 _SHOWN = 5  # labels an error message lists
 
@@ -24,7 +25,7 @@ class LabelledImages:
     """(M,), indices into the session's classes."""
 
     @classmethod
-    def read(cls, data: Path, classes: Sequence[str]) -> "LabelledImages":
+    def read(cls, data: StrPath, classes: Sequence[str]) -> "LabelledImages":
         """List labelled images and match their labels to class names.
 
         A label matches the class of exactly that name; otherwise the one class that is equal when
@@ -37,6 +38,7 @@ class LabelledImages:
         Raises:
             DataError: nothing is there, an image has no label, or a label is no class.
         """
+        data = as_path(data, "labelled images")
         found = list_images(data)
         missing = [path for path, label in zip(found.paths, found.labels, strict=True) if not label]
         if missing:

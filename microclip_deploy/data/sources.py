@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 from microclip_deploy.data.decode import IMAGE_SUFFIXES, MAX_PIXELS, BadImage, read_image
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, UsageError, printable
+from microclip_deploy.paths import StrPath, as_path
+from microclip_deploy.processors import usable_cpus
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -77,7 +79,7 @@ class ImageBatch(NamedTuple):
     """(B, S, S, 3), RGB, 0..255."""
 
 
-def list_images(source: Path | str) -> ImageSet:
+def list_images(source: StrPath) -> ImageSet:
     """Return the image files of a folder, of a list file, or the one image itself.
 
     A folder is searched at every depth for the endings in IMAGE_SUFFIXES, in either case. Hidden
@@ -92,7 +94,7 @@ def list_images(source: Path | str) -> ImageSet:
     Raises:
         DataError: nothing is there, it holds no images, or it cannot be read.
     """
-    source = Path(source)
+    source = as_path(source, "image source")
     if source.is_dir():
         return _images_in_folder(source)
     if not source.exists():
@@ -248,7 +250,7 @@ def _read_ahead(
     function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int | None
 ) -> Iterator[_Result]:
     """Yield function(item) in order; a bounded number of calls runs ahead in threads."""
-    threads = threads or min(_MAX_THREADS, os.cpu_count() or 1)
+    threads = threads or min(_MAX_THREADS, usable_cpus())
     running: deque[Future[_Result]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="read-image") as pool:
         try:

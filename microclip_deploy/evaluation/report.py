@@ -23,6 +23,7 @@ from microclip_deploy.evaluation.overlay import attention_map, overlay
 from microclip_deploy.evaluation.page import percent
 from microclip_deploy.evaluation.predict import FailedImage, Guess, ImagePrediction, predict
 from microclip_deploy.model.checkpoint import SCHEMA
+from microclip_deploy.paths import StrPath, as_path
 from microclip_deploy.serving import RunSessions, open_run
 
 REPORT = "report.html"
@@ -83,7 +84,7 @@ class Montage(NamedTuple):
 
 
 def write_report(
-    run_dir: Path,
+    run_dir: StrPath,
     *,
     device: str = "cpu",
     sample_images: int = 12,
@@ -106,6 +107,7 @@ def write_report(
         CheckpointError: the run is not finished, or damaged.
         EnvironmentProblem: the disk is full or the directory cannot be written.
     """
+    run_dir = as_path(run_dir, "run")
     manifest = artifact.read_manifest(run_dir, SCHEMA)
     inputs = _inputs(run_dir)
     montage = _montage(run_dir, inputs, device, sample_images, sessions)

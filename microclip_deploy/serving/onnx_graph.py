@@ -30,6 +30,7 @@ from microclip_deploy.errors import (
     MicroclipError,
     UsageError,
 )
+from microclip_deploy.processors import checked_threads, limited_cpus
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
@@ -92,17 +93,16 @@ class OnnxGraph:
         Args:
             path: an .onnx file; data outside its folder is refused.
             device: "auto", "cpu", "cuda", "cuda:N" or "openvino".
-            threads: of one operator on the CPU; None for one a core.
+            threads: of one operator on the CPU; None for one a core that this process may use.
             stream: address of the CUDA stream that everything runs on; only with "cuda" and
                 "cuda:N". None for one of ONNX Runtime's own.
 
         Raises:
             CheckpointError: no graph that this ONNX Runtime can run.
             EnvironmentProblem: the device, its provider or its memory is missing.
-            UsageError: an unknown device, or fewer than one thread.
+            UsageError: an unknown device, or no number of threads.
         """
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads: expected at least 1, found {threads}; give more")
+        checked_threads(threads)
         self._path = path
         self._session = (
             _start_auto(path, threads)
@@ -229,7 +229,8 @@ def _settings(threads: int | None) -> onnxruntime.SessionOptions:
     settings.add_session_config_entry("session.x64quantprecision", "1")
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     settings.log_severity_level = 3  # errors
-    settings.intra_op_num_threads = threads or 0  # 0: one a core
+    # 0: one a core, whatever the container allows; threads beyond that would wait for one another.
+    settings.intra_op_num_threads = threads or limited_cpus() or 0
     return settings
 
 
@@ -240,6 +241,7 @@ def _provider(device: str, threads: int | None) -> tuple[str, dict[str, str]]:
     if device == "openvino":
         # Where the processor has bfloat16 matrix units OpenVINO would use them.
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        threads = threads or limited_cpus()
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         return _OPENVINO, {"device_type": "CPU", "load_config": json.dumps({"CPU": settings})}

@@ -17,9 +17,10 @@ SURFACE = {
         "--max-bad-images", "--save-every", "--resume", "--overwrite", "--json",
     },
     "evaluate": {
-        "--device", "--batch-size", "--zero-shot", "--max-bad-images", "--per-class", "--json",
+        "--device", "--batch-size", "--zero-shot", "--max-bad-images", "--per-class", "--threads",
+        "--json",
     },
-    "predict": {"--top-k", "--format", "--overlay", "--device", "--batch-size"},
+    "predict": {"--top-k", "--format", "--overlay", "--device", "--batch-size", "--threads"},
     "export": {
         "--out", "--dtype", "--images", "--device", "--atol", "--min-agreement", "--overwrite",
         "--trt", "--batch", "--workspace", "--opt-level", "--timing-cache", "--version-compatible",
