@@ -68,7 +68,7 @@ MIN_SIDE = 2
 
 # What Pillow's decoders raise on damaged input (found by mutating valid files); a decoder may also
 # raise Pillow's DecompressionBombError, which derives from Exception alone.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     ArithmeticError,
     AttributeError,
     EOFError,
@@ -162,7 +162,7 @@ def decode_image(stream: IO[bytes], path: Path, *, max_pixels: int = MAX_PIXELS)
                 if "MAX_TEXT" not in str(error):
                     raise
                 return _decode(_without_png_metadata(stream), path, max_pixels)
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise BadImage(path, _reason(error)) from error
 
 
@@ -213,7 +213,7 @@ def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation 1..8; 1, upright, when there is none that can be read."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         # The pixels are good, so damaged metadata is no reason to lose the image.
         return 1
     return value if isinstance(value, int) else 1

@@ -26,12 +26,13 @@ from microclip_deploy.evaluation.chart import (
     epoch_chart,
 )
 from microclip_deploy.evaluation.evaluate import EVALUATION
-from microclip_deploy.evaluation.overlay import attention_map, overlay
 from microclip_deploy.evaluation.page import percent
-from microclip_deploy.evaluation.predict import FailedImage, Guess, ImagePrediction, predict
+from microclip_deploy.evaluation.predict import FailedImage, ImagePrediction, predict
 from microclip_deploy.model.checkpoint import SCHEMA
 from microclip_deploy.paths import StrPath, as_path
 from microclip_deploy.serving import RunSessions, open_run
+from microclip_deploy.serving.classification import Guess
+from microclip_deploy.serving.overlay import attention_map, overlay
 
 REPORT = "report.html"
 

@@ -2,16 +2,18 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from microclip_deploy.data.picture import Picture, is_picture
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, UsageError
+from microclip_deploy.serving.classification import Classification, classifications
 
 
 class Prediction(NamedTuple):
@@ -80,6 +82,40 @@ class Session(ABC):
         if not photos:
             raise DataError("photos: expected at least one, found none; give decoded photos")
         return self.predict(np.stack([self.preprocess.test_view(photo) for photo in photos]))
+
+    @overload
+    def classify(  # type: ignore[overload-overlap]  # a text is one path, not a series of letters
+        self, pictures: Picture, top_k: int = 5, *, batch_size: int = 32
+    ) -> Classification: ...
+    @overload
+    def classify(
+        self, pictures: Iterable[Picture], top_k: int = 5, *, batch_size: int = 32
+    ) -> list[Classification]: ...
+    def classify(
+        self, pictures: Picture | Iterable[Picture], top_k: int = 5, *, batch_size: int = 32
+    ) -> Classification | list[Classification]:
+        """Classify a photo, or several, with named classes.
+
+        Args:
+            pictures: the path of a file, a PIL image, an array of RGB, or several of them: a list,
+                a generator, or an array of four axes.
+            top_k: how many classes are named a photo; all of them if there are fewer.
+            batch_size: how many photos are in memory at a time.
+
+        Returns:
+            One result, or a list of results in the order of the pictures.
+
+        Raises:
+            DataError: one of them is no picture, or a bad one; it is named. And as `predict`.
+            UsageError: `top_k` or `batch_size` is no whole number from 1 on; and as `predict`.
+        """
+        self._require_open()
+        if is_picture(pictures):
+            one = cast("Picture", pictures)
+            [result] = classifications(self, [one], top_k, batch_size)
+            return result
+        several = cast("Iterable[Picture]", pictures)
+        return list(classifications(self, several, top_k, batch_size))
 
     def classifier(self) -> NDArray[np.float32]:
         """Return the class matrix, (C, E), unit rows; read-only."""

@@ -43,6 +43,7 @@ def session(artifact_dir: Path) -> Iterator[Session]:
 USES: list[Callable[[Session], object]] = [
     lambda session: session.predict(IMAGES),
     lambda session: session.predict_photos([]),
+    lambda session: session.classify("a.jpg"),
     lambda session: session.__enter__(),
 ]
 
