@@ -10,14 +10,18 @@ similarities across it, and with them whole masks; that is why every provider co
 precision of the graph.
 """
 
+import ctypes
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from weakref import WeakSet
 
 import numpy as np
 import onnxruntime
@@ -110,6 +114,7 @@ class OnnxGraph:
             else _start(path, device, threads, stream)
         )
         self.device = _device_of(self._session)
+        _kept_in_forks().add(self)
 
     def inputs(self) -> dict[str, Input]:
         """Return the inputs by name, those with a default among them."""
@@ -214,6 +219,24 @@ def _start(
             f"cannot be loaded{told}; run `microclip-deploy doctor` to see why, or use --device cpu"
         )
     return session
+
+
+@cache
+def _kept_in_forks() -> "WeakSet[OnnxGraph]":
+    """Return the graphs that a fork of this process never frees.
+
+    To free a graph is to wait for its threads; a fork has none, and would wait for ever, at the
+    latest when it ends.
+    """
+    graphs: WeakSet[OnnxGraph] = WeakSet()
+
+    def keep() -> None:
+        for graph in graphs:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))
+
+    if hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
+        os.register_at_fork(after_in_child=keep)
+    return graphs
 
 
 def _settings(threads: int | None) -> onnxruntime.SessionOptions:

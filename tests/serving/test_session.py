@@ -1,10 +1,12 @@
 """What every session refuses, whatever runs behind it."""
 
 import copy
+import gc
 import logging
 import os
 import pickle
 import re
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -94,11 +96,25 @@ def test_a_fork_opens_a_session_of_its_own(session: Session, artifact_dir: Path)
     assert in_a_fork(told) == str(wanted)
 
 
+@needs_fork
+def test_a_fork_may_let_go_of_what_it_inherited(artifact_dir: Path) -> None:
+    sessions = [open_session(artifact_dir, threads=2)]
+    sessions[0].predict(IMAGES)
+
+    def told() -> str:
+        sessions.clear()
+        gc.collect()
+        return "still there"
+
+    assert in_a_fork(told) == "still there"
+
+
 def in_a_fork(told: Callable[[], str]) -> str:
     """Return what a forked process tells; it ends without a word to pytest."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # ends a fork that hangs
         try:
             os.write(writer, told().encode())
         finally:
