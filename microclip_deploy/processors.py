@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 
 from microclip_deploy.errors import UsageError
@@ -37,8 +38,10 @@ def checked_threads(threads: int | None) -> int | None:
     Raises:
         UsageError: no whole number, or not from 1 to `MAX_THREADS`.
     """
-    if threads is None or (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
-        return threads
+    if threads is None:
+        return None
+    if isinstance(threads, Integral) and 1 <= threads <= MAX_THREADS:
+        return int(threads)
     raise UsageError(
         f"threads: expected a whole number from 1 to {MAX_THREADS}, found {threads!r}; give one, "
         "or leave it out for one a core"

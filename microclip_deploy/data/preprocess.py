@@ -74,10 +74,9 @@ class Preprocess(BaseModel):
         Source: torchvision `Resize(int)`, which truncates the long side, and `Resize((S, S))`;
         timm `ResizeKeepRatio`, which rounds the short side.
         """
-        if image.mode != "RGB":
-            raise DataError(
-                f"image: expected mode RGB, found {image.mode}; open it with read_image"
-            )
+        if getattr(image, "mode", None) != "RGB":
+            found = getattr(image, "mode", type(image).__name__)
+            raise DataError(f"image: expected mode RGB, found {found}; open it with read_image")
         return image.resize(self._scaled(image.size), Image.Resampling[self.interpolation.upper()])
 
     def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -149,7 +148,13 @@ class Preprocess(BaseModel):
         Raises:
             DataError: another dtype or shape.
         """
-        xp = array_api_compat.array_namespace(images)
+        try:
+            xp = array_api_compat.array_namespace(images)
+        except TypeError as error:
+            raise DataError(
+                f"images: expected an array, found {type(images).__name__}; build them with "
+                "Preprocess.test_view"
+            ) from error
         channels_last = self._is_channels_last(tuple(images.shape), str(images.dtype))
         device = array_api_compat.device(images)
 

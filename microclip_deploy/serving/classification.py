@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from html import escape
 from itertools import count, islice
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -93,10 +94,11 @@ class Classification:
 
         Raises:
             DataError: the photo can no longer be read.
+            UsageError: `max_side` is no whole number from 1 on.
         """
         photo = self.photo()
         box = self.preprocess.seen(photo.size)
-        if max_side is not None and max_side < max(photo.size):
+        if max_side is not None and _whole("max_side", max_side) < max(photo.size):
             scale = max_side / max(photo.size)
             width, height = (max(1, round(side * scale)) for side in photo.size)
             left, top, right, bottom = (edge * scale for edge in box)
@@ -143,11 +145,7 @@ def classifications(
         DataError: one of them is no picture, or a bad one; it is named.
         UsageError: `top_k` or `batch_size` is no whole number from 1 on.
     """
-    for name, number in (("top_k", top_k), ("batch_size", batch_size)):
-        if not isinstance(number, int) or number < 1:
-            raise UsageError(
-                f"{name}: expected a whole number from 1 on, found {number!r}; give another"
-            )
+    top_k, batch_size = _whole("top_k", top_k), _whole("batch_size", batch_size)
 
     def view(picture: Picture, index: int) -> _View:
         photo = read_picture(picture, f"pictures[{index}]")
@@ -158,6 +156,12 @@ def classifications(
         while batch := list(islice(rest, batch_size)):
             yield from _classified(session, list(pool.map(view, batch, count(begin))), top_k)
             begin += len(batch)
+
+
+def _whole(name: str, number: int) -> int:
+    if isinstance(number, Integral) and number >= 1:
+        return int(number)
+    raise UsageError(f"{name}: expected a whole number from 1 on, found {number!r}; give another")
 
 
 class _View(NamedTuple):

@@ -79,8 +79,12 @@ class Session(ABC):
     def predict_photos(self, photos: Sequence[Image.Image]) -> Prediction:
         """Classify RGB photos of any sizes, as `read_image` decodes them; raises as `predict`."""
         self._require_open()
-        if not photos:
-            raise DataError("photos: expected at least one, found none; give decoded photos")
+        if is_picture(photos) or not photos:
+            found = type(photos).__name__ if is_picture(photos) else "none"
+            raise DataError(
+                f"photos: expected a list of at least one, found {found}; give decoded photos, or "
+                "use `classify`"
+            )
         return self.predict(np.stack([self.preprocess.test_view(photo) for photo in photos]))
 
     @overload

@@ -102,12 +102,16 @@ def test_a_wrong_picture_among_several_is_named(session: Session, paths: list[Pa
 
 
 @pytest.mark.parametrize("number", [0, -1, 1.5, "3"])
-def test_what_is_no_number_of_classes_is_refused(
-    session: Session, paths: list[Path], number: Any
-) -> None:
-    for wrong in ({"top_k": number}, {"batch_size": number}):
+def test_what_is_no_number_is_refused(session: Session, paths: list[Path], number: Any) -> None:
+    one: Any = np.int64(1)
+    found = session.classify(paths[0], top_k=one)
+    for use in (
+        lambda: session.classify(paths[0], top_k=number),
+        lambda: session.classify(paths[0], batch_size=number),
+        lambda: found.overlay(number),
+    ):
         with pytest.raises(UsageError, match="expected a whole number from 1 on"):
-            session.classify(paths[0], **wrong)
+            use()
 
 
 def test_one_import_is_enough() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from microclip_deploy import Session, open_session
 from microclip_deploy.errors import CheckpointError, DataError, EnvironmentProblem, UsageError
@@ -165,6 +166,25 @@ def test_wrong_arrays_are_explained(session: Session, wrong: Any, found: str, re
     told = rf"expected uint8 \(B, 32, 32, 3\) with B of at least 1, found {found}.*; .*{remedy}"
     with pytest.raises(DataError, match=told):
         session.predict(wrong)
+
+
+@pytest.mark.parametrize("wrong", [[], None, "a.jpg", Image.new("RGB", (8, 8))])
+def test_decoded_photos_are_a_list(session: Session, wrong: Any) -> None:
+    with pytest.raises(DataError, match=r"expected a list of at least one, .*use `classify`"):
+        session.predict_photos(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["a.jpg", None, IMAGES[0], Image.new("L", (8, 8))])
+def test_what_is_no_photo_is_explained(session: Session, wrong: Any) -> None:
+    for use in (session.preprocess.test_view, lambda photo: session.predict_photos([photo])):
+        with pytest.raises(DataError, match=r"expected mode RGB, found .*with read_image"):
+            use(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["a.jpg", None, [1]])
+def test_what_is_no_array_is_explained(session: Session, wrong: Any) -> None:
+    with pytest.raises(DataError, match=r"expected an array, found .*Preprocess.test_view"):
+        session.preprocess.normalize(wrong)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", 10**6])
