@@ -1,6 +1,5 @@
 """What `adapt` does between parsing and printing: choose a device, check data, run, report."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +33,7 @@ from microclip_deploy.evaluation.report import REPORT
 from microclip_deploy.model.checkpoint import read_checkpoint
 from microclip_deploy.model.clip import BackboneSpec, Clip, load_clip
 from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.processors import usable_cpus
 from microclip_deploy.serving import open_run
 from microclip_deploy.serving.torch_session import TorchSession, resolve_device
 
@@ -220,7 +220,7 @@ def _backbone(asked: Asked) -> BackboneSpec:
 
 def _workers(device: str) -> int:
     """Leave a small CPU to the model; keep a GPU fed."""
-    return min(8, os.cpu_count() or 1) if device.startswith("cuda") else 0
+    return min(8, usable_cpus()) if device.startswith("cuda") else 0
 
 
 def _stepper(update: Callable[[int, int, str], None]) -> Callable[[StepReport], None]:

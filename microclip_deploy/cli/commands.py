@@ -47,6 +47,7 @@ def run_evaluate(
     max_bad: str = "1%",
     max_pixels: int | None = None,
     bit_depth: int | None = None,
+    threads: int | None = None,
 ) -> Evaluation:
     """Evaluate a run or an export on labelled images; a run's report gets the outcome.
 
@@ -62,12 +63,15 @@ def run_evaluate(
         max_bad: as for `evaluate`.
         max_pixels: as for `evaluate`.
         bit_depth: as for `evaluate`.
+        threads: as for `open_session`.
     """
     with gpu_memory(), ExitStack() as stack:
         with counter(notes, "looking for images") as found:
             listed = list_images(data, on_found=found)
         tell_left_out(listed.left_out.summary(), notes)
-        run = None if is_export(directory) else stack.enter_context(open_run(directory, device))
+        run = None
+        if not is_export(directory):
+            run = stack.enter_context(open_run(directory, device, threads=threads))
         with bar(notes, "evaluating") as progress:
             measured = evaluate(
                 directory,
@@ -76,6 +80,7 @@ def run_evaluate(
                 batch_size=batch_size,
                 zero_shot=zero_shot,
                 max_bad=max_bad,
+                threads=threads,
                 sessions=run,
                 progress=progress.update,
                 on_open=lambda session: _tell_device(session, notes),
@@ -110,14 +115,13 @@ def run_predict(
     batch_size: int = 64,
     max_pixels: int | None = None,
     bit_depth: int | None = None,
+    threads: int | None = None,
 ) -> None:
     """Classify images with a run or an export and print the results as they come."""
     overlays = OverlayWriter(overlay) if overlay else None
     remarks = Remarks()
-    with (
-        gpu_memory(),
-        open_session(directory, device, max_pixels=max_pixels, bit_depth=bit_depth) as session,
-    ):
+    own = {"max_pixels": max_pixels, "bit_depth": bit_depth, "threads": threads}
+    with gpu_memory(), open_session(directory, device, **own) as session:
         _tell_device(session, notes)
         with counter(notes, "looking for images") as found:
             listed = list_sources(images, on_found=found)

@@ -34,6 +34,7 @@ from microclip_deploy.cli.options import (
     ServingDevice,
     Sets,
     Templates,
+    Threads,
     ValDir,
 )
 from microclip_deploy.console import ReaderGone, checked_stdout, notes, out, print_json
@@ -128,6 +129,7 @@ def evaluate(
     ],
     device: ServingDevice = "auto",
     batch_size: BatchSize = 64,
+    threads: Threads = None,
     zero_shot: Annotated[
         bool, typer.Option(help="Also measure the model before adaptation; runs only.")
     ] = True,
@@ -154,6 +156,7 @@ def evaluate(
         max_bad=max_bad_images,
         max_pixels=max_pixels,
         bit_depth=bit_depth,
+        threads=threads,
     )
     if as_json:
         print_json(result.to_json())
@@ -180,6 +183,7 @@ def predict(
     batch_size: BatchSize = 64,
     max_pixels: MaxPixels = None,
     bit_depth: BitDepth = None,
+    threads: Threads = None,
 ) -> None:
     """Classify images with an adapted model; only a run needs PyTorch, an export does not."""
     from microclip_deploy.cli import commands
@@ -196,6 +200,7 @@ def predict(
         batch_size=batch_size,
         max_pixels=max_pixels,
         bit_depth=bit_depth,
+        threads=threads,
     )
 
 

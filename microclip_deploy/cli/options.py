@@ -113,6 +113,10 @@ ProofImages = Annotated[
 ]
 ProofDevice = Annotated[str, typer.Option(help="Where graphs are run: cpu, cuda or cuda:N.")]
 BatchSize = Annotated[int, typer.Option(help="Images a batch.", min=1)]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Of the model on a CPU. [default: one a core that may be used]"),
+]
 ExportDirectory = Annotated[Path, typer.Argument(metavar="EXPORT", help="What `export` wrote.")]
 Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Class names.")]
 Trt = Annotated[

@@ -35,6 +35,7 @@ from microclip_deploy.data import formats
 from microclip_deploy.data.photo import MAX_PIXELS, USUAL, Kind, Photo, PhotoConfig, Remark
 from microclip_deploy.data.pixels import Samples, eight_bits, on_background
 from microclip_deploy.errors import DataError, printable
+from microclip_deploy.paths import StrPath, as_path
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ _ONE_LARGE_PHOTO = threading.Lock()
 """Held while a photo above FULL_PIXELS is decoded, which may take 1 to 3 GB."""
 # What Pillow's decoders raise on damaged input (found by mutating valid files); a decoder may also
 # raise Pillow's DecompressionBombError, which derives from Exception alone.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     ArithmeticError,
     AttributeError,
     EOFError,
@@ -108,7 +109,7 @@ class BadImage(DataError):
 
 
 def read_image(
-    path: Path | str,
+    path: StrPath,
     *,
     max_pixels: int = MAX_PIXELS,
     bit_depth: int | None = None,
@@ -124,13 +125,14 @@ def read_image(
 
     Raises:
         BadImage: the file cannot be opened, is no accepted image, is damaged or exceeds a limit.
-        UsageError: a setting out of range.
+        UsageError: not a path, or a setting out of range.
     """
+    path = as_path(path, "image")
     config = PhotoConfig.of(max_pixels=max_pixels, bit_depth=bit_depth, background=background)
-    photo = read_photo(Path(path), config)
+    photo = read_photo(path, config)
     for remark in photo.remarks:
         level = logging.WARNING if remark.kind is Kind.SHALLOW else logging.INFO
-        _log.log(level, "warning: %s", remark.line(Path(path)))
+        _log.log(level, "warning: %s", remark.line(path))
     return photo.image
 
 
@@ -186,7 +188,7 @@ def decode_photo(stream: IO[bytes], path: Path, config: PhotoConfig) -> Photo:
                 if "truncated" not in str(error):
                     raise
                 return _decode_unended(stream, config, error)
-    except (formats.NotRead, *_DECODE_ERRORS) as error:
+    except (formats.NotRead, *DECODE_ERRORS) as error:
         raise BadImage(path, _reason(error)) from error
 
 
@@ -260,7 +262,7 @@ def _has_more_frames(image: ImageFile) -> bool:
     """Say whether there is more than was read; of the phones' MPO files only the first counts."""
     try:
         return image.format != "MPO" and bool(getattr(image, "is_animated", False))
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         return True
 
 
@@ -317,7 +319,7 @@ def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation 1..8; 1, upright, when there is none that can be read."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         # The pixels are good, so damaged metadata is no reason to lose the image.
         return 1
     return value if isinstance(value, int) else 1

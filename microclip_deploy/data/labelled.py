@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from microclip_deploy.data.folder import LeftOut
 from microclip_deploy.data.sources import ImageSet, list_images
 from microclip_deploy.errors import DataError, printable
+from microclip_deploy.paths import StrPath, as_path
 
 _SHOWN = 5  # labels an error message lists
 
@@ -27,7 +28,7 @@ class LabelledImages:
 
     @classmethod
     def read(
-        cls, data: Path, classes: Sequence[str], listed: ImageSet | None = None
+        cls, data: StrPath, classes: Sequence[str], listed: ImageSet | None = None
     ) -> "LabelledImages":
         """List labelled images and match their labels to class names.
 
@@ -42,6 +43,7 @@ class LabelledImages:
         Raises:
             DataError: nothing is there, an image has no label, or a label is no class.
         """
+        data = as_path(data, "labelled images")
         found = listed or list_images(data)
         missing = [path for path, label in zip(found.paths, found.labels, strict=True) if not label]
         if missing:

@@ -34,6 +34,8 @@ from microclip_deploy.data.lists import LIST_ENDINGS, read_list
 from microclip_deploy.data.photo import USUAL, PhotoConfig, Remark, Remarks
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, UsageError, printable
+from microclip_deploy.paths import StrPath, as_path
+from microclip_deploy.processors import usable_cpus
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -94,9 +96,7 @@ class ImageBatch(NamedTuple):
     """(B, S, S, 3), RGB, 0..255."""
 
 
-def list_images(
-    source: Path | str, *, on_found: Callable[[int], None] = lambda _: None
-) -> ImageSet:
+def list_images(source: StrPath, *, on_found: Callable[[int], None] = lambda _: None) -> ImageSet:
     """Return the image files of a folder, of a list file, or the one image itself.
 
     A folder is searched at every depth for the endings of formats that can be read, in either case;
@@ -115,7 +115,7 @@ def list_images(
         NoImages: a folder without images.
         DataError: nothing is there, or it cannot be read.
     """
-    source = Path(source)
+    source = as_path(source, "image source")
     if os.path.isdir(source):  # unlike Path's own, without an error where access is denied
         return _images_in_folder(source, on_found)
     if not os.path.exists(source):
@@ -328,7 +328,7 @@ def _read_ahead(
     least: int = 0,
 ) -> Iterator[_Result]:
     """Yield function(item) in order; a bounded number of calls, `least` or more, runs ahead."""
-    threads = threads or min(_MAX_THREADS, os.cpu_count() or 1)
+    threads = threads or min(_MAX_THREADS, usable_cpus())
     ahead = max(4 * threads, least)
     running: deque[Future[_Result]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="read-image") as pool:

@@ -13,7 +13,6 @@ An export holds the adapted model alone, so that its evaluation has no such rows
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ from microclip_deploy.data.sources import BadFile, ImageSet, bad_image_limit, re
 from microclip_deploy.errors import DataError, printable
 from microclip_deploy.evaluation.scores import TOP, Scores, ranks_of, score, scores_of_ranks
 from microclip_deploy.ncut.spec import saliency_warning
+from microclip_deploy.paths import StrPath, as_path
 from microclip_deploy.serving import (
     Prediction,
     RunSessions,
@@ -151,13 +151,14 @@ class Evaluation:
 
 
 def evaluate(
-    directory: Path,
-    data: Path,
+    directory: StrPath,
+    data: StrPath,
     *,
     device: str = "cpu",
     batch_size: int = 64,
     zero_shot: bool = True,
     max_bad: str = "1%",
+    threads: int | None = None,
     sessions: RunSessions | None = None,
     progress: Callable[[int, int], None] = _ignore,
     on_open: Callable[[Session], None] = _no_note,
@@ -176,6 +177,7 @@ def evaluate(
             without effect on an export, which does not hold it.
         max_bad: how many images may be unreadable, as for `sources.bad_image_limit`; they are left
             out, and named in `Evaluation.bad`.
+        threads: as for `open_session`.
         sessions: of the run, if they are open; they stay so.
         progress: called with (done, total) after each batch.
         on_open: called with the open session before the first image.
@@ -187,14 +189,16 @@ def evaluate(
         DataError: the data, or the checkpoint (CheckpointError), cannot be used, or more images
             than allowed are unreadable.
         EnvironmentProblem: the device, or a package of the backend, is missing.
-        UsageError: `max_bad` or `device` is malformed.
+        UsageError: `max_bad`, `threads` or `device` is malformed.
     """
+    directory, data = as_path(directory, "directory"), as_path(data, "labelled images")
     with ExitStack() as stack:
         if sessions is None and zero_shot and not is_export(directory):
-            sessions = stack.enter_context(open_run(directory, device))
-        adapted = (
-            sessions.adapted if sessions else stack.enter_context(open_session(directory, device))
-        )
+            sessions = stack.enter_context(open_run(directory, device, threads=threads))
+        if sessions:
+            adapted = sessions.adapted
+        else:
+            adapted = stack.enter_context(open_session(directory, device, threads=threads))
         on_open(adapted)
         images = LabelledImages.read(data, adapted.classes, listed)
         limit = bad_image_limit(max_bad, len(images.paths))

@@ -1,7 +1,6 @@
 """Images in, named predictions out: as objects, a table, CSV, JSON, JSON Lines or overlays.
 
-Probabilities are the softmax of the fused logits, which are cosines times 100. They rank the
-classes of one image; they are not calibrated: 0.9 does not mean right nine times out of ten.
+`serving.classification` says what the probabilities are.
 """
 
 import csv
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +22,9 @@ from microclip_deploy.data.decode import BadImage
 from microclip_deploy.data.photo import Remarks
 from microclip_deploy.data.sources import ImageBatch, ImageSet, list_sources, read_batches
 from microclip_deploy.errors import DataError, UsageError, printable
-from microclip_deploy.evaluation.overlay import overlay
 from microclip_deploy.serving import Prediction, Session
+from microclip_deploy.serving.classification import Guess, guesses
+from microclip_deploy.serving.overlay import overlay
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,17 +35,6 @@ _DAGGER = "†"
 
 # A cell that starts like this is a formula to spreadsheet programs, also behind blanks.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
-
-
-class Guess(NamedTuple):
-    """One class an image may show."""
-
-    name: str
-    probability: float
-    """Softmax of the fused logits over all classes; not calibrated."""
-    logit: float
-    adapted: bool = True
-    """False for a class that was added after the adaptation: its accuracy is zero-shot."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,23 +141,14 @@ def _predictions(
     session: Session, paths: Sequence[Path], batch: ImageBatch, top_k: int
 ) -> Iterator[ImagePrediction]:
     found = session.predict(batch.images)
-    probabilities = softmax(found.logits)
-    order = np.argsort(-found.logits, axis=1, kind="stable")[:, :top_k]
+    ranked = guesses(session, found.logits, top_k)
     cls_best, fg_best = _best_of_tokens(session, found)
     names = session.classes
-    for row, index in enumerate(batch.indices.tolist()):
+    for row, (index, top) in enumerate(zip(batch.indices.tolist(), ranked, strict=True)):
         yield ImagePrediction(
             index=index,
             path=paths[index],
-            top=tuple(
-                Guess(
-                    names[c],
-                    float(probabilities[row, c]),
-                    float(found.logits[row, c]),
-                    adapted=names[c] not in session.unadapted,
-                )
-                for c in order[row]
-            ),
+            top=top,
             cls_top1=names[cls_best[row]],
             fg_top1=names[fg_best[row]],
             mask=found.mask[row],
@@ -176,14 +156,6 @@ def _predictions(
             complete=bool(found.complete[row]),
             view=batch.images[row],
         )
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the softmax (B, C) of float (B, C) logits in float64; rows sum to 1."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    weights = np.exp(shifted)
-    shares: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
-    return shares
 
 
 def _best_of_tokens(

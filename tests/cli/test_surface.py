@@ -19,10 +19,12 @@ SURFACE = {
         "--max-bad-images", "--save-every", "--resume", "--overwrite", "--json", *PHOTOS,
     },
     "evaluate": {
-        "--device", "--batch-size", "--zero-shot", "--max-bad-images", "--per-class", "--json",
-        *PHOTOS,
+        "--device", "--batch-size", "--zero-shot", "--max-bad-images", "--per-class", "--threads",
+        "--json", *PHOTOS,
     },
-    "predict": {"--top-k", "--format", "--overlay", "--device", "--batch-size", *PHOTOS},
+    "predict": {
+        "--top-k", "--format", "--overlay", "--device", "--batch-size", "--threads", *PHOTOS,
+    },
     "export": {
         "--out", "--dtype", "--images", "--device", "--atol", "--min-agreement", "--overwrite",
         "--trt", "--batch", "--workspace", "--opt-level", "--timing-cache", "--version-compatible",
