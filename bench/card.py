@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from microclip_deploy.environment import usable_cpus
 from microclip_deploy.errors import require
+from microclip_deploy.processors import usable_cpus
 
 PACKAGES = (
     "microclip-deploy", "torch", "open_clip_torch", "timm", "numpy", "pillow", "onnxruntime",

@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from microclip_deploy.data.decode import decode_image
+from microclip_deploy.data.photo import USUAL, PhotoConfig
 from microclip_deploy.export.proof.probes import made_up_photos
 
 SIDE = 400
@@ -35,6 +36,6 @@ def jpeg(photo: Image.Image) -> bytes:
     return encoded.getvalue()
 
 
-def decoded(encoded: Sequence[bytes]) -> list[Image.Image]:
+def decoded(encoded: Sequence[bytes], config: PhotoConfig = USUAL) -> list[Image.Image]:
     """Return RGB images, one after the other, by the product's own reader."""
-    return [decode_image(io.BytesIO(photo), _NAME) for photo in encoded]
+    return [decode_image(io.BytesIO(photo), _NAME, config) for photo in encoded]

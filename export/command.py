@@ -102,6 +102,7 @@ def run_export(
     atol: float | None = None,
     min_agreement: float | None = None,
     overwrite: bool = False,
+    **reading: int | None,
 ) -> Proof:
     """Export a run and return the proof.
 
@@ -115,6 +116,7 @@ def run_export(
         atol: as for `Tolerance.changed`.
         min_agreement: as for `Tolerance.changed`.
         overwrite: replace an export.
+        reading: `max_pixels` and `bit_depth` in place of those of the run, also in the export.
 
     Raises:
         UsageError: the target is not empty and may not be replaced, or a limit is no number.
@@ -129,7 +131,7 @@ def run_export(
     own = Tolerance().changed(atol, min_agreement)
     evidence = _evidence(out)
     _require_free(out, overwrite)
-    subject = _subject(run, images, own, notes)
+    subject = _subject(run, images, own, notes, reading)
     with artifact.staged_directory(out) as folder:
         candidates = [_candidate(subject, p, device, folder, notes) for p in precisions]
         chosen = _chosen(candidates, subject.reference.images, device, evidence, notes)
@@ -185,18 +187,25 @@ def _require_free(target: Path, overwrite: bool) -> None:
         )
 
 
-def _subject(run: Path, images: Path | None, own: Tolerance, notes: Console) -> _Subject:
+def _subject(
+    run: Path,
+    images: Path | None,
+    own: Tolerance,
+    notes: Console,
+    reading: Mapping[str, int | None],
+) -> _Subject:
     """Load the model, let it answer, and measure its rounding."""
     checkpoint = read_checkpoint(run)
-    model, preprocess = load_model(checkpoint), checkpoint.manifest.preprocess
-    photos = photos_with(images, preprocess.size, notes)
+    preprocess = checkpoint.manifest.preprocess.reading(**reading)
+    photos = photos_with(images, preprocess.size, notes, preprocess.photos)
+    model = load_model(checkpoint)
     views = photos.views(preprocess)
     with bar(notes, "asking PyTorch") as progress:
         reference = Reference.of(model, preprocess, views, progress.update)
     with bar(notes, "asking PyTorch in float64") as progress:
         error = forward_error(model, preprocess, reference, progress.update)
     return _Subject(
-        checkpoint.manifest,
+        checkpoint.manifest.model_copy(update={"preprocess": preprocess}),
         artifact.sha256_file(run / artifact.MANIFEST),
         model,
         model.class_matrix().detach().numpy(),

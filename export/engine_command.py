@@ -28,7 +28,7 @@ from microclip_deploy.errors import (
 from microclip_deploy.export.build_options import require_buildable, spelled
 from microclip_deploy.export.proof.judge import Proof, require_proven
 from microclip_deploy.export.proof.limits import Tolerance
-from microclip_deploy.export.proof.probes import photos_with
+from microclip_deploy.export.proof.probes import Photos, photos_with
 from microclip_deploy.export.proof.verify import stored_tolerance
 from microclip_deploy.serving.engines import (
     BACKBONE_PLAN,
@@ -64,6 +64,7 @@ def run_build(
     device: str = "cuda",
     atol: float | None = None,
     min_agreement: float | None = None,
+    **reading: int | None,
 ) -> Proof:
     """Build the engines of an export for this machine and return their proof.
 
@@ -76,6 +77,7 @@ def run_build(
         device: "cuda" or "cuda:N"; any other stands for "cuda".
         atol: as for `Tolerance.changed`.
         min_agreement: as for `Tolerance.changed`.
+        reading: `max_pixels` and `bit_depth` in place of those of the export.
 
     Raises:
         CheckpointError: the export is damaged, or TensorRT cannot read its graphs.
@@ -87,6 +89,7 @@ def run_build(
     require_buildable(export.manifest.precision)
     others: dict[str, Any] = {"--timing-cache": timing_cache, "--images": images}
     others |= {"--atol": atol, "--min-agreement": min_agreement}
+    others |= {f"--{name.replace('_', '-')}": value for name, value in reading.items()}
     _require_toolchain(directory, spelled(options, others))
     import cupy
 
@@ -107,7 +110,9 @@ def run_build(
     ):
         caches = timing_cache or directory / ENGINES
         manifest = _build_plans(folder, export, options, here, caches, notes)
-        proof = _prove(folder, export, manifest, stream, images, tolerance, notes)
+        preprocess = export.manifest.preprocess.reading(**reading)
+        photos = photos_with(images, preprocess.size, notes, preprocess.photos)
+        proof = _prove(folder, export, manifest, stream, photos, tolerance, notes)
         remedy = "the engines are not used; update TensorRT, or export with a more exact --dtype"
         require_proven(proof, evidence / PARITY, remedy)
         _complete(folder, manifest, proof)
@@ -206,17 +211,15 @@ def _prove(
     export: Export,
     manifest: EngineManifest,
     stream: "cupy.cuda.Stream",
-    images: Path | None,
+    photos: Photos,
     tolerance: Tolerance,
     notes: Console,
 ) -> Proof:
     """Load the plans, compare them with ONNX Runtime, and write the proof beside them."""
     from microclip_deploy.export.proof.engine_parity import onnx_reference, prove_engines
 
-    preprocess = export.manifest.preprocess
-    photos = photos_with(images, preprocess.size, notes)
     notes.print("asking ONNX Runtime")
-    reference = onnx_reference(export, photos.views(preprocess))
+    reference = onnx_reference(export, photos.views(export.manifest.preprocess))
     notes.print("proving engines")
     subject = _subject(folder, export, manifest, stream)
     try:

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, printable
 
 MANIFEST = "manifest.json"
 
@@ -148,13 +148,34 @@ def read_manifest(directory: Path, schema: str) -> dict[str, Any]:
 def _stored(directory: Path) -> dict[str, Any]:
     """Return a manifest as it stands; an empty one for JSON that is no object."""
     path = directory / MANIFEST
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(
-            f"{directory}: expected a finished artifact with {MANIFEST}, found none; "
-            "`adapt` and `export` write such; an interrupted `adapt` is finished with --resume"
+            f"{printable(directory)}: expected a finished artifact with {MANIFEST}, found "
+            f"{_found(directory)}"
         )
     manifest = read_json(path)
     return manifest if isinstance(manifest, dict) else {}
+
+
+def _found(directory: Path) -> str:
+    """Say what there is in place of an artifact, and where one may be."""
+    try:
+        is_folder, exists = directory.is_dir(), directory.exists()
+        inside = sorted(directory.iterdir()) if is_folder else []
+    except OSError as error:
+        return f"one that cannot be read ({error.strerror}); change its permissions"
+    kind = "a folder" if is_folder else "a file" if exists else "nothing"
+    if os.path.isfile(directory.parent / MANIFEST):
+        return f"{kind} inside of one; give {printable(directory.parent)}"
+    for folder in inside:
+        if os.path.isfile(folder / MANIFEST):
+            return f"a folder that holds such; give one of them, as {printable(folder)}"
+    if not is_folder:
+        return f"{kind} there; give the directory that `adapt` or `export` wrote"
+    return (
+        f"{'none' if inside else 'an empty folder'}; `adapt` and `export` write such; an "
+        "interrupted `adapt` is finished with --resume"
+    )
 
 
 def _manifest_sha256(manifest: Mapping[str, Any]) -> str:

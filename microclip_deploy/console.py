@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -54,6 +54,28 @@ def tell_skipped(bad: Iterable[tuple[Path, str]], console: Console) -> None:
     """Name the files that could not be read, each with the reason."""
     for path, reason in bad:
         console.print(f"skipped: {printable(path)}: {reason}", style="yellow", markup=False)
+
+
+def tell_warnings(warnings: Iterable[str], console: Console) -> None:
+    """Show what a user must know."""
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+
+
+def tell_left_out(summary: str, console: Console) -> None:
+    """Say what a search of folders left out; nothing if it is ''."""
+    if summary:
+        console.print(f"left out: {summary}", style="yellow", markup=False)
+
+
+@contextmanager
+def counter(console: Console, title: str) -> Iterator[Callable[[int], None]]:
+    """Show a growing number in a terminal while the block lasts; give what takes it."""
+    if not console.is_terminal or console.quiet:
+        yield lambda count: None
+        return
+    with console.status(title) as status:
+        yield lambda count: status.update(f"{title}: {count:,}")
 
 
 class Bar:

@@ -5,7 +5,6 @@ major can end an import in a crash, and then that is what is reported.
 """
 
 import json
-import os
 import platform
 import re
 import shutil
@@ -15,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, NamedTuple
+
+from microclip_deploy.processors import usable_cpus
 
 _PROBE_TIMEOUT_S = 120.0
 
@@ -176,13 +177,6 @@ def probe_machine() -> Machine:
         gpus=gpus,
         driver_cuda=driver_cuda,
     )
-
-
-def usable_cpus() -> int:
-    """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _nvidia() -> tuple[tuple[Gpu, ...], str]:

@@ -16,8 +16,8 @@ import numpy as np
 
 from microclip_deploy.bench.latency.report import COPY, PRODUCT
 from microclip_deploy.bench.latency.windows import repeated
-from microclip_deploy.environment import usable_cpus
 from microclip_deploy.errors import require
+from microclip_deploy.processors import usable_cpus
 from microclip_deploy.serving.exported import Precision
 
 COPY_BYTES = 256 << 20

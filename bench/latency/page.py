@@ -1,6 +1,7 @@
 """A latency report as one HTML file that loads nothing and runs nothing, and as files on disk."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from microclip_deploy.artifact import make_directory, write_bytes, write_json
@@ -14,7 +15,7 @@ from microclip_deploy.bench.latency.tables import (
     tables,
 )
 from microclip_deploy.bench.table_text import in_ms, number_columns, percent, slug
-from microclip_deploy.evaluation.chart import bar_chart, log_chart
+from microclip_deploy.evaluation.chart import Drawing, bar_chart, drawing, log_chart
 from microclip_deploy.evaluation.page import render
 
 
@@ -49,7 +50,7 @@ def write_report(report: Report, directory: Path) -> Path:
     return path
 
 
-def _curves(report: Report) -> Iterator[tuple[str, str, str]]:
+def _curves(report: Report) -> Iterator[tuple[str, str, Drawing]]:
     """Yield title, lead and chart of median latencies."""
     few_to_many = sorted(report.rows, key=lambda row: (row.batch * row.concurrency, row.batch))
     yield (
@@ -63,7 +64,7 @@ def _curves(report: Report) -> Iterator[tuple[str, str, str]]:
     yield "batch sweep", lead, _chart(report, rows, "images a batch", lambda row: row.batch)
 
 
-def _chart(report: Report, rows: Iterable[Row], label: str, x: Callable[[Row], float]) -> str:
+def _chart(report: Report, rows: Iterable[Row], label: str, x: Callable[[Row], float]) -> Drawing:
     """Draw a line a contestant and scope; contestants have the colours of the report's order."""
     groups: dict[str, dict[str, list[tuple[float, float]]]] = {
         row.contestant: {} for row in report.rows
@@ -72,10 +73,10 @@ def _chart(report: Report, rows: Iterable[Row], label: str, x: Callable[[Row], f
         if x(row) > 0:  # both axes are logarithmic
             line = groups[row.contestant].setdefault(row.scope, [])
             line.append((x(row), 1e3 * row.median_s))
-    return log_chart(groups, x_label=label, y_label="p50, milliseconds a request")
+    return drawing(partial(log_chart, groups, x_label=label, y_label="p50, milliseconds a request"))
 
 
-def _stages(report: Report) -> Iterator[tuple[str, str, str]]:
+def _stages(report: Report) -> Iterator[tuple[str, str, Drawing]]:
     """Yield title, lead and chart of the stages of each batch."""
     lead = (
         "Medians, milliseconds a batch. A line across a bar is the floor: the time its arithmetic "
@@ -88,4 +89,4 @@ def _stages(report: Report) -> Iterator[tuple[str, str, str]]:
             floor = "" if row.floor_s is None else f", floor {in_ms(row.floor_s)} ms"
             text = f"{in_ms(row.median_s)} ms{share}{floor}"
             bars[row.stage] = (row.median_s, row.floor_s, text)
-        yield f"stages, batch {batch}", lead, bar_chart(bars)
+        yield f"stages, batch {batch}", lead, drawing(partial(bar_chart, bars))

@@ -1,7 +1,6 @@
 """`bench TARGET`: the latency of a model, where it goes, and what it is compared with."""
 
 import datetime
-import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,6 +33,8 @@ from microclip_deploy.bench.latency.windows import Measured, Plan, Request, meas
 from microclip_deploy.bench.memory import peak_rss_bytes
 from microclip_deploy.bench.photos import decoded, made_up_jpegs
 from microclip_deploy.bench.table_text import percent
+from microclip_deploy.console import tell_left_out, tell_skipped, tell_warnings
+from microclip_deploy.data.photo import PhotoConfig
 from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import MicroclipError, require
 from microclip_deploy.serving import Session
@@ -67,6 +68,8 @@ def run_latency_bench(
     precision: Precision = "fp32",
     threads: int | None = None,
     images: Path | None = None,
+    max_pixels: int | None = None,
+    bit_depth: int | None = None,
     with_stages: bool = True,
     baseline: Report | None = None,
 ) -> Report:
@@ -84,6 +87,8 @@ def run_latency_bench(
         precision: of the export that is written for a run or a model name.
         threads: of one operator on a CPU; None for one a core.
         images: folder or list of photos; None for made-up ones.
+        max_pixels: as in `PhotoConfig`, in place of the run's.
+        bit_depth: likewise.
         with_stages: time each stage by itself too.
         baseline: an earlier report, refused before measuring where nothing can be compared with it.
 
@@ -94,9 +99,11 @@ def run_latency_bench(
         VerificationError: a contestant gives other answers than the target.
     """
     start, machine = time.perf_counter(), environment(_number(device))  # its load is of others
-    with subject_of(target, precision) as subject:
-        photos = _photos(images, subject, max(PHOTOS, *batches), notes)
-        options = _options(plan, threads, photos, "made up" if images is None else "the user's")
+    with subject_of(target, precision) as opened:
+        reading = opened.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
+        subject = opened._replace(preprocess=reading)
+        photos, source = _photos(images, subject, max(PHOTOS, *batches), notes)
+        options = _options(plan, threads, decoded(photos, reading.photos), photos, source)
         notes.print("opening the contestants")
         with contestants_of(subject, backends, peers, device, threads) as contestants:
             if baseline is not None:
@@ -143,33 +150,45 @@ def _report(
 
 
 def _options(
-    plan: Plan, threads: int | None, photos: Sequence[bytes], source: str
+    plan: Plan,
+    threads: int | None,
+    photos: Sequence[Image.Image],
+    encoded: Sequence[bytes],
+    source: str,
 ) -> dict[str, str]:
     """Say how it was measured, and how large the photos are, which decides what decoding costs."""
-    side = np.median([min(Image.open(io.BytesIO(photo)).size) for photo in photos])
-    kib = np.median([len(photo) for photo in photos]) / 1024
+    side = np.median([min(photo.size) for photo in photos])
+    kib = np.median([len(photo) for photo in encoded]) / 1024
+    typical = f"median short side {side:.0f} px, median {kib:.0f} KiB"
     return {
         "threads": "one a core" if threads is None else str(threads),
         "warmup": f"{plan.warmup_s:g} s",
         "duration": f"{plan.duration_s:g} s",
         "until stable": percent(plan.stable),
-        "photos": f"{len(photos)} {source}, median short side {side:.0f} px, median {kib:.0f} KiB",
+        "photos": f"{len(photos)} {source}, {typical}",
     }
 
 
-def _photos(images: Path | None, subject: Subject, most: int, notes: Console) -> list[bytes]:
-    """Return encoded photos: the user's files as they are, or made-up ones as JPEG."""
+def _photos(
+    images: Path | None, subject: Subject, most: int, notes: Console
+) -> tuple[list[bytes], str]:
+    """Return encoded photos and whose: the user's files as they are, or made-up ones as JPEG."""
     if images is None:
-        return made_up_jpegs(PHOTOS, subject.preprocess.size)
-    checked = check_images(list_images(images).paths[:most], max_bad="100%")
-    for path, why in checked.bad:
-        notes.print(f"skipped {path}: {why}", markup=False)
-    return [path.read_bytes() for path in checked.good]
+        return made_up_jpegs(PHOTOS, subject.preprocess.size), "made up"
+    listed = list_images(images)
+    left_out = listed.left_out.summary()
+    tell_left_out(left_out, notes)
+    checked = check_images(listed.paths[:most], subject.preprocess.photos, max_bad="100%")
+    tell_skipped(checked.bad, notes)
+    tell_warnings(checked.remarks, notes)
+    source = f"the user's (left out: {left_out})" if left_out else "the user's"
+    return [path.read_bytes() for path in checked.good], source
 
 
 def _views(subject: Subject, photos: Sequence[bytes], count: int) -> NDArray[np.uint8]:
     """Return test views; photos come again where there are too few."""
-    made = np.stack([subject.preprocess.test_view(photo) for photo in decoded(photos)])
+    preprocess = subject.preprocess
+    made = np.stack([preprocess.test_view(each) for each in decoded(photos, preprocess.photos)])
     return made[np.arange(count) % len(made)]
 
 
@@ -185,6 +204,7 @@ def _rows(
     views = _views(contestants.subject, photos, max(batches))
     require_alike(contestants, views[:8])
     ours, rows = contestants.ours, []
+    reading = contestants.subject.preprocess.photos
     for batch in batches:
         notes.print(f"batch {batch}: {', '.join(contestants.answers)}")
         encoded = [photos[number % len(photos)] for number in range(batch)]
@@ -192,7 +212,7 @@ def _rows(
             IMAGE_TO_LOGITS: {
                 name: partial(answer, views[:batch]) for name, answer in contestants.answers.items()
             },
-            JPEG_TO_LOGITS: {ours: _from_photos(contestants.sessions[ours], encoded)},
+            JPEG_TO_LOGITS: {ours: _from_photos(contestants.sessions[ours], encoded, reading)},
         }
         for clients, scope in product(concurrency, requests):
             for name, measured in measure(requests[scope], plan, clients).items():
@@ -203,9 +223,9 @@ def _rows(
     return rows
 
 
-def _from_photos(session: Session, encoded: Sequence[bytes]) -> Request:
+def _from_photos(session: Session, encoded: Sequence[bytes], config: PhotoConfig) -> Request:
     """Return a request as a server takes it."""
-    return lambda: session.predict_photos(decoded(encoded))
+    return lambda: session.predict_photos(decoded(encoded, config))
 
 
 def _row(name: str, case: Case, measured: Measured) -> Row:
@@ -240,7 +260,13 @@ def _with_stages(
     cpu = report.device == "cpu"
     rates = cpu_ceilings(threads) if cpu else device_ceilings(subject.precision, report.device)
     rows = stages.measure_stages(
-        subject.export, photos, batches, rates, device=report.device, threads=threads
+        subject.export,
+        photos,
+        batches,
+        rates,
+        device=report.device,
+        threads=threads,
+        config=subject.preprocess.photos,
     )
     return replace(report, ceilings=rates, stages=rows)
 

@@ -22,9 +22,10 @@ from microclip_deploy.bench.latency.graph_parts import Part, Work, open_parts
 from microclip_deploy.bench.latency.report import COPY, PRODUCT, Stage, StageRow
 from microclip_deploy.bench.latency.windows import repeated
 from microclip_deploy.bench.photos import decoded
+from microclip_deploy.data.photo import USUAL, PhotoConfig
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.evaluation.predict import softmax
 from microclip_deploy.serving import open_session
+from microclip_deploy.serving.classification import softmax
 from microclip_deploy.serving.exported import BACKBONE as BACKBONE_FILE
 from microclip_deploy.serving.exported import Export, read_export
 
@@ -55,6 +56,7 @@ def measure_stages(
     *,
     device: str,
     threads: int | None,
+    config: PhotoConfig = USUAL,
 ) -> list[StageRow]:
     """Time every stage at every batch size, one after the other.
 
@@ -65,6 +67,7 @@ def measure_stages(
         ceilings: rates of this machine, for the floors; None for no floors.
         device: "cpu", "cuda" or "cuda:N".
         threads: of one operator on a CPU; None for one a core.
+        config: how the photos are read.
 
     Raises:
         CheckpointError: the export cannot be used.
@@ -79,9 +82,9 @@ def measure_stages(
             }
             encoded = [photos[number % len(photos)] for number in range(batch)]
             if device == "cpu":
-                samples = _on_cpu(export, parts, encoded)
+                samples = _on_cpu(export, parts, encoded, config)
             else:
-                samples = _on_device(export, device, encoded)
+                samples = _on_device(export, device, encoded, config)
                 work = _device_work(export, work, batch)
             for stage in (stage for stage in Stage if stage in samples):
                 flop, moved = work.get(stage, (None, None))
@@ -111,16 +114,16 @@ def floor_s(
 
 
 def _on_cpu(
-    export: Export, parts: Sequence[Part], encoded: Sequence[bytes]
+    export: Export, parts: Sequence[Part], encoded: Sequence[bytes], config: PhotoConfig
 ) -> dict[Stage, list[float]]:
     """Return seconds of each stage; each graph runs on what those before it answered."""
-    photos, preprocess = decoded(encoded), export.manifest.preprocess
+    photos, preprocess = decoded(encoded, config), export.manifest.preprocess
     values: dict[str, NDArray[Any]] = {
         "image": _views(photos, preprocess),
         "classifier": export.classifier,
     }
     samples = {
-        Stage.DECODE: _samples(partial(decoded, encoded)),
+        Stage.DECODE: _samples(partial(decoded, encoded, config)),
         Stage.PREPROCESS: _samples(partial(_views, photos, preprocess)),
     }
     for part in parts:
@@ -129,12 +132,14 @@ def _on_cpu(
     return {**samples, Stage.POST: _samples(partial(_best, values["logits"]))}
 
 
-def _on_device(export: Export, device: str, encoded: Sequence[bytes]) -> dict[Stage, list[float]]:
+def _on_device(
+    export: Export, device: str, encoded: Sequence[bytes], config: PhotoConfig
+) -> dict[Stage, list[float]]:
     """Return seconds of each stage: launches of the session, and what the host does around them."""
-    batch, photos = len(encoded), decoded(encoded)
+    batch, photos = len(encoded), decoded(encoded, config)
     logits = np.zeros((batch, len(export.classifier)), np.float32)
     samples = {
-        Stage.DECODE: _samples(partial(decoded, encoded)),
+        Stage.DECODE: _samples(partial(decoded, encoded, config)),
         Stage.PREPROCESS: _samples(partial(_views, photos, export.manifest.preprocess)),
         Stage.POST: _samples(partial(_best, logits)),
     }

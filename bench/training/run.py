@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import cycle, islice, pairwise
 from pathlib import Path
 from statistics import median
@@ -36,7 +37,9 @@ from microclip_deploy.bench.training.report import (
     Pipeline,
 )
 from microclip_deploy.bench.training.step import Work, measure_steps, peak_memory_mib
-from microclip_deploy.data.decode import read_image
+from microclip_deploy.console import tell_left_out, tell_skipped, tell_warnings
+from microclip_deploy.data.decode import read_photo
+from microclip_deploy.data.photo import PhotoConfig
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import EnvironmentProblem, UsageError, printable
@@ -58,6 +61,8 @@ def run_adaptation_bench(
     device: str,
     plain: bool,
     images: Path | None,
+    max_pixels: int | None = None,
+    bit_depth: int | None = None,
 ) -> AdaptationReport:
     """Measure everything that was asked for.
 
@@ -71,6 +76,8 @@ def run_adaptation_bench(
         device: "cpu", "cuda" or "auto".
         plain: measure the plain algorithm too.
         images: a folder, a list or an image; None: made-up JPEG photos.
+        max_pixels: as in `PhotoConfig`.
+        bit_depth: likewise.
 
     Raises:
         DataError: none of the photos can be used.
@@ -90,10 +97,13 @@ def run_adaptation_bench(
     machine = environment()  # first: its load is that of others
     device, start = resolve_device(device), time.monotonic()
     sides = [PRODUCT, PLAIN] if plain else [PRODUCT]
-    with _photos(images) as photos:
-        facts = _photo_facts(images, photos)
+    config = PhotoConfig.of(max_pixels=max_pixels, bit_depth=bit_depth)
+    with _photos(images, config, notes) as (photos, left_out):
+        facts = {**_photo_facts(images, photos, config), "left_out": left_out or "nothing"}
         cases = [
-            _measure_case(Work(name, batch, crops, device), photos, notes, sides, repeats, workers)
+            _measure_case(
+                Work(name, batch, crops, device), photos, config, notes, sides, repeats, workers
+            )
             for name in geometries
         ]
     return AdaptationReport(
@@ -126,7 +136,7 @@ def measure_loading(
         [str(path) for path in paths],  # type: ignore[arg-type]  # has all that a Dataset needs
         batch_size=work.batch,
         num_workers=workers,
-        collate_fn=_decode,
+        collate_fn=partial(_decode, preprocess),
         multiprocessing_context=("forkserver" if known else "spawn") if workers else None,
         generator=torch.Generator(),  # leaves the global one alone
     )
@@ -134,9 +144,9 @@ def measure_loading(
     return Pipeline(images=size, samples_s=decoded), Pipeline(images=size, samples_s=views)
 
 
-def _decode(files: Sequence[str]) -> int:
+def _decode(preprocess: Preprocess, files: Sequence[str]) -> int:
     """Decode images and drop them: pixels are not sent between processes."""
-    return sum(read_image(file).width for file in files)
+    return sum(preprocess.read(file).width for file in files)
 
 
 def _rounds(batches: Iterable[object], at_once: int) -> list[float]:
@@ -148,6 +158,7 @@ def _rounds(batches: Iterable[object], at_once: int) -> list[float]:
 def _measure_case(
     work: Work,
     photos: Sequence[Path],
+    config: PhotoConfig,
     notes: Console,
     sides: Sequence[str],
     repeats: int,
@@ -167,7 +178,7 @@ def _measure_case(
     notes.print(f"{name}: peak memory, in fresh processes")
     peaks = {side: peak_memory_mib(work, side) for side in sides}
     notes.print(f"{name}: loading, {workers} workers")
-    preprocess = geometry.preprocess
+    preprocess = geometry.preprocess.model_copy(update={"photos": config})
     decode, views = measure_loading(work, photos, preprocess, repeats=repeats, workers=workers)
     return Case(
         geometry=name,
@@ -180,24 +191,33 @@ def _measure_case(
 
 
 @contextmanager
-def _photos(source: Path | None) -> Iterator[tuple[Path, ...]]:
-    """Yield the files of photos that can be read."""
+def _photos(
+    source: Path | None, config: PhotoConfig, notes: Console
+) -> Iterator[tuple[tuple[Path, ...], str]]:
+    """Yield the files of photos that can be read, and what a search left out."""
     if source is not None:
-        listed = list_images(source).paths
+        found = list_images(source)
+        listed, left_out = found.paths, found.left_out.summary()
+        tell_left_out(left_out, notes)
         chosen = listed[:: -(-len(listed) // MOST_PHOTOS)]
-        yield check_images(chosen, max_bad=len(chosen)).good
+        checked = check_images(chosen, config, max_bad=len(chosen))
+        tell_skipped(checked.bad, notes)
+        tell_warnings(checked.remarks, notes)
+        yield checked.good, left_out
         return
     with tempfile.TemporaryDirectory(prefix="microclip-bench-") as folder:
         paths = tuple(Path(folder) / f"{number:02}.jpg" for number in range(MADE_UP))
         for path, photo in zip(paths, made_up_jpegs(MADE_UP, SIDE), strict=True):
             path.write_bytes(photo)
-        yield paths
+        yield paths, ""
 
 
-def _photo_facts(source: Path | None, photos: Sequence[Path]) -> dict[str, Any]:
+def _photo_facts(
+    source: Path | None, photos: Sequence[Path], config: PhotoConfig
+) -> dict[str, Any]:
     return {
         "source": printable(source.resolve().name) if source else "made-up JPEG photos",
         "count": len(photos),
-        "median_short_side_px": median(min(read_image(path).size) for path in photos),
+        "median_short_side_px": median(min(read_photo(path, config).image.size) for path in photos),
         "median_kib": round(median(os.path.getsize(path) for path in photos) / 1024, 1),
     }

@@ -7,9 +7,9 @@ and listed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +90,8 @@ class Proof(BaseModel, frozen=True):
     """Images whose mask rounding may change; their masks are not held against a graph."""
     other_masks: tuple[str, ...]
     """Images that got another mask, undetermined ones among them."""
+    left_out: Mapping[str, Any] = {}
+    """What the search for the user's images left out, as `LeftOut.to_json`."""
 
 
 def require_proven(proof: Proof, evidence: Path, remedy: str | None = None) -> None:
@@ -265,6 +267,7 @@ class Judge:
             batches=verdicts[0].batches,
             undetermined=tuple(names[i] for i in np.flatnonzero(~self._determined)),
             other_masks=tuple(names[i] for i in sorted(other_masks)),
+            left_out=dict(self.photos.left_out),
         )
 
     def _flips(self, answers: Answers, other_mask: Array) -> list[Flip]:

@@ -5,9 +5,9 @@ machine. They are stored in the export with PyTorch's answers, so that `verify` 
 PyTorch nor the checkpoint. Photos of the user's are never stored.
 """
 
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from microclip_deploy import artifact
-from microclip_deploy.console import tell_skipped
-from microclip_deploy.data.decode import read_image
+from microclip_deploy.console import tell_left_out, tell_skipped, tell_warnings
+from microclip_deploy.data.decode import read_photo
+from microclip_deploy.data.photo import USUAL, PhotoConfig
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import CheckpointError, printable
@@ -139,6 +140,8 @@ class Photos(NamedTuple):
     names: tuple[str, ...]
     read: Callable[[], Iterator[Image.Image]]
     """Decode them one by one, mode RGB; each call does so again."""
+    left_out: Mapping[str, Any] = MappingProxyType({})
+    """What the search for the user's left out, as `LeftOut.to_json`."""
 
     def views(self, preprocess: Preprocess) -> NDArray[np.uint8]:
         """Return their test views, uint8 (P, S, S, 3)."""
@@ -155,13 +158,16 @@ def made_up_photos(side: int, count: int = COUNT) -> Photos:
     return Photos("made-up images", tuple(f"made-up {i}" for i in range(count)), read)
 
 
-def photos_with(users: Path | None, side: int, notes: Console) -> Photos:
+def photos_with(
+    users: Path | None, side: int, notes: Console, config: PhotoConfig = USUAL
+) -> Photos:
     """Put up to `MOST` of the user's images, spread over all of them, behind the made-up ones.
 
     Args:
         users: folder or list of images; None for the made-up ones alone.
         side: as for `made_up_photos`.
-        notes: told of images that cannot be read.
+        notes: told of images that are left out or cannot be read.
+        config: how the user's are read.
 
     Raises:
         DataError: there is none, or none that was chosen can be read.
@@ -169,14 +175,23 @@ def photos_with(users: Path | None, side: int, notes: Console) -> Photos:
     made_up = made_up_photos(side)
     if users is None:
         return made_up
-    listed = list_images(users).paths
-    chosen = [listed[i] for i in range(0, len(listed), -(-len(listed) // MOST))]
-    checked = check_images(chosen, max_bad=len(chosen))
+    found = list_images(users)
+    tell_left_out(found.left_out.summary(), notes)
+    listed = found.paths
+    chosen = listed[:: -(-len(listed) // MOST)]
+    checked = check_images(chosen, config, max_bad=len(chosen))
     tell_skipped(checked.bad, notes)
+    tell_warnings(checked.remarks, notes)
+
+    def read() -> Iterator[Image.Image]:
+        yield from made_up.read()
+        yield from (read_photo(path, config).image for path in checked.good)
+
     return Photos(
         f"{made_up.source} and {len(checked.good)} of {printable(users)}",
         (*made_up.names, *map(printable, checked.good)),
-        lambda: chain(made_up.read(), map(read_image, checked.good)),
+        read,
+        found.left_out.to_json(),
     )
 
 

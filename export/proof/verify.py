@@ -41,6 +41,7 @@ def run_verify(
     run: Path | None = None,
     images: Path | None = None,
     device: str = "cpu",
+    **reading: int | None,
 ) -> Proof:
     """Prove an export and write the proof beside it.
 
@@ -50,6 +51,7 @@ def run_verify(
         run: where its model is, to answer anew; None: PyTorch's stored answers are what counts.
         images: the user's, for the run to answer to as well.
         device: as for `require_one_device`.
+        reading: `max_pixels` and `bit_depth` in place of those of the export.
 
     Raises:
         UsageError: images without a run.
@@ -63,7 +65,8 @@ def run_verify(
     require_one_device(device)
     export = read_export(directory)
     manifest = export.manifest
-    photos = photos_with(images, manifest.preprocess.size, notes)
+    preprocess = manifest.preprocess.reading(**reading)
+    photos = photos_with(images, preprocess.size, notes, preprocess.photos)
     tolerance = stored_tolerance(export)
     if run is None:
         reference = Reference.read(directory / PROBES)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from microclip_deploy.adapt.views import ViewConfig, Views, make_views, view_generator
-from microclip_deploy.data.decode import MAX_PIXELS, BadImage, read_image
+from microclip_deploy.data.decode import BadImage, read_photo
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError, printable
 
@@ -55,17 +55,14 @@ class AdaptImages:
         preprocess: Preprocess,
         views: ViewConfig,
         seed: int,
-        *,
-        max_pixels: int = MAX_PIXELS,
     ) -> None:
         """Keep what defines every batch.
 
         Args:
             paths: images that `check_images` found good.
-            preprocess: gives the side S and the resizing.
+            preprocess: reads the photos as it was for `check_images`; gives side S and resizing.
             views: what the views look like.
             seed: >= 0.
-            max_pixels: as for `read_image`; as it was for `check_images`.
 
         Raises:
             DataError: no paths.
@@ -79,7 +76,6 @@ class AdaptImages:
         self.preprocess = preprocess
         self.views = views
         self.seed = seed
-        self.max_pixels = max_pixels
 
     def iterations(self, batch_size: int) -> int:
         """Return the number of batches per epoch; the last, smaller one is kept.
@@ -162,12 +158,11 @@ class _EpochViews(Dataset[_Sample]):
         self._preprocess = images.preprocess
         self._views = images.views
         self._seed = images.seed
-        self._max_pixels = images.max_pixels
         self._epoch = epoch
 
     def __getitem__(self, index: int) -> _Sample:
         try:
-            image = read_image(self._files[index], max_pixels=self._max_pixels)
+            image = read_photo(Path(self._files[index]), self._preprocess.photos).image
         except BadImage as error:
             return _Sample(index, _Unreadable(self._files[index], error.reason))
         rng = view_generator(self._seed, self._epoch, index)

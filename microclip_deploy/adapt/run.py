@@ -41,7 +41,7 @@ def execute(
             f"backbone {clip.spec.model}: its weights changed since the run began; restore them or "
             "start again with --overwrite"
         )
-    recipe = inputs.recipe
+    recipe, clip = inputs.recipe, clip._replace(preprocess=inputs.preprocess(clip))
     heads = text_heads(clip.text, inputs.texts())
     model = build_model(
         clip,
@@ -67,7 +67,13 @@ def manifest_content(inputs: RunInputs, history: list[dict[str, Any]]) -> dict[s
         "config": inputs.recipe.model_dump(mode="json"),
         "classes": list(inputs.classes),
         "texts": {"templates": list(inputs.templates), "provenance": inputs.provenance},
-        "images": {"used": len(inputs.images), "bad": len(inputs.bad_images)},
+        "images": {
+            "used": len(inputs.images),
+            "bad": len(inputs.bad_images),
+            "copies": inputs.copies,
+            "left_out": inputs.left_out,
+            "remarks": list(inputs.remarks),
+        },
         "metrics": history[-1],
         "warnings": warnings_of(history[-1]),
     }

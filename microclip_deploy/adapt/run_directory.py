@@ -7,7 +7,7 @@ a killed run is resumed from its directory alone.
 import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,7 +17,8 @@ from microclip_deploy.adapt.trainer import STATE, Recipe
 from microclip_deploy.artifact import LOCK, exclusive
 from microclip_deploy.config import validate
 from microclip_deploy.data.classes import ClassTexts
-from microclip_deploy.data.sources import BadFile
+from microclip_deploy.data.folder import BadFile
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import CheckpointError, DataError, UsageError, printable
 from microclip_deploy.model.checkpoint import WEIGHTS
 from microclip_deploy.model.clip import BackboneSpec, Clip
@@ -53,12 +54,22 @@ class RunInputs(BaseModel):
     """Absolute paths of the images that were found good."""
     bad_images: tuple[tuple[str, str], ...]
     """Path and reason of the images that are skipped."""
+    left_out: dict[str, Any] = {}
+    """Files that were not taken for images, as `LeftOut.to_json`."""
+    copies: int = 0
+    """Images with the same bytes as one before them."""
+    remarks: tuple[str, ...] = ()
+    """What reading the images told."""
     val_dir: str | None = None
     """Labelled images that are measured after each epoch; they do not change the result."""
 
     def texts(self) -> ClassTexts:
         """Return the class texts as the text encoder takes them."""
         return ClassTexts(self.classes, self.descriptions, self.templates, self.provenance)
+
+    def preprocess(self, clip: Clip) -> Preprocess:
+        """Return how this run makes network input of files."""
+        return clip.preprocess.model_copy(update={"photos": self.recipe.photos})
 
     def require_images(self) -> None:
         """Make sure that every image is still there.
@@ -82,8 +93,9 @@ def make_inputs(
     good: tuple[Path, ...],
     bad: tuple[BadFile, ...] = (),
     val_dir: Path | None = None,
+    **noticed: Any,
 ) -> RunInputs:
-    """Gather what a new run depends on."""
+    """Gather what a new run depends on; `noticed` are further fields that tell about the images."""
     return RunInputs(
         backbone=clip.spec,
         backbone_sha256=clip.sha256,
@@ -95,6 +107,7 @@ def make_inputs(
         images=tuple(str(path.absolute()) for path in good),
         bad_images=tuple((printable(file.path), file.reason) for file in bad),
         val_dir=str(val_dir.absolute()) if val_dir else None,
+        **noticed,
     )
 
 

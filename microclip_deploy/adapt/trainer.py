@@ -30,6 +30,7 @@ from microclip_deploy.adapt.train_step import (
     train_step,
 )
 from microclip_deploy.adapt.views import ViewConfig
+from microclip_deploy.data.photo import PhotoConfig
 from microclip_deploy.errors import Interrupted, VerificationError
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
@@ -65,6 +66,7 @@ class Recipe(BaseModel):
 
     adapt: AdaptConfig = AdaptConfig()
     views: ViewConfig = ViewConfig()
+    photos: PhotoConfig = PhotoConfig()
     ncut: NCutSpec = NCutSpec()
 
 

@@ -1,6 +1,5 @@
 """What `adapt` does between parsing and printing: choose a device, check data, run, report."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,16 +23,17 @@ from microclip_deploy.adapt.run_directory import (
 from microclip_deploy.adapt.trainer import Operation, Recipe, StepReport, Validator
 from microclip_deploy.cli.commands import gpu_memory, update_report
 from microclip_deploy.config import merge, parse_override, read_recipe, resolve, validate
-from microclip_deploy.console import bar, tell_skipped
+from microclip_deploy.console import bar, counter, tell_left_out, tell_skipped, tell_warnings
 from microclip_deploy.data.classes import DEFAULT_TEMPLATES, class_texts
 from microclip_deploy.data.labelled import LabelledImages
-from microclip_deploy.data.sources import check_images, list_images
+from microclip_deploy.data.sources import check_images, copies, list_images
 from microclip_deploy.errors import UsageError, printable
 from microclip_deploy.evaluation.evaluate import accuracy
 from microclip_deploy.evaluation.report import REPORT
 from microclip_deploy.model.checkpoint import read_checkpoint
 from microclip_deploy.model.clip import BackboneSpec, Clip, load_clip
 from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.processors import usable_cpus
 from microclip_deploy.serving import open_run
 from microclip_deploy.serving.torch_session import TorchSession, resolve_device
 
@@ -90,8 +90,7 @@ def run_adapt(
         with bar(notes, "adapting") as progress:
             step = _stepper(progress.update)
             content = execute(inputs, operation, clip, validator=validator, on_step=step)
-        for warning in content["warnings"]:
-            notes.print(f"warning: {warning}", style="yellow", markup=False)
+        tell_warnings(content["warnings"], notes)
         with open_run(out, device, clip=clip) as run:
             update_report(out, run, notes)
     notes.print(f"adapted: {out}", markup=False)
@@ -117,18 +116,37 @@ def _new(asked: Asked, device: str, max_bad: str, notes: Console) -> tuple[RunIn
     assert asked.classes is not None, "checked by run_adapt"
     recipe = resolve(Recipe, asked.recipe, asked.overrides)
     texts = class_texts(asked.classes, asked.descriptions, asked.templates or DEFAULT_TEMPLATES)
-    listed = list_images(asked.images)
+    with counter(notes, "looking for images") as found:
+        listed = list_images(asked.images, on_found=found)
+    tell_left_out(listed.left_out.summary(), notes)
     if asked.val_dir is not None:
         LabelledImages.read(asked.val_dir, texts.names)
     clip = load_clip(_backbone(asked), device)
     with bar(notes, "checking images") as progress:
-        checked = check_images(listed.paths, max_bad=max_bad, on_progress=progress.update)
+        checked = check_images(
+            listed.paths, recipe.photos, max_bad=max_bad, on_progress=progress.update
+        )
     tell_skipped(checked.bad, notes)
+    tell_warnings(checked.remarks, notes)
+    again = copies(checked.good)
+    if again:
+        told = f"{len(again)} images are copies of others, such as {printable(again[0])}"
+        notes.print(told, markup=False)
     notes.print(
         f"{len(checked.good)} images, {len(checked.bad)} skipped, {len(texts.names)} classes"
     )
-    good, bad = checked.good, checked.bad
-    return make_inputs(clip, recipe, texts, good=good, bad=bad, val_dir=asked.val_dir), clip
+    inputs = make_inputs(
+        clip,
+        recipe,
+        texts,
+        good=checked.good,
+        bad=checked.bad,
+        val_dir=asked.val_dir,
+        left_out=listed.left_out.to_json(),
+        copies=len(again),
+        remarks=checked.remarks,
+    )
+    return inputs, clip
 
 
 def _resumed(out: Path, asked: Asked, device: str, notes: Console) -> tuple[RunInputs, Clip]:
@@ -202,7 +220,7 @@ def _backbone(asked: Asked) -> BackboneSpec:
 
 def _workers(device: str) -> int:
     """Leave a small CPU to the model; keep a GPU fed."""
-    return min(8, os.cpu_count() or 1) if device.startswith("cuda") else 0
+    return min(8, usable_cpus()) if device.startswith("cuda") else 0
 
 
 def _stepper(update: Callable[[int, int, str], None]) -> Callable[[StepReport], None]:
@@ -220,6 +238,7 @@ def _validator(inputs: RunInputs, clip: Clip, device: str) -> Validator | None:
     labelled = LabelledImages.read(Path(inputs.val_dir), inputs.classes)
 
     def measure(model: MicroCLIP, _labels: Tensor) -> Mapping[str, float]:
-        return accuracy(TorchSession(model, inputs.classes, clip.preprocess, device), labelled)
+        session = TorchSession(model, inputs.classes, inputs.preprocess(clip), device)
+        return accuracy(session, labelled)
 
     return measure

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from microclip_deploy.artifact import make_directory
 from microclip_deploy.bench import option_text
-from microclip_deploy.cli.options import AsJson, ExportDtype
+from microclip_deploy.cli.options import AsJson, BitDepth, ExportDtype, MaxPixels
 from microclip_deploy.console import notes, out, print_json
 from microclip_deploy.errors import require
 
@@ -125,6 +125,8 @@ def bench_model(
     dtype: MadeDtype = ExportDtype.fp32,
     peers: Peers = "plain,cls,int8,openvino",
     images: Photos = None,
+    max_pixels: MaxPixels = None,
+    bit_depth: BitDepth = None,
     threads: Threads = None,
     stages: Stages = True,
     out_dir: ReportDirectory = None,
@@ -158,6 +160,8 @@ def bench_model(
         precision=dtype.value,
         threads=threads,
         images=images,
+        max_pixels=max_pixels,
+        bit_depth=bit_depth,
         with_stages=stages,
         baseline=earlier,
     )
@@ -262,6 +266,8 @@ def bench_adapt(
     images: Annotated[
         Path | None, typer.Option(help="Photos of yours in place of made-up ones.")
     ] = None,
+    max_pixels: MaxPixels = None,
+    bit_depth: BitDepth = None,
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Write a .json and .md report here.")
     ] = None,
@@ -287,6 +293,8 @@ def bench_adapt(
         device=device,
         plain=plain_peer,
         images=images,
+        max_pixels=max_pixels,
+        bit_depth=bit_depth,
     )
     shown = notes if as_json else out
     shown.print(report.plain(measured), markup=False, highlight=False, soft_wrap=True)

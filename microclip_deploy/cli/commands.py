@@ -12,7 +12,9 @@ from typing import Literal
 from rich.console import Console
 
 from microclip_deploy import artifact
-from microclip_deploy.console import bar, tell_skipped
+from microclip_deploy.console import bar, counter, tell_left_out, tell_skipped, tell_warnings
+from microclip_deploy.data.photo import Remarks
+from microclip_deploy.data.sources import list_images, list_sources
 from microclip_deploy.errors import EnvironmentProblem
 from microclip_deploy.evaluation.evaluate import EVALUATION, Evaluation, evaluate
 from microclip_deploy.evaluation.predict import OverlayWriter, open_writer, predict, table
@@ -43,13 +45,33 @@ def run_evaluate(
     batch_size: int = 64,
     zero_shot: bool = True,
     max_bad: str = "1%",
+    max_pixels: int | None = None,
+    bit_depth: int | None = None,
+    threads: int | None = None,
 ) -> Evaluation:
     """Evaluate a run or an export on labelled images; a run's report gets the outcome.
 
     An export is never written to: its files are those its manifest lists.
+
+    Args:
+        directory: the run or export.
+        data: labelled images.
+        notes: progress and remarks.
+        device: as for `open_session`.
+        batch_size: images a batch.
+        zero_shot: as for `evaluate`.
+        max_bad: as for `evaluate`.
+        max_pixels: as for `evaluate`.
+        bit_depth: as for `evaluate`.
+        threads: as for `open_session`.
     """
     with gpu_memory(), ExitStack() as stack:
-        run = None if is_export(directory) else stack.enter_context(open_run(directory, device))
+        with counter(notes, "looking for images") as found:
+            listed = list_images(data, on_found=found)
+        tell_left_out(listed.left_out.summary(), notes)
+        run = None
+        if not is_export(directory):
+            run = stack.enter_context(open_run(directory, device, threads=threads))
         with bar(notes, "evaluating") as progress:
             measured = evaluate(
                 directory,
@@ -58,9 +80,13 @@ def run_evaluate(
                 batch_size=batch_size,
                 zero_shot=zero_shot,
                 max_bad=max_bad,
+                threads=threads,
                 sessions=run,
                 progress=progress.update,
                 on_open=lambda session: _tell_device(session, notes),
+                listed=listed,
+                max_pixels=max_pixels,
+                bit_depth=bit_depth,
             )
         tell_skipped(measured.bad, notes)
         if run is not None:
@@ -87,20 +113,29 @@ def run_predict(
     overlay: Path | None = None,
     device: str = "auto",
     batch_size: int = 64,
+    max_pixels: int | None = None,
+    bit_depth: int | None = None,
+    threads: int | None = None,
 ) -> None:
     """Classify images with a run or an export and print the results as they come."""
     overlays = OverlayWriter(overlay) if overlay else None
-    with gpu_memory(), open_session(directory, device) as session:
+    remarks = Remarks()
+    own = {"max_pixels": max_pixels, "bit_depth": bit_depth, "threads": threads}
+    with gpu_memory(), open_session(directory, device, **own) as session:
         _tell_device(session, notes)
-        results = predict(session, images, top_k, batch_size=batch_size)
+        with counter(notes, "looking for images") as found:
+            listed = list_sources(images, on_found=found)
+        tell_left_out(listed.left_out.summary(), notes)
+        results = predict(session, listed, top_k, batch_size=batch_size, remarks=remarks)
         if output_format == "table":
             out.print(table(results, overlays.write if overlays else None))
-            return
-        with open_writer(output_format, sys.stdout, top_k) as writer:
-            for result in results:
-                writer.write(result)
-                if overlays:
-                    overlays.write(result)
+        else:
+            with open_writer(output_format, sys.stdout, top_k) as writer:
+                for result in results:
+                    writer.write(result)
+                    if overlays:
+                        overlays.write(result)
+    tell_warnings(remarks.lines(), notes)
 
 
 def update_report(directory: Path, run: RunSessions, notes: Console) -> None:

@@ -8,10 +8,12 @@ import typer
 from microclip_deploy.cli.options import (
     AsJson,
     Batch,
+    BitDepth,
     Dtype,
     Exportable,
     ExportDirectory,
     HardwareCompat,
+    MaxPixels,
     OptLevel,
     PrintTrtexec,
     ProofDevice,
@@ -47,6 +49,8 @@ def export(
     out_dir: Target = None,
     dtype: ExportedDtype = Dtype.fp32,
     images: ProofImages = None,
+    max_pixels: MaxPixels = None,
+    bit_depth: BitDepth = None,
     device: ProofDevice = "cpu",
     atol: Atol = None,
     min_agreement: MinAgreement = None,
@@ -77,6 +81,7 @@ def export(
     build = parse_options(trt, given)
     proving: dict[str, Any] = {"images": images, "device": device}
     proving |= {"atol": atol, "min_agreement": min_agreement}
+    proving |= {"max_pixels": max_pixels, "bit_depth": bit_depth}
     if build is not None and is_export(source):
         directory = _inside(source, out_dir)
     else:
@@ -132,6 +137,8 @@ def verify(
         Path | None, typer.Option(help="Ask this run's PyTorch model instead of stored answers.")
     ] = None,
     images: ProofImages = None,
+    max_pixels: MaxPixels = None,
+    bit_depth: BitDepth = None,
     device: ProofDevice = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -140,7 +147,8 @@ def verify(
     from microclip_deploy.export.proof.judge import require_proven
     from microclip_deploy.export.proof.verify import VERIFIED, run_verify
 
-    proof = run_verify(export_dir, notes, run=run, images=images, device=device)
+    reading = {"max_pixels": max_pixels, "bit_depth": bit_depth}
+    proof = run_verify(export_dir, notes, run=run, images=images, device=device, **reading)
     _show(proof, as_json)
     require_proven(proof, export_dir / VERIFIED)
 

@@ -21,10 +21,12 @@ from microclip_deploy.cli.options import (
     Adapted,
     AsJson,
     BatchSize,
+    BitDepth,
     Descriptions,
     Device,
     Images,
     MaxBad,
+    MaxPixels,
     Model,
     Out,
     OutputFormat,
@@ -32,6 +34,7 @@ from microclip_deploy.cli.options import (
     ServingDevice,
     Sets,
     Templates,
+    Threads,
     ValDir,
 )
 from microclip_deploy.console import ReaderGone, checked_stdout, notes, out, print_json
@@ -81,6 +84,8 @@ def adapt(
     device: Device = "auto",
     workers: Annotated[int | None, typer.Option(help="Image loading processes.", min=0)] = None,
     max_bad_images: MaxBad = "1%",
+    max_pixels: MaxPixels = None,
+    bit_depth: BitDepth = None,
     save_every: Annotated[int, typer.Option(help="Iterations between saved states.", min=1)] = 200,
     resume: Annotated[bool, typer.Option(help="Continue the run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the run in --out.")] = False,
@@ -94,7 +99,12 @@ def adapt(
     from microclip_deploy.cli.adapt import Asked, run_adapt
 
     shorthand = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
-    overrides = (*(sets or ()), *_overrides(shorthand))
+    photos = {"max_pixels": max_pixels, "bit_depth": bit_depth}
+    overrides = (
+        *(sets or ()),
+        *_overrides("adapt", shorthand),
+        *_overrides("photos", photos),
+    )
     texts = (classes, descriptions, tuple(template or ()))
     summary = run_adapt(
         out_dir,
@@ -119,10 +129,13 @@ def evaluate(
     ],
     device: ServingDevice = "auto",
     batch_size: BatchSize = 64,
+    threads: Threads = None,
     zero_shot: Annotated[
         bool, typer.Option(help="Also measure the model before adaptation; runs only.")
     ] = True,
     max_bad_images: MaxBad = "1%",
+    max_pixels: MaxPixels = None,
+    bit_depth: BitDepth = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Print every class.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -141,6 +154,9 @@ def evaluate(
         batch_size=batch_size,
         zero_shot=zero_shot,
         max_bad=max_bad_images,
+        max_pixels=max_pixels,
+        bit_depth=bit_depth,
+        threads=threads,
     )
     if as_json:
         print_json(result.to_json())
@@ -152,7 +168,10 @@ def evaluate(
 @app.command()
 def predict(
     directory: Adapted,
-    images: Annotated[list[Path], typer.Argument(help="Images, folders or lists.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(help="Images, folders or lists.", readable=False),  # they get a row
+    ],
     top_k: Annotated[int, typer.Option(help="Classes to show.", min=1)] = 5,
     output_format: Annotated[
         OutputFormat, typer.Option("--format", help="How to print.")
@@ -162,6 +181,9 @@ def predict(
     ] = None,
     device: ServingDevice = "auto",
     batch_size: BatchSize = 64,
+    max_pixels: MaxPixels = None,
+    bit_depth: BitDepth = None,
+    threads: Threads = None,
 ) -> None:
     """Classify images with an adapted model; only a run needs PyTorch, an export does not."""
     from microclip_deploy.cli import commands
@@ -176,6 +198,9 @@ def predict(
         overlay=overlay,
         device=device,
         batch_size=batch_size,
+        max_pixels=max_pixels,
+        bit_depth=bit_depth,
+        threads=threads,
     )
 
 
@@ -296,8 +321,8 @@ def _explained(error: Exception) -> MicroclipError:
     )
 
 
-def _overrides(shorthand: dict[str, Any]) -> list[str]:
-    return [f"adapt.{name}={value}" for name, value in shorthand.items() if value is not None]
+def _overrides(section: str, shorthand: dict[str, Any]) -> list[str]:
+    return [f"{section}.{name}={value}" for name, value in shorthand.items() if value is not None]
 
 
 def run_main() -> None:

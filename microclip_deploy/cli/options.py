@@ -69,9 +69,27 @@ ServingDevice = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", envvar="MICROCLIP_DEVICE")]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE of adapt, views or ncut.")
+    list[str] | None,
+    typer.Option("--set", help="SECTION.KEY=VALUE of adapt, views, photos or ncut."),
 ]
 MaxBad = Annotated[str, typer.Option(help="How many may be unusable: 25 or 1%.")]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Largest photo, width x height. [default: 200 million, or the run's]",
+        min=4,
+    ),
+]
+BitDepth = Annotated[
+    int | None,
+    typer.Option(
+        metavar="BITS",
+        help="Bits that hold data in 16-bit photos: 10 or 12. [default: 16, or the run's]",
+        min=8,
+        max=16,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Images = Annotated[Path | None, typer.Argument(help="Folder of images, or a .csv/.tsv/.txt list.")]
 Descriptions = Annotated[Path | None, typer.Option(help="JSON {class: [sentences]} or JSON Lines.")]
@@ -95,6 +113,10 @@ ProofImages = Annotated[
 ]
 ProofDevice = Annotated[str, typer.Option(help="Where graphs are run: cpu, cuda or cuda:N.")]
 BatchSize = Annotated[int, typer.Option(help="Images a batch.", min=1)]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Of the model on a CPU. [default: one a core that may be used]"),
+]
 ExportDirectory = Annotated[Path, typer.Argument(metavar="EXPORT", help="What `export` wrote.")]
 Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Class names.")]
 Trt = Annotated[

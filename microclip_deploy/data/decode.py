@@ -4,60 +4,49 @@ A folder of photos holds truncated downloads, renamed text files, header bombs a
 formats. `read_image` turns every usable one into plain 8-bit RGB and every other one into a
 `BadImage` with a short reason; nothing else escapes. Its rules:
 
-* Only the formats in ACCEPTED_FORMATS are tried: each further decoder is attack surface.
 * Limits (pixels, file size, aspect ratio) are checked before pixels are allocated.
+* Above FULL_PIXELS a photo is decoded at half its size, or a quarter, and one at a time, so that
+  memory stays bounded.
 * The EXIF orientation is applied; an unreadable EXIF block is ignored.
-* Of an animation the first frame is taken.
-* Alpha is dropped, not composited: `convert("RGB")` is what CLIP models were trained with.
-* 16-bit grey keeps its high byte, as Pillow does for 16-bit colour. Clipping, Pillow's default,
-  would turn most such images white.
+* Of an animation the first frame is taken, of a file of several pages the first page.
+* A JPEG whose end is missing is read if nearly all of its pixels are there.
+
+`formats` says what is read, `pixels` how numbers of any kind become 8-bit RGB.
 """
 
 import io
+import logging
 import re
 import stat
 import struct
 import threading
 import warnings
 import zlib
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import IO, cast
 
-import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 
+from microclip_deploy.data import formats
+from microclip_deploy.data.photo import MAX_PIXELS, USUAL, Kind, Photo, PhotoConfig, Remark
+from microclip_deploy.data.pixels import Samples, eight_bits, on_background
 from microclip_deploy.errors import DataError, printable
+from microclip_deploy.paths import StrPath, as_path
 
-ACCEPTED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-"""Pillow's names of the formats that are decoded."""
+_log = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset(
-    {
-        ".bmp",
-        ".dib",
-        ".gif",
-        ".jfif",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".mpo",
-        ".pbm",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tif",
-        ".tiff",
-        ".webp",
-    }
-)
-"""Lower-case file name endings under which a folder is searched for images."""
+FULL_PIXELS = 50_000_000
+"""Up to this width x height a photo is decoded in full: the pixels are those of open_clip."""
 
-MAX_PIXELS = 50_000_000
-"""Default largest width x height; covers the cameras of phones (48 million)."""
+MIN_FILE_LIMIT = 100_000_000
+"""Bytes that a file may always have: metadata is read into memory before any pixel."""
 
-MAX_FILE_BYTES = 100_000_000
-"""Largest file that is opened: metadata is read into memory before any pixel."""
+BYTES_A_PIXEL = 8
+"""What a file may have for each pixel of the limit: four channels of 16 bits."""
 
 MAX_ASPECT_RATIO = 100
 """Largest long side / short side; resizing the short side multiplies the area by up to this."""
@@ -65,9 +54,17 @@ MAX_ASPECT_RATIO = 100
 MIN_SIDE = 2
 """Smallest side, pixels: one pixel carries nothing to learn from."""
 
+MOST_MISSING = 0.01
+"""Share of the pixels that a JPEG may lack at its end."""
+
+_JPEG_END = b"\xff\xd9"
+_JPEG_NOISE = bytes(97 * i % 255 for i in range(255))  # no 255, which begins a marker
+
+_ONE_LARGE_PHOTO = threading.Lock()
+"""Held while a photo above FULL_PIXELS is decoded, which may take 1 to 3 GB."""
 # What Pillow's decoders raise on damaged input (found by mutating valid files); a decoder may also
 # raise Pillow's DecompressionBombError, which derives from Exception alone.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     ArithmeticError,
     AttributeError,
     EOFError,
@@ -111,17 +108,36 @@ class BadImage(DataError):
         return BadImage, (self.path, self.reason)
 
 
-def read_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(
+    path: StrPath,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    bit_depth: int | None = None,
+    background: str = "white",
+) -> Image.Image:
     """Return the first frame of an image file, upright, as 8-bit RGB without metadata.
 
     Args:
         path: the file.
         max_pixels: largest accepted width x height, checked in the header.
+        bit_depth: as in `PhotoConfig`.
+        background: as in `PhotoConfig`.
 
     Raises:
         BadImage: the file cannot be opened, is no accepted image, is damaged or exceeds a limit.
+        UsageError: not a path, or a setting out of range.
     """
-    path = Path(path)
+    path = as_path(path, "image")
+    config = PhotoConfig.of(max_pixels=max_pixels, bit_depth=bit_depth, background=background)
+    photo = read_photo(path, config)
+    for remark in photo.remarks:
+        level = logging.WARNING if remark.kind is Kind.SHALLOW else logging.INFO
+        _log.log(level, "warning: %s", remark.line(path))
+    return photo.image
+
+
+def read_photo(path: Path, config: PhotoConfig) -> Photo:
+    """Return what `read_image` does, with what is remarkable; raises BadImage as it does."""
     try:
         status = path.stat()
         # A named pipe would block and a device would never end, so the kind is checked first.
@@ -130,22 +146,30 @@ def read_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> Image.Image
             raise BadImage(path, f"it is {kind}")
         if status.st_size == 0:
             raise BadImage(path, "the file is empty")
-        if status.st_size > MAX_FILE_BYTES:
-            raise BadImage(path, f"{status.st_size} bytes exceed the limit of {MAX_FILE_BYTES}")
+        limit = max(MIN_FILE_LIMIT, BYTES_A_PIXEL * config.max_pixels)
+        if status.st_size > limit:
+            raise BadImage(path, f"{status.st_size} bytes exceed the limit of {limit}")
+        if formats.kind_of(path.suffix) == formats.RAW:
+            raise BadImage(path, formats.RAW)
         with path.open("rb") as stream:
-            return decode_image(stream, path, max_pixels=max_pixels)
+            return decode_photo(stream, path, config)
     except (OSError, ValueError) as error:
         raise BadImage(path, _reason(error)) from error
 
 
-def decode_image(stream: IO[bytes], path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return the first frame of an open, seekable image as `read_image` does.
+def decode_image(stream: IO[bytes], path: Path, config: PhotoConfig = USUAL) -> Image.Image:
+    """Return the picture of `decode_photo`, and raise as it does."""
+    return decode_photo(stream, path, config).image
+
+
+def decode_photo(stream: IO[bytes], path: Path, config: PhotoConfig) -> Photo:
+    """Return an open, seekable image as `read_photo` does.
 
     Args:
         stream: binary and seekable, such as a file or io.BytesIO of an uploaded body, whose size
             the caller has bounded.
         path: the name used in errors.
-        max_pixels: largest accepted width x height, checked in the header.
+        config: how it is read.
 
     Raises:
         BadImage: no accepted image, damaged, or larger than a limit.
@@ -153,31 +177,111 @@ def decode_image(stream: IO[bytes], path: Path, *, max_pixels: int = MAX_PIXELS)
     try:
         with _PILLOW_WARNINGS_HIDDEN:
             try:
-                return _decode(stream, path, max_pixels)
+                return _decode(stream, config)
             except ValueError as error:
                 # Pillow refuses compressed PNG metadata that grows beyond 1 MiB, such as a large
                 # colour profile. None of it is needed, so such a file is read without it.
                 if "MAX_TEXT" not in str(error):
                     raise
-                return _decode(_without_png_metadata(stream), path, max_pixels)
-    except _DECODE_ERRORS as error:
+                return _decode(_without_png_metadata(stream), config)
+            except OSError as error:
+                if "truncated" not in str(error):
+                    raise
+                return _decode_unended(stream, config, error)
+    except (formats.NotRead, *DECODE_ERRORS) as error:
         raise BadImage(path, _reason(error)) from error
 
 
-def _decode(stream: IO[bytes], path: Path, max_pixels: int) -> Image.Image:
-    """Decode for `decode_image`; raises BadImage on a limit and any decode error on damage."""
-    image = Image.open(stream, formats=ACCEPTED_FORMATS)
-    refusal = _refusal(*image.size, max_pixels)
-    if refusal:
-        raise BadImage(path, refusal)
-    # Before the orientation is read: Pillow applies a TIFF's own while loading.
-    image.load()
+def _decode(stream: IO[bytes], config: PhotoConfig) -> Photo:
+    """Decode for `decode_photo`; raises NotRead on a limit and any decode error on damage."""
+    require_size = partial(_require_size, config.max_pixels)
+    image = formats.opened(stream, require_size)
+    samples, factor = Samples.of(image), _reduction(*image.size)
+    with _ONE_LARGE_PHOTO if factor > 1 else nullcontext():
+        # Before the orientation is read: Pillow applies a TIFF's own while loading.
+        scale = _load(image, factor)
+        pixels, bits = eight_bits(
+            image,
+            samples,
+            config.bit_depth,
+            lambda rawmode: _loaded_as(rawmode, formats.opened(stream, require_size)),
+        )
+        pixels = _reduced(pixels, factor // scale)
+    rgb = on_background(pixels, config.background)
     transpose = _TRANSPOSE.get(_orientation(image))
-    rgb = _to_rgb(image)
     if transpose is not None:
         rgb = rgb.transpose(transpose)
     rgb.info = {}
-    return rgb
+    found = {
+        Remark(Kind.SHALLOW, bits): bits > 0,
+        Remark(Kind.FIRST_FRAME): _has_more_frames(image),
+        Remark(Kind.REDUCED): factor > 1,
+    }
+    return Photo(rgb, tuple(remark for remark, true in found.items() if true))
+
+
+def _reduction(width: int, height: int) -> int:
+    """Return the power of two by which both sides are divided so that FULL_PIXELS suffice."""
+    factor = 1
+    while width * height > FULL_PIXELS * factor**2:
+        factor *= 2
+    return factor
+
+
+def _reduced(image: Image.Image, factor: int) -> Image.Image:
+    """Return the means of squares of `factor` x `factor` pixels."""
+    if factor == 1:
+        return image
+    by_index = image.mode in ("1", "P", "PA") or "transparency" in image.info
+    return (image.convert("RGBA") if by_index else image).reduce(factor)
+
+
+def _load(image: ImageFile, factor: int = 1) -> int:
+    """Decode the pixels; return by which part of `factor` both sides are divided already.
+
+    JPEG holds its pixels by frequency, and so gives a half, a quarter or an eighth for less.
+    """
+    scale = min(factor, 8) if isinstance(image, JpegImageFile) else 1
+    if scale > 1:
+        image.draft(None, (image.width // scale, image.height // scale))
+    image.load()
+    return scale
+
+
+def _loaded_as(rawmode: str, image: ImageFile) -> ImageFile:
+    """Decode the pixels, taking the file's numbers for those of another of Pillow's raw modes."""
+    image.tile = [
+        tile._replace(args=(rawmode, *tile.args[1:]) if isinstance(tile.args, tuple) else rawmode)
+        for tile in image.tile
+    ]
+    image.load()
+    return image
+
+
+def _has_more_frames(image: ImageFile) -> bool:
+    """Say whether there is more than was read; of the phones' MPO files only the first counts."""
+    try:
+        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except DECODE_ERRORS:
+        return True
+
+
+def _decode_unended(stream: IO[bytes], config: PhotoConfig, error: OSError) -> Photo:
+    """Decode a JPEG without its end, if nearly all of it is there; otherwise raise the error.
+
+    Decoders go on with grey where the bytes end, and do not say where that begins. So the file is
+    decoded twice, completed in two ways: the pixels that differ are made up.
+    """
+    stream.seek(0)
+    content = stream.read()
+    if not content.startswith(b"\xff\xd8"):
+        raise error
+    noise = _JPEG_NOISE * (len(content) // len(_JPEG_NOISE) + 1)
+    photo, other = (_decode(io.BytesIO(content + end + _JPEG_END), config) for end in (b"", noise))
+    left, top, right, bottom = ImageChops.difference(photo.image, other.image).getbbox() or [0] * 4
+    if (right - left) * (bottom - top) > MOST_MISSING * photo.image.width * photo.image.height:
+        raise error
+    return photo._replace(remarks=(Remark(Kind.UNENDED), *photo.remarks))
 
 
 def _without_png_metadata(stream: IO[bytes]) -> io.BytesIO:
@@ -195,50 +299,38 @@ def _without_png_metadata(stream: IO[bytes]) -> io.BytesIO:
     return kept
 
 
-def _refusal(width: int, height: int, max_pixels: int) -> str:
-    """Return why an image of this size is not used, or '' if it is."""
+def _require_size(max_pixels: int, width: int, height: int) -> None:
+    """Refuse an image of a size that is not used.
+
+    Raises:
+        NotRead: too many pixels, or too long or too small a side.
+    """
     short, long = sorted((width, height))
+    size = f"{width}x{height} pixels"
     if width * height > max_pixels:
-        return f"{width}x{height} pixels exceed the limit of {max_pixels} pixels"
+        raise formats.NotRead(f"{size} exceed the limit of {max_pixels} pixels (--max-pixels)")
     if short < MIN_SIDE:
-        return f"{width}x{height} pixels, a side is shorter than {MIN_SIDE}"
+        raise formats.NotRead(f"{size}, a side is shorter than {MIN_SIDE}")
     if long > MAX_ASPECT_RATIO * short:
-        return f"{width}x{height} pixels, one side exceeds {MAX_ASPECT_RATIO} times the other"
-    return ""
+        raise formats.NotRead(f"{size}, one side exceeds {MAX_ASPECT_RATIO} times the other")
 
 
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation 1..8; 1, upright, when there is none that can be read."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         # The pixels are good, so damaged metadata is no reason to lose the image.
         return 1
     return value if isinstance(value, int) else 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return a new RGB image of the loaded pixels.
-
-    Raises:
-        ValueError: the pixel type has no defined white level.
-    """
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no defined white level")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 0xFFFF:
-            raise ValueError("pixels of more than 16 bits have no defined white level")
-        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
-
-
 def _reason(error: BaseException) -> str:
     """Return one short line for what opening or decoding raised."""
-    if isinstance(error, UnidentifiedImageError):
-        return f"no image of a known format: {', '.join(ACCEPTED_FORMATS)}"
+    if isinstance(error, formats.NotRead):
+        return str(error)
     if isinstance(error, Image.DecompressionBombError):
-        return "the header declares more pixels than the limit"
+        return "the header declares more pixels than Pillow decodes"
     if isinstance(error, MemoryError):
         return "decoding needs more memory than there is"
     if isinstance(error, FileNotFoundError):

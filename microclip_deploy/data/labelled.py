@@ -3,14 +3,16 @@
 import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.data.sources import list_images
+from microclip_deploy.data.folder import LeftOut
+from microclip_deploy.data.sources import ImageSet, list_images
 from microclip_deploy.errors import DataError, printable
+from microclip_deploy.paths import StrPath, as_path
 
 _SHOWN = 5  # labels an error message lists
 
@@ -22,9 +24,12 @@ class LabelledImages:
     paths: tuple[Path, ...]
     labels: NDArray[np.int64]
     """(M,), indices into the session's classes."""
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @classmethod
-    def read(cls, data: Path, classes: Sequence[str]) -> "LabelledImages":
+    def read(
+        cls, data: StrPath, classes: Sequence[str], listed: ImageSet | None = None
+    ) -> "LabelledImages":
         """List labelled images and match their labels to class names.
 
         A label matches the class of exactly that name; otherwise the one class that is equal when
@@ -33,11 +38,13 @@ class LabelledImages:
         Args:
             data: folder whose first-level folders are class names, or a .csv/.tsv with `label`.
             classes: names in the order of the logits.
+            listed: what `list_images` found there, if that is known.
 
         Raises:
             DataError: nothing is there, an image has no label, or a label is no class.
         """
-        found = list_images(data)
+        data = as_path(data, "labelled images")
+        found = listed or list_images(data)
         missing = [path for path, label in zip(found.paths, found.labels, strict=True) if not label]
         if missing:
             raise DataError(
@@ -48,7 +55,8 @@ class LabelledImages:
             )
         labels = [label or "" for label in found.labels]
         index = _class_indices(Counter(labels), classes)
-        return cls(found.paths, np.array([index[label] for label in labels], np.int64))
+        indices = np.array([index[label] for label in labels], np.int64)
+        return cls(found.paths, indices, found.left_out)
 
 
 def _class_indices(labels: Mapping[str, int], classes: Sequence[str]) -> dict[str, int]:

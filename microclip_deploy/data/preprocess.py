@@ -1,15 +1,17 @@
 """The one definition of pixels -> network input, for training, export and serving.
 
 `Preprocess` is stored as JSON in every artifact. It needs NumPy and Pillow only, so a server
-without the training stack computes exactly what training saw. Two steps, kept apart on purpose:
+without the training stack computes exactly what training saw. Three steps, kept apart on purpose:
 
+    read        file -> PIL RGB                               see data/decode.py
     test view   PIL RGB -> uint8 (S, S, 3)                    resize, centre crop
     normalise   uint8 (B, S, S, 3) -> float32 (B, 3, S, S)    (x / 255 - mean) / std
 
-The first step equals open_clip's own transform on PIL images byte for byte, in each of its resize
+The second step equals open_clip's own transform on PIL images byte for byte, in each of its resize
 modes: models were trained with one of them.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
 
 import array_api_compat
@@ -24,6 +26,8 @@ from pydantic import (
     model_serializer,
 )
 
+from microclip_deploy.data.decode import read_image
+from microclip_deploy.data.photo import USUAL, PhotoConfig
 from microclip_deploy.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
 
 _Mean = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Std = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom in pixels of a photo; may reach beyond it."""
 
 
 class Preprocess(BaseModel):
@@ -51,13 +58,27 @@ class Preprocess(BaseModel):
     filled; or both, whatever the aspect ratio."""
     fill_color: int = Field(default=0, ge=0, le=255)
     """What fills the rest, on all channels."""
+    photos: PhotoConfig = USUAL
+    """How files become images."""
 
     @model_serializer(mode="wrap")
     def _stored(self, stored: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what older readers do not know wherever it says what they do."""
         fields: dict[str, Any] = stored(self)
-        usual = {"resize_mode": "shortest", "fill_color": 0}
+        usual = {"resize_mode": "shortest", "fill_color": 0, "photos": USUAL.model_dump()}
         return {name: value for name, value in fields.items() if usual.get(name) != value}
+
+    def read(self, path: Path | str) -> Image.Image:
+        """Return a photo file as an RGB image; raises BadImage as `read_image` does."""
+        return read_image(path, **self.photos.model_dump())
+
+    def reading(self, **photos: Any) -> "Preprocess":
+        """Return a copy with other settings of `photos`; None keeps what there is.
+
+        Raises:
+            UsageError: a value out of range.
+        """
+        return self.model_copy(update={"photos": self.photos.changed(**photos)})
 
     def resized(self, image: Image.Image) -> Image.Image:
         """Return the image scaled as `resize_mode` says.
@@ -71,20 +92,29 @@ class Preprocess(BaseModel):
         Source: torchvision `Resize(int)`, which truncates the long side, and `Resize((S, S))`;
         timm `ResizeKeepRatio`, which rounds the short side.
         """
-        if image.mode != "RGB":
-            raise DataError(
-                f"image: expected mode RGB, found {image.mode}; open it with read_image"
-            )
-        side, (short, long) = self.size, sorted(image.size)
+        if getattr(image, "mode", None) != "RGB":
+            found = getattr(image, "mode", type(image).__name__)
+            raise DataError(f"image: expected mode RGB, found {found}; open it with read_image")
+        return image.resize(self._scaled(image.size), Image.Resampling[self.interpolation.upper()])
+
+    def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the width and height to which an image of a width and height is scaled."""
+        side, (short, long) = self.size, sorted(size)
         if self.resize_mode == "squash":
             short_to = long_to = side
         elif self.resize_mode == "longest":
             short_to, long_to = max(1, round(short / (long / side))), side
         else:
             short_to, long_to = side, int(side * long / short)
-        wide = image.width > image.height
-        target = (long_to, short_to) if wide else (short_to, long_to)
-        return image.resize(target, Image.Resampling[self.interpolation.upper()])
+        return (long_to, short_to) if size[0] > size[1] else (short_to, long_to)
+
+    def seen(self, size: tuple[int, int]) -> Box:
+        """Return the part of an image of a width and height that its test view shows."""
+        scaled = self._scaled(size)
+        begin = [self.offset(length) for length in scaled]
+        left, top = (begin[i] * size[i] / scaled[i] for i in (0, 1))
+        right, bottom = ((begin[i] + self.size) * size[i] / scaled[i] for i in (0, 1))
+        return left, top, right, bottom
 
     def window(self, resized: Image.Image, left: int, top: int) -> NDArray[np.uint8]:
         """Return S x S pixels from (left, top) on, uint8 (S, S, 3); what lies outside is filled."""
@@ -136,7 +166,13 @@ class Preprocess(BaseModel):
         Raises:
             DataError: another dtype or shape.
         """
-        xp = array_api_compat.array_namespace(images)
+        try:
+            xp = array_api_compat.array_namespace(images)
+        except TypeError as error:
+            raise DataError(
+                f"images: expected an array, found {type(images).__name__}; build them with "
+                "Preprocess.test_view"
+            ) from error
         channels_last = self._is_channels_last(tuple(images.shape), str(images.dtype))
         device = array_api_compat.device(images)
 

@@ -1,37 +1,44 @@
 """Where the images come from: folders and lists -> checked paths -> batches of test views.
 
     list_images    a folder, a .csv/.tsv/.txt list or one image  -> ImageSet (paths, labels)
+    list_sources   several of them, as `predict` takes them      -> ImageSet
     check_images   every file decoded once, in threads           -> CheckedImages (good, bad)
+    copies         paths -> those with the bytes of one before them
     read_batches   paths -> uint8 batches for inference, read ahead in threads
 
 Labels are kept beside the paths and are for `evaluate` alone: adaptation is given `.paths`.
 Every order is deterministic: it depends on the names, never on the file system or on threads.
 """
 
-import csv
-import io
+import hashlib
 import os
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.data.decode import IMAGE_SUFFIXES, MAX_PIXELS, BadImage, read_image
+from microclip_deploy.data.decode import BadImage, read_photo
+from microclip_deploy.data.folder import BadFile as BadFile
+from microclip_deploy.data.folder import LeftOut, search
+from microclip_deploy.data.formats import image_endings
+from microclip_deploy.data.lists import LIST_ENDINGS, read_list
+from microclip_deploy.data.photo import USUAL, PhotoConfig, Remark, Remarks
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, UsageError, printable
+from microclip_deploy.paths import StrPath, as_path
+from microclip_deploy.processors import usable_cpus
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-
-_PATH_COLUMNS = ("path", "image", "file", "filename")
-_LABEL_COLUMN = "label"
 
 # Decoding releases the GIL; above this many threads the disk or the memory is the limit.
 _MAX_THREADS = 8
@@ -49,13 +56,15 @@ class ImageSet:
     """One per path, NFC-normalised; None where the source names no class. For evaluation only."""
     root: Path
     """The folder given, or the folder of the list or image given."""
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
-class BadFile(NamedTuple):
-    """A file that is skipped, and why."""
+class NoImages(DataError):
+    """A folder holds no images; `left_out` says what it holds."""
 
-    path: Path
-    reason: str
+    def __init__(self, message: str, left_out: LeftOut) -> None:
+        super().__init__(message)
+        self.left_out = left_out
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,16 @@ class CheckedImages:
     bad: tuple[BadFile, ...]
     good_indices: tuple[int, ...]
     """Positions of `good` in the paths given, to pick the labels that go with them."""
+    remarks: tuple[str, ...] = ()
+    """What reading them told, one line a kind."""
+
+
+class _View(NamedTuple):
+    """A photo as a model sees it."""
+
+    pixels: NDArray[np.uint8]
+    """(S, S, 3)."""
+    remarks: tuple[Remark, ...]
 
 
 class ImageBatch(NamedTuple):
@@ -77,47 +96,80 @@ class ImageBatch(NamedTuple):
     """(B, S, S, 3), RGB, 0..255."""
 
 
-def list_images(source: Path | str) -> ImageSet:
+def list_images(source: StrPath, *, on_found: Callable[[int], None] = lambda _: None) -> ImageSet:
     """Return the image files of a folder, of a list file, or the one image itself.
 
-    A folder is searched at every depth for the endings in IMAGE_SUFFIXES, in either case. Hidden
-    files and folders are skipped; each folder is entered once, so links cannot loop. A file's label
-    is the folder directly below `source` that holds it; files in `source` itself have none.
+    A folder is searched at every depth for the endings of formats that can be read, in either case;
+    what is left out is counted. A file's label is the folder directly below `source` that holds it;
+    files in `source` itself have none.
 
-    A .csv or .tsv file has a header naming a column `path` (or `image`, `file`, `filename`;
-    otherwise the first column is taken) and optionally a column `label`. The header may be missing
-    if the first cell ends like an image file. A .txt file holds one path per line. Relative paths
-    start at the folder of the list. Listed files are not required to exist: `check_images` reports.
+    Lists (.csv, .tsv, .txt) are those of `read_list`; relative paths start at the folder of the
+    list. Any other file is taken for an image. Whether listed files exist, and are images,
+    `check_images` reports.
+
+    Args:
+        source: folder, list or image.
+        on_found: called with the number of images while a folder is searched.
 
     Raises:
-        DataError: nothing is there, it holds no images, or it cannot be read.
+        NoImages: a folder without images.
+        DataError: nothing is there, or it cannot be read.
     """
-    source = Path(source)
-    if source.is_dir():
-        return _images_in_folder(source)
-    if not source.exists():
+    source = as_path(source, "image source")
+    if os.path.isdir(source):  # unlike Path's own, without an error where access is denied
+        return _images_in_folder(source, on_found)
+    if not os.path.exists(source):
         raise DataError(
             f"image source: expected a folder, a list or an image, found nothing at "
             f"{printable(source)}; check the path"
         )
-    suffix = source.suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
+    if source.suffix.lower() not in LIST_ENDINGS:
         return ImageSet((source,), (None,), source.parent)
-    if suffix in (".csv", ".tsv"):
-        rows = _table_rows(source, "\t" if suffix == ".tsv" else ",")
-    elif suffix == ".txt":
-        rows = [(line.strip(), None) for line in _list_text(source).split("\n") if line.strip()]
-    else:
-        raise DataError(
-            f"image source: expected a folder, a .csv, .tsv or .txt list or an image, "
-            f"found {printable(source)}; give one of these"
-        )
-    if not rows:
-        raise DataError(
-            f"{printable(source)}: expected at least one image path, found none; add paths"
-        )
+    rows = read_list(source)
     paths = tuple(source.parent / path for path, _ in rows)
     return ImageSet(paths, tuple(_as_label(label) for _, label in rows), source.parent)
+
+
+def list_sources(
+    sources: Sequence[Path], *, on_found: Callable[[int], None] = lambda _: None
+) -> ImageSet:
+    """Return the images of several sources, in their order, without labels.
+
+    Files that show something although their format is not read are among them, and so is a path
+    at which nothing is found: whoever reads them says why not. Folders and paths without anything
+    are errors where there is nothing else.
+
+    Raises:
+        NoImages: no image at all.
+        DataError: nothing is at any of the paths, or a list cannot be read.
+    """
+    if sources and not any(map(os.path.exists, sources)):
+        return list_images(sources[0])  # raises
+    paths: list[Path] = []
+    left_out, empty = LeftOut(), list[NoImages]()
+    for source in sources:
+        if not os.path.exists(source):
+            paths.append(source)
+            continue
+        try:
+            found = list_images(source, on_found=partial(_tell_sum, on_found, len(paths)))
+        except NoImages as problem:
+            found = ImageSet((), (), source, problem.left_out)
+            empty.append(problem)
+        listed = [*found.paths, *found.left_out.photos]
+        paths += sorted(listed, key=_parts) if found.left_out.photos else listed
+        left_out.add(found.left_out)
+    if empty and not paths:
+        raise empty[0]
+    return ImageSet(tuple(paths), (None,) * len(paths), Path(), left_out)
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    return path.parts
+
+
+def _tell_sum(tell: Callable[[int], None], before: int, count: int) -> None:
+    tell(before + count)
 
 
 def bad_image_limit(max_bad: str | int, total: int) -> int:
@@ -148,9 +200,9 @@ def bad_image_limit(max_bad: str | int, total: int) -> int:
 
 def check_images(
     paths: Sequence[Path],
+    config: PhotoConfig = USUAL,
     *,
     max_bad: str | int = "1%",
-    max_pixels: int = MAX_PIXELS,
     threads: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckedImages:
@@ -158,8 +210,8 @@ def check_images(
 
     Args:
         paths: image files.
+        config: how they are read.
         max_bad: as for `bad_image_limit`.
-        max_pixels: as for `read_image`.
         threads: decoding threads; None is one per processor, at most 8.
         on_progress: called with (done, total) after each file, in this thread.
 
@@ -169,25 +221,46 @@ def check_images(
     """
     limit = bad_image_limit(max_bad, len(paths))
 
-    def reason(path: Path) -> str:
+    def outcome(path: Path) -> tuple[Remark, ...] | BadImage:
         try:
-            read_image(path, max_pixels=max_pixels)
+            return read_photo(path, config).remarks
         except BadImage as error:
-            return error.reason
-        return ""
+            return error
 
     good: list[int] = []
     bad: list[BadFile] = []
-    for index, found in enumerate(_read_ahead(reason, paths, threads)):
-        if found:
-            bad.append(BadFile(paths[index], found))
+    remarks = Remarks()
+    for index, found in enumerate(_read_ahead(outcome, paths, threads)):
+        if isinstance(found, BadImage):
+            bad.append(BadFile(paths[index], found.reason))
         else:
             good.append(index)
+            remarks.add(paths[index], found)
         if on_progress is not None:
             on_progress(index + 1, len(paths))
     if not good or len(bad) > limit:
         raise DataError(_too_many_bad(bad, len(paths), limit, max_bad))
-    return CheckedImages(tuple(paths[i] for i in good), tuple(bad), tuple(good))
+    usable = tuple(paths[i] for i in good)
+    return CheckedImages(usable, tuple(bad), tuple(good), tuple(remarks.lines()))
+
+
+def copies(paths: Iterable[Path]) -> list[Path]:
+    """Return the files whose bytes are those of a file before them, in the order given.
+
+    Only files of equal size are read. What cannot be read any more is no copy.
+    """
+    sizes = [(path, path.stat().st_size) for path in paths if path.is_file()]
+    files = Counter(size for _, size in sizes)
+    seen, found = set[bytes](), list[Path]()
+    for path, size in sizes:
+        if files[size] == 1:
+            continue
+        with suppress(OSError), path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").digest()
+            if digest in seen:
+                found.append(path)
+            seen.add(digest)
+    return found
 
 
 def read_batches(
@@ -195,21 +268,22 @@ def read_batches(
     preprocess: Preprocess,
     batch_size: int,
     *,
-    max_pixels: int = MAX_PIXELS,
     threads: int | None = None,
     on_bad: Callable[[int, BadImage], None] | None = None,
+    remarks: Remarks | None = None,
 ) -> Iterator[ImageBatch]:
     """Yield test views in the order of the paths, decoded ahead in threads.
 
-    At most about two batches and four views per thread are in memory, whatever the number of paths.
+    While a batch is used the next one is decoded. At most about three batches and four views per
+    thread are in memory, whatever the number of paths.
 
     Args:
         paths: image files.
-        preprocess: makes the views.
+        preprocess: reads the files and makes the views.
         batch_size: B; the last batch may be smaller.
-        max_pixels: as for `read_image`.
         threads: decoding threads; None is one per processor, at most 8.
         on_bad: called with (index, error) for a bad image, which is then skipped, in this thread.
+        remarks: gets what reading the files tells.
 
     Yields:
         Batches of at least one image.
@@ -221,22 +295,25 @@ def read_batches(
     if batch_size < 1:
         raise UsageError(f"batch size: expected at least 1, found {batch_size}; give another")
 
-    def view(path: Path) -> NDArray[np.uint8] | BadImage:
+    def view(path: Path) -> _View | BadImage:
         try:
-            return preprocess.test_view(read_image(path, max_pixels=max_pixels))
+            photo = read_photo(path, preprocess.photos)
         except BadImage as error:
             return error
+        return _View(preprocess.test_view(photo.image), photo.remarks)
 
     indices: list[int] = []
     images: list[NDArray[np.uint8]] = []
-    for index, found in enumerate(_read_ahead(view, paths, threads)):
+    for index, found in enumerate(_read_ahead(view, paths, threads, batch_size)):
         if isinstance(found, BadImage):
             if on_bad is None:
                 raise found
             on_bad(index, found)
             continue
+        if remarks is not None:
+            remarks.add(paths[index], found.remarks)
         indices.append(index)
-        images.append(found)
+        images.append(found.pixels)
         if len(images) == batch_size:
             yield ImageBatch(np.array(indices, np.int64), np.stack(images))
             indices, images = [], []
@@ -245,16 +322,20 @@ def read_batches(
 
 
 def _read_ahead(
-    function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int | None
+    function: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    threads: int | None,
+    least: int = 0,
 ) -> Iterator[_Result]:
-    """Yield function(item) in order; a bounded number of calls runs ahead in threads."""
-    threads = threads or min(_MAX_THREADS, os.cpu_count() or 1)
+    """Yield function(item) in order; a bounded number of calls, `least` or more, runs ahead."""
+    threads = threads or min(_MAX_THREADS, usable_cpus())
+    ahead = max(4 * threads, least)
     running: deque[Future[_Result]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="read-image") as pool:
         try:
             for item in items:
                 running.append(pool.submit(function, item))
-                if len(running) == 4 * threads:
+                if len(running) == ahead:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
@@ -275,104 +356,27 @@ def _too_many_bad(bad: list[BadFile], total: int, limit: int, max_bad: str | int
     )
 
 
-def _images_in_folder(root: Path) -> ImageSet:
+def _images_in_folder(root: Path, on_found: Callable[[int], None]) -> ImageSet:
     """Return the images below a folder."""
-    found, others = _search(root)
-    if not found:
-        endings = ", ".join(f"{count} x {suffix}" for suffix, count in others.most_common(_SHOWN))
-        raise DataError(
-            f"{printable(root)}: expected images ({' '.join(sorted(IMAGE_SUFFIXES))}), "
-            f"found {f'other files ({printable(endings)})' if others else 'no files'}; "
-            f"give another folder or convert the files"
+    found, left_out = search(root, on_found)
+    denied = [bad.reason for bad in left_out.unreadable if bad.path == root]
+    if denied:
+        raise NoImages(
+            f"{printable(root)}: expected a readable folder, found: {denied[0]}; change its "
+            "permissions or move it elsewhere",
+            left_out,
         )
-    found.sort(key=lambda path: path.parts)
+    if not found:
+        raise NoImages(
+            f"{printable(root)}: expected images ({' '.join(sorted(image_endings()))}), found "
+            f"{left_out.summary() or 'no files'}; give another folder or convert the files",
+            left_out,
+        )
     below = (path.relative_to(root).parts for path in found)
     labels = tuple(_as_label(parts[0] if len(parts) > 1 else None) for parts in below)
-    return ImageSet(tuple(found), labels, root)
-
-
-def _search(root: Path) -> tuple[list[Path], Counter[str]]:
-    """Return the images below a folder, in no order, and the endings of the other files.
-
-    Links are followed after all plain folders, in the order of their names. So a folder that is
-    reachable both ways keeps its own name, which may be a label.
-    """
-    images: list[Path] = []
-    others: Counter[str] = Counter()
-    entered: set[tuple[int, int]] = set()
-    folders, links = [root], list[Path]()
-    while folders or links:
-        if not folders:
-            links.sort(reverse=True)
-            folders.append(links.pop())
-        folder = folders.pop()
-        try:
-            status = folder.stat()
-            if (status.st_dev, status.st_ino) in entered:
-                continue
-            entered.add((status.st_dev, status.st_ino))
-            entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-        except OSError as error:
-            raise DataError(
-                f"{printable(folder)}: expected a readable folder, found: {error.strerror}; "
-                f"change its permissions or move it elsewhere"
-            ) from error
-        for entry in entries:
-            path = Path(entry.path)
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(path)
-            elif path.suffix.lower() in IMAGE_SUFFIXES:
-                images.append(path)
-            else:
-                others[path.suffix or "no ending"] += 1
-    return images, others
+    return ImageSet(tuple(found), labels, root, left_out)
 
 
 def _as_label(name: str | None) -> str | None:
     """Return a label in the form class names have: stripped, NFC, None when empty."""
     return unicodedata.normalize("NFC", name).strip() or None if name is not None else None
-
-
-def _list_text(source: Path) -> str:
-    """Return the text of a list file."""
-    try:
-        text = source.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{printable(source)}: expected a list in UTF-8, found: {error}; save it as UTF-8"
-        ) from error
-    if "\0" in text:
-        raise DataError(
-            f"{printable(source)}: expected a list in UTF-8, found zero bytes; save it as UTF-8"
-        )
-    return text
-
-
-def _table_rows(source: Path, delimiter: str) -> list[tuple[str, str | None]]:
-    """Return (path, label) per row of a .csv or .tsv file."""
-    try:
-        reader = csv.reader(io.StringIO(_list_text(source), newline=""), delimiter=delimiter)
-        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except csv.Error as error:
-        raise DataError(
-            f"{printable(source)}: expected a table, found: {error}; save it again as text"
-        ) from error
-    if not rows:
-        return []
-    header = [cell.strip().casefold() for cell in rows[0][1]]
-    column = next((header.index(name) for name in _PATH_COLUMNS if name in header), 0)
-    label_column = header.index(_LABEL_COLUMN) if _LABEL_COLUMN in header else None
-    named = label_column is not None or header[column] in _PATH_COLUMNS
-    if named or Path(header[column]).suffix not in IMAGE_SUFFIXES:
-        rows = rows[1:]
-    result: list[tuple[str, str | None]] = []
-    for line, row in rows:
-        path = row[column].strip() if column < len(row) else ""
-        if not path:
-            raise DataError(
-                f"{printable(source)}, line {line}: expected a path in column {column + 1}, "
-                f"found none; fill it in or remove the line"
-            )
-        label = None if label_column is None else "".join(row[label_column : label_column + 1])
-        result.append((path, label))
-    return result

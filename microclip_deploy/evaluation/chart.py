@@ -2,10 +2,10 @@
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from microclip_deploy.errors import printable, require
 
@@ -18,6 +18,7 @@ COLOURS = (
 )  # fmt: skip
 _DASHES = ("-", "--", ":", "-.")
 _GREY = "#7d8794"
+_LINE_HEIGHT = 0.2  # of a legend, inches
 _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text, in the reader's own font
     "svg.hashsalt": "chart",  # the same chart is the same bytes
@@ -38,23 +39,47 @@ _SETTINGS: Any = {
     "savefig.transparent": True,
 }
 
+HALF, FULL, NARROW = 5.1, 10.7, 3.4
+"""Widths in inches: half a page, all of it, and a phone's, on which it fills its card in its own
+size, so that the text is as large as the page's."""
+
 Line = Sequence[tuple[float, float]]
 """Points (x, y)."""
 
 
-def epoch_chart(series: Mapping[str, Sequence[float | None]], *, percent: bool = False) -> str:
+class Drawing(NamedTuple):
+    """One chart as SVG documents for wide and narrow screens; '' where there is nothing to draw."""
+
+    wide: str
+    narrow: str
+
+
+def drawing(draw: Callable[..., str], width: float = FULL) -> Drawing:
+    """Draw a chart for all screens.
+
+    Args:
+        draw: one of the functions below, with all its arguments but `width`.
+        width: on a wide screen, inches.
+    """
+    return Drawing(draw(width=width), draw(width=NARROW))
+
+
+def epoch_chart(
+    series: Mapping[str, Sequence[float | None]], *, percent: bool = False, width: float = HALF
+) -> str:
     """Draw values by epoch, one line a series; None leaves a gap.
 
     Args:
         series: values by name, the first of epoch 1.
         percent: values are fractions from 0 to 1 and are labelled in percent.
+        width: inches.
 
     Returns:
         An SVG document, or '' if there is no value at all.
     """
     if not any(value is not None for line in series.values() for value in line):
         return ""
-    with _drawing(4.6, 2.6) as (figure, axes):
+    with _drawing(width, 2.2 + _LINE_HEIGHT * len(series)) as (figure, axes):
         from matplotlib.ticker import MaxNLocator, PercentFormatter
 
         for colour, (name, line) in zip(COLOURS, series.items(), strict=False):
@@ -63,28 +88,33 @@ def epoch_chart(series: Mapping[str, Sequence[float | None]], *, percent: bool =
             axes.plot(epochs, values, color=colour, marker=".", label=printable(name))
         axes.set_xlim(0.5, max(map(len, series.values())) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08))
+        figure.legend(loc="outside lower left")
         return _svg(figure)
 
 
-def column_chart(values: Sequence[float], mark: float) -> str:
+def column_chart(values: Sequence[float], mark: float, *, width: float = FULL) -> str:
     """Draw one column a value, in the given order, with a dashed line at `mark`; SVG."""
-    with _drawing(5.6, 2.2) as (figure, axes):
+    with _drawing(width, 2) as (figure, axes):
         axes.bar(range(len(values)), values, color=COLOURS[0], width=0.9)
         axes.axhline(mark, color=COLOURS[1], linestyle="--")
         axes.set_xticks([])
+        axes.margins(x=0.01)
         return _svg(figure)
 
 
-def log_chart(groups: Mapping[str, Mapping[str, Line]], *, x_label: str, y_label: str) -> str:
+def log_chart(
+    groups: Mapping[str, Mapping[str, Line]], *, x_label: str, y_label: str, width: float = FULL
+) -> str:
     """Draw lines over two logarithmic axes; points are joined in the given order.
 
     Args:
         groups: group -> name -> line. Lines of a group share a colour, those of a name a dash.
         x_label: below the x axis.
         y_label: above the y axis.
+        width: inches.
 
     Returns:
         An SVG document, or '' if there is no point at all.
@@ -93,7 +123,9 @@ def log_chart(groups: Mapping[str, Mapping[str, Line]], *, x_label: str, y_label
     xs = sorted({x for lines in groups.values() for line in lines.values() for x, _ in line})
     if not xs:
         return ""
-    with _drawing(8, 4) as (figure, axes):
+    columns = max(1, int(width // NARROW))
+    entries = math.ceil(sum(map(len, groups.values())) / columns)
+    with _drawing(width, min(0.8 * width, 3.8) + _LINE_HEIGHT * entries) as (figure, axes):
         from matplotlib.ticker import LogLocator
 
         for number, (group, lines) in enumerate(groups.items()):
@@ -110,31 +142,33 @@ def log_chart(groups: Mapping[str, Mapping[str, Line]], *, x_label: str, y_label
         if len(xs) <= 10 and all(b > 1.2 * a for a, b in pairwise(xs)):  # labels have room
             axes.set_xticks(xs, [f"{x:.3g}" for x in xs])
         axes.minorticks_off()
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.legend(loc="outside lower left", ncols=columns)
         return _svg(figure)
 
 
-def bar_chart(bars: Mapping[str, tuple[float, float | None, str]]) -> str:
-    """Draw horizontal bars on one linear scale.
+def bar_chart(bars: Mapping[str, tuple[float, float | None, str]], *, width: float = FULL) -> str:
+    """Draw horizontal bars on one linear scale, each below its name.
 
     Args:
         bars: name -> (length, where a line marks its floor or None, what is written beside it).
+        width: inches.
 
     Returns:
         An SVG document, or '' if there is no bar.
     """
     if not bars:
         return ""
-    with _drawing(8, 0.5 + 0.28 * len(bars)) as (figure, axes):
-        names = [printable(name) for name in bars]
-        drawn = axes.barh(names, [length for length, _, _ in bars.values()], color=COLOURS[0])
-        axes.bar_label(drawn, [printable(told) for _, _, told in bars.values()], padding=6)
-        for row, (_, floor, _) in enumerate(bars.values()):
+    with _drawing(width, 0.3 + 0.4 * len(bars)) as (figure, axes):
+        lengths = [length for length, _, _ in bars.values()]
+        axes.barh(range(len(bars)), lengths, height=0.4, color=COLOURS[0])
+        for row, (name, (_, floor, told)) in enumerate(bars.items()):
+            axes.text(0, row - 0.28, printable(f"{name}: {told}"))
             if floor is not None:
-                axes.vlines(floor, row - 0.45, row + 0.45, color=COLOURS[1], linewidth=2)
-        axes.invert_yaxis()
+                axes.vlines(floor, row - 0.25, row + 0.25, color=COLOURS[1], linewidth=2)
+        axes.set(ylim=(len(bars) - 0.6, -0.8), yticks=[], xticks=[])
+        axes.margins(x=0)
+        axes.spines[:].set_visible(False)
         axes.grid(visible=False)
-        axes.set_xticks([])
         return _svg(figure)
 
 
@@ -146,11 +180,11 @@ def _drawing(width: float, height: float) -> Iterator[tuple["Figure", "Axes"]]:
     from matplotlib.figure import Figure
 
     with rc_context(_SETTINGS):
-        figure = Figure(figsize=(width, height))
+        figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots()
 
 
 def _svg(figure: "Figure") -> str:
     text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight", pad_inches=0.3, metadata={"Date": None})
+    figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()

@@ -13,7 +13,6 @@ An export holds the adapted model alone, so that its evaluation has no such rows
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,10 +20,13 @@ from numpy.typing import NDArray
 
 from microclip_deploy.data.decode import BadImage
 from microclip_deploy.data.labelled import LabelledImages
-from microclip_deploy.data.sources import BadFile, bad_image_limit, read_batches
+from microclip_deploy.data.photo import Remarks
+from microclip_deploy.data.preprocess import Preprocess
+from microclip_deploy.data.sources import BadFile, ImageSet, bad_image_limit, read_batches
 from microclip_deploy.errors import DataError, printable
 from microclip_deploy.evaluation.scores import TOP, Scores, ranks_of, score, scores_of_ranks
 from microclip_deploy.ncut.spec import saliency_warning
+from microclip_deploy.paths import StrPath, as_path
 from microclip_deploy.serving import (
     Prediction,
     RunSessions,
@@ -90,6 +92,8 @@ class SessionAccuracy:
     """Mean share of tokens in the foreground."""
     bad: tuple[BadFile, ...]
     """Images that could not be read and count nowhere."""
+    remarks: tuple[str, ...] = ()
+    """What reading the others told."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ class Evaluation:
     whole_image_masks: float
     mask_share: float
     warnings: tuple[str, ...] = field(default=())
+    left_out: Mapping[str, Any] = field(default_factory=dict)
+    """Files that were not taken for images, as `LeftOut.to_json`."""
 
     def row(self, model: str, token: str, texts: str) -> Scores | None:
         """Return the scores of a row, or None if it was not measured."""
@@ -136,6 +142,7 @@ class Evaluation:
             "mask_share": self.mask_share,
             "per_class": per_class,
             "warnings": list(self.warnings),
+            "left_out": self.left_out,
         }
 
     def tables(self, *, per_class: bool = False) -> list["Table"]:
@@ -144,16 +151,20 @@ class Evaluation:
 
 
 def evaluate(
-    directory: Path,
-    data: Path,
+    directory: StrPath,
+    data: StrPath,
     *,
     device: str = "cpu",
     batch_size: int = 64,
     zero_shot: bool = True,
     max_bad: str = "1%",
+    threads: int | None = None,
     sessions: RunSessions | None = None,
     progress: Callable[[int, int], None] = _ignore,
     on_open: Callable[[Session], None] = _no_note,
+    listed: ImageSet | None = None,
+    max_pixels: int | None = None,
+    bit_depth: int | None = None,
 ) -> Evaluation:
     """Measure a run or an export on labelled images; a run beside the model before adaptation.
 
@@ -166,30 +177,37 @@ def evaluate(
             without effect on an export, which does not hold it.
         max_bad: how many images may be unreadable, as for `sources.bad_image_limit`; they are left
             out, and named in `Evaluation.bad`.
+        threads: as for `open_session`.
         sessions: of the run, if they are open; they stay so.
         progress: called with (done, total) after each batch.
         on_open: called with the open session before the first image.
+        listed: as for `LabelledImages.read`.
+        max_pixels: as in `PhotoConfig`, in place of the run's.
+        bit_depth: likewise.
 
     Raises:
         DataError: the data, or the checkpoint (CheckpointError), cannot be used, or more images
             than allowed are unreadable.
         EnvironmentProblem: the device, or a package of the backend, is missing.
-        UsageError: `max_bad` or `device` is malformed.
+        UsageError: `max_bad`, `threads` or `device` is malformed.
     """
+    directory, data = as_path(directory, "directory"), as_path(data, "labelled images")
     with ExitStack() as stack:
         if sessions is None and zero_shot and not is_export(directory):
-            sessions = stack.enter_context(open_run(directory, device))
-        adapted = (
-            sessions.adapted if sessions else stack.enter_context(open_session(directory, device))
-        )
+            sessions = stack.enter_context(open_run(directory, device, threads=threads))
+        if sessions:
+            adapted = sessions.adapted
+        else:
+            adapted = stack.enter_context(open_session(directory, device, threads=threads))
         on_open(adapted)
-        images = LabelledImages.read(data, adapted.classes)
+        images = LabelledImages.read(data, adapted.classes, listed)
         limit = bad_image_limit(max_bad, len(images.paths))
         probes = [_Probe(adapted)]
         if zero_shot and sessions:
             heads = {"names": sessions.names, "prior": sessions.prior}
             probes.append(_Probe(sessions.initial, heads))
-        measured = _measure(probes, images, batch_size, progress)
+        preprocess = adapted.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
+        measured = _measure(probes, images, preprocess, batch_size, progress)
     bad = measured[0].bad
     if len(bad) > limit:
         raise DataError(
@@ -197,7 +215,7 @@ def evaluate(
             f"{max_bad}), found {len(bad)} of {len(images.paths)}: {_first(bad)}; repair or remove "
             "them, or raise --max-bad-images"
         )
-    return _evaluation(adapted, measured)
+    return _evaluation(adapted, measured, images.left_out.to_json())
 
 
 def accuracy(session: Session, images: LabelledImages, *, batch_size: int = 64) -> dict[str, float]:
@@ -226,7 +244,7 @@ def accuracy_of_session(
     Raises:
         DataError: no image can be read, or a label is outside the session's classes.
     """
-    return _measure([_Probe(session)], images, batch_size, progress)[0]
+    return _measure([_Probe(session)], images, session.preprocess, batch_size, progress)[0]
 
 
 @dataclass
@@ -250,7 +268,9 @@ class _Probe:
         self.whole += int(found.mask.all(axis=1).sum())
         self.mask += float(found.mask.mean(axis=1).sum())
 
-    def result(self, labels: NDArray[np.int64], bad: tuple[BadFile, ...]) -> SessionAccuracy:
+    def result(
+        self, labels: NDArray[np.int64], bad: tuple[BadFile, ...], remarks: tuple[str, ...]
+    ) -> SessionAccuracy:
         """Return the scores over all batches; `labels` are those of the readable images."""
         classes, count = len(self.session.classes), len(labels)
         rows = {
@@ -258,7 +278,7 @@ class _Probe:
             for name, parts in self.ranks.items()
         }
         return SessionAccuracy(
-            rows, self.complete / count, self.whole / count, self.mask / count, bad
+            rows, self.complete / count, self.whole / count, self.mask / count, bad, remarks
         )
 
     def _logits(self, found: Prediction) -> dict[str, NDArray[np.float32]]:
@@ -275,6 +295,7 @@ class _Probe:
 def _measure(
     probes: Sequence[_Probe],
     images: LabelledImages,
+    preprocess: Preprocess,
     batch_size: int,
     progress: Callable[[int, int], None],
 ) -> list[SessionAccuracy]:
@@ -285,8 +306,8 @@ def _measure(
     def skip(index: int, error: BadImage) -> None:
         bad.append(BadFile(error.path, error.reason))
 
-    preprocess = probes[0].session.preprocess
-    for batch in read_batches(images.paths, preprocess, batch_size, on_bad=skip):
+    remarks = Remarks()
+    for batch in read_batches(images.paths, preprocess, batch_size, on_bad=skip, remarks=remarks):
         labels = images.labels[batch.indices]
         for probe in probes:
             probe.add(batch.images, labels)
@@ -300,7 +321,8 @@ def _measure(
             "or give others"
         )
     progress(len(images.paths), len(images.paths))
-    return [probe.result(np.concatenate(seen), tuple(bad)) for probe in probes]
+    told = tuple(remarks.lines())
+    return [probe.result(np.concatenate(seen), tuple(bad), told) for probe in probes]
 
 
 def _first(bad: Sequence[BadFile]) -> str:
@@ -309,7 +331,9 @@ def _first(bad: Sequence[BadFile]) -> str:
     return f"{shown}; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else shown
 
 
-def _evaluation(session: Session, measured: Sequence[SessionAccuracy]) -> Evaluation:
+def _evaluation(
+    session: Session, measured: Sequence[SessionAccuracy], left_out: Mapping[str, Any]
+) -> Evaluation:
     adapted = measured[0]
     rows = [
         Row("adapted", token, "adapted", adapted.rows[token]) for token in ("fused", "cls", "fg")
@@ -329,12 +353,14 @@ def _evaluation(session: Session, measured: Sequence[SessionAccuracy]) -> Evalua
         whole_image_masks=adapted.whole_image_masks,
         mask_share=adapted.mask_share,
         warnings=_warnings(session, adapted),
+        left_out=left_out,
     )
 
 
 def _warnings(session: Session, adapted: SessionAccuracy) -> tuple[str, ...]:
     saliency = saliency_warning(adapted.complete_graphs)
     found = [saliency] if saliency else []
+    found += adapted.remarks
     if adapted.bad:
         found.append(f"images left out because they could not be read: {len(adapted.bad)}")
     if session.unadapted:

@@ -31,7 +31,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"percent": percent, "svg_uri": svg_uri}
+    environment.filters |= {"percent": percent, "shortened": shortened, "svg_uri": svg_uri}
     page: str = environment.get_template(template).render(values)
     return page
 
@@ -47,6 +47,14 @@ def visible(text: str) -> str:
         for c in spaced
         if c in _JOINERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
     )
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a name of at most so many characters; both ends tell more than its middle."""
+    if len(text) <= most:
+        return text
+    end = most // 2
+    return f"{text[: most - end - 1]}…{text[-end:]}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -1,7 +1,6 @@
 """Images in, named predictions out: as objects, a table, CSV, JSON, JSON Lines or overlays.
 
-Probabilities are the softmax of the fused logits, which are cosines times 100. They rank the
-classes of one image; they are not calibrated: 0.9 does not mean right nine times out of ten.
+`serving.classification` says what the probabilities are.
 """
 
 import csv
@@ -13,17 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from microclip_deploy import artifact
 from microclip_deploy.data.decode import BadImage
-from microclip_deploy.data.sources import ImageBatch, list_images, read_batches
+from microclip_deploy.data.photo import Remarks
+from microclip_deploy.data.sources import ImageBatch, ImageSet, list_sources, read_batches
 from microclip_deploy.errors import DataError, UsageError, printable
-from microclip_deploy.evaluation.overlay import overlay
 from microclip_deploy.serving import Prediction, Session
+from microclip_deploy.serving.classification import Guess, guesses
+from microclip_deploy.serving.overlay import overlay
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,17 +35,6 @@ _DAGGER = "†"
 
 # A cell that starts like this is a formula to spreadsheet programs, also behind blanks.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
-
-
-class Guess(NamedTuple):
-    """One class an image may show."""
-
-    name: str
-    probability: float
-    """Softmax of the fused logits over all classes; not calibrated."""
-    logit: float
-    adapted: bool = True
-    """False for a class that was added after the adaptation: its accuracy is zero-shot."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,15 +73,21 @@ Result = ImagePrediction | FailedImage
 
 
 def predict(
-    session: Session, sources: Sequence[Path], top_k: int = 5, *, batch_size: int = 64
+    session: Session,
+    sources: Sequence[Path] | ImageSet,
+    top_k: int = 5,
+    *,
+    batch_size: int = 64,
+    remarks: Remarks | None = None,
 ) -> Iterator[Result]:
     """Classify images one batch at a time, in the order of the sources.
 
     Args:
         session: an open model; stays open.
-        sources: images, folders or lists, as for `sources.list_images`.
+        sources: images, folders or lists, as for `sources.list_sources`, or what it returned.
         top_k: how many classes an image; all of them if there are fewer.
         batch_size: images a batch.
+        remarks: gets what reading the images tells.
 
     Returns:
         One result a file; unreadable files are results too.
@@ -105,14 +101,18 @@ def predict(
             f"--top-k and --batch-size: expected at least 1, found {top_k} and {batch_size}; "
             "give others"
         )
-    paths = [path for source in sources for path in list_images(source).paths]
-    if not paths:
+    listed = sources if isinstance(sources, ImageSet) else list_sources(sources)
+    if not listed.paths:
         raise UsageError("predict: expected images, folders or lists, found none; name some")
-    return _results(session, paths, top_k, batch_size)
+    return _results(session, listed.paths, top_k, batch_size, remarks)
 
 
 def _results(
-    session: Session, paths: Sequence[Path], top_k: int, batch_size: int
+    session: Session,
+    paths: Sequence[Path],
+    top_k: int,
+    batch_size: int,
+    remarks: Remarks | None,
 ) -> Iterator[Result]:
     """Yield results in order; bad images are told between the good ones they lie between."""
     bad: list[FailedImage] = []
@@ -121,7 +121,8 @@ def _results(
     def failed(index: int, error: BadImage) -> None:
         bad.append(FailedImage(index, error.path, error.reason))
 
-    for batch in read_batches(paths, session.preprocess, batch_size, on_bad=failed):
+    batches = read_batches(paths, session.preprocess, batch_size, on_bad=failed, remarks=remarks)
+    for batch in batches:
         for result in _predictions(session, paths, batch, top_k):
             while told < len(bad) and bad[told].index < result.index:
                 yield bad[told]
@@ -140,23 +141,14 @@ def _predictions(
     session: Session, paths: Sequence[Path], batch: ImageBatch, top_k: int
 ) -> Iterator[ImagePrediction]:
     found = session.predict(batch.images)
-    probabilities = softmax(found.logits)
-    order = np.argsort(-found.logits, axis=1, kind="stable")[:, :top_k]
+    ranked = guesses(session, found.logits, top_k)
     cls_best, fg_best = _best_of_tokens(session, found)
     names = session.classes
-    for row, index in enumerate(batch.indices.tolist()):
+    for row, (index, top) in enumerate(zip(batch.indices.tolist(), ranked, strict=True)):
         yield ImagePrediction(
             index=index,
             path=paths[index],
-            top=tuple(
-                Guess(
-                    names[c],
-                    float(probabilities[row, c]),
-                    float(found.logits[row, c]),
-                    adapted=names[c] not in session.unadapted,
-                )
-                for c in order[row]
-            ),
+            top=top,
             cls_top1=names[cls_best[row]],
             fg_top1=names[fg_best[row]],
             mask=found.mask[row],
@@ -164,14 +156,6 @@ def _predictions(
             complete=bool(found.complete[row]),
             view=batch.images[row],
         )
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the softmax (B, C) of float (B, C) logits in float64; rows sum to 1."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    weights = np.exp(shifted)
-    shares: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
-    return shares
 
 
 def _best_of_tokens(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +18,21 @@ from microclip_deploy.adapt.log import HISTORY, read_history
 from microclip_deploy.adapt.run_directory import RunInputs, read_inputs
 from microclip_deploy.errors import CheckpointError, MicroclipError, printable
 from microclip_deploy.evaluation import page
-from microclip_deploy.evaluation.chart import column_chart, epoch_chart
+from microclip_deploy.evaluation.chart import (
+    HALF,
+    Drawing,
+    column_chart,
+    drawing,
+    epoch_chart,
+)
 from microclip_deploy.evaluation.evaluate import EVALUATION
-from microclip_deploy.evaluation.overlay import attention_map, overlay
 from microclip_deploy.evaluation.page import percent
-from microclip_deploy.evaluation.predict import FailedImage, Guess, ImagePrediction, predict
+from microclip_deploy.evaluation.predict import FailedImage, ImagePrediction, predict
 from microclip_deploy.model.checkpoint import SCHEMA
+from microclip_deploy.paths import StrPath, as_path
 from microclip_deploy.serving import RunSessions, open_run
+from microclip_deploy.serving.classification import Guess
+from microclip_deploy.serving.overlay import attention_map, overlay
 
 REPORT = "report.html"
 
@@ -34,10 +43,10 @@ _EXTREMES = 12  # most and least frequent classes shown beyond that
 
 
 class Chart(NamedTuple):
-    """A drawing."""
+    """A drawing and what is said about it."""
 
     title: str
-    svg: str
+    drawing: Drawing
     note: str = ""
 
 
@@ -55,8 +64,8 @@ class LabelCounts(NamedTuple):
 
     groups: tuple[tuple[str, tuple[LabelBar, ...]], ...]
     """Heading and bars."""
-    profile: str
-    """SVG of all counts in falling order; '' where every class has a bar."""
+    profile: Drawing | None
+    """All counts in falling order; None where every class has a bar."""
     even: float
     """Count of every class if all were equally frequent."""
     unused: int
@@ -83,7 +92,7 @@ class Montage(NamedTuple):
 
 
 def write_report(
-    run_dir: Path,
+    run_dir: StrPath,
     *,
     device: str = "cpu",
     sample_images: int = 12,
@@ -106,6 +115,7 @@ def write_report(
         CheckpointError: the run is not finished, or damaged.
         EnvironmentProblem: the disk is full or the directory cannot be written.
     """
+    run_dir = as_path(run_dir, "run")
     manifest = artifact.read_manifest(run_dir, SCHEMA)
     inputs = _inputs(run_dir)
     montage = _montage(run_dir, inputs, device, sample_images, sessions)
@@ -141,6 +151,7 @@ def render(
         labels=_label_counts(manifest["classes"], history),
         headline=_headline(manifest, history, evaluation),
         warnings=_warnings(manifest, evaluation),
+        created=_created(manifest),
         settings=_settings(manifest),
         listed=_LISTED,
     )
@@ -165,17 +176,13 @@ def _headline(
     evaluation: Mapping[str, Any] | None,
 ) -> list[tuple[str, str, str]]:
     """Return (label, value, remark) of the figures at the top."""
-    images, backbone = manifest["images"], manifest["backbone"]
+    images = manifest["images"]
     skipped = f"{images['bad']} skipped" if images["bad"] else "none skipped"
     figures = [
         ("Classes", f"{len(manifest['classes']):,}", ""),
         ("Images", f"{images['used']:,}", skipped),
         ("Epochs", str(len(history)), _duration(sum(e["seconds"] for e in history))),
-        (
-            "Backbone",
-            Path(backbone["model"]).name or backbone["model"],
-            backbone["pretrained"] or "",
-        ),
+        ("Backbone", *_backbone(manifest)),
     ]
     # A caller of the library may have measured other things than accuracy.
     validation = [epoch.get("validation") or {} for epoch in history]
@@ -192,6 +199,18 @@ def _headline(
     return figures
 
 
+def _backbone(manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the name of the model behind a run, and where its weights are from."""
+    model, pretrained = manifest["backbone"]["model"], manifest["backbone"]["pretrained"]
+    kind, _, place = model.rpartition(":")
+    weights = {"local-dir": "a local folder", "hf-hub": place.partition("/")[0]}.get(kind, "")
+    if model == "demo":
+        weights = "the tiny model of this package"
+    origin = Path(pretrained).name if pretrained else weights
+    side = f"{manifest['preprocess']['size']} pixels"
+    return Path(place).name or model, f"{origin}, {side}" if origin else side
+
+
 def _top1(evaluation: Mapping[str, Any] | None, model: str, token: str) -> float | None:
     texts = {"zero-shot": "names", "adapted": "adapted"}[model]
     wanted = (model, token, texts)
@@ -201,6 +220,12 @@ def _top1(evaluation: Mapping[str, Any] | None, model: str, token: str) -> float
 
 def _from_to(before: float | None, after: float) -> str:
     return percent(after) if before is None else f"{100 * before:.1f} → {percent(after)}"
+
+
+def _created(manifest: Mapping[str, Any]) -> str:
+    """Return when the checkpoint was written, to the minute; '' where it does not say."""
+    created = str(manifest.get("created_utc", ""))
+    return f"{created[:10]} {created[11:16]} UTC" if created else ""
 
 
 def _duration(seconds: float) -> str:
@@ -239,7 +264,7 @@ def _charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
     def chart(title: str, names: Mapping[str, str], note: str = "", *, share: bool = True) -> Chart:
         series = dict(zip(names.values(), columns(*names), strict=True))
-        return Chart(title, epoch_chart(series, percent=share), note)
+        return Chart(title, _epochs(series, percent=share), note)
 
     loss = {"loss": "total", "cross_entropy": "cross-entropy", "fairness": "fairness"}
     agreement = {
@@ -266,10 +291,13 @@ def _charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
         if any(key in line for line in validation)
     }
     if measured:
-        svg = epoch_chart(measured, percent=True)
         note = "Top-1 on labelled images that never reach the training."
-        found.insert(0, Chart("Validation accuracy", svg, note))
-    return [entry for entry in found if entry.svg]
+        found.insert(0, Chart("Validation accuracy", _epochs(measured, percent=True), note))
+    return [entry for entry in found if entry.drawing.wide]
+
+
+def _epochs(series: Mapping[str, Sequence[float | None]], *, percent: bool) -> Drawing:
+    return drawing(partial(epoch_chart, series, percent=percent), HALF)
 
 
 def _label_counts(
@@ -286,12 +314,12 @@ def _label_counts(
     if len(bars) <= _BARS:
         half = math.ceil(len(bars) / 2)
         groups = (("", tuple(bars[:half])), ("", tuple(bars[half:])))
-        return LabelCounts(groups, "", even, unused)
+        return LabelCounts(groups, None, even, unused)
     groups = (
         ("Most frequent", tuple(bars[:_EXTREMES])),
         ("Least frequent", tuple(bars[-_EXTREMES:])),
     )
-    profile = column_chart(sorted(counts, reverse=True), even)
+    profile = drawing(partial(column_chart, sorted(counts, reverse=True), even))
     return LabelCounts(groups, profile, even, unused)
 
 

@@ -169,7 +169,7 @@ def _preprocess_of(clip: Any) -> Preprocess:
         CheckpointError: open_clip's transform does something that ours does not know.
     """
     settings = open_clip.get_model_preprocess_cfg(clip)
-    statistics = {
+    statistics: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list | tuple) else (value,) * 3
         for name, value in settings.items()
         if name in ("mean", "std")

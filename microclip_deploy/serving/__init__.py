@@ -1,5 +1,6 @@
 """Inference sessions: one protocol, one session or encoder a file."""
 
+from microclip_deploy.serving.classification import Classification
 from microclip_deploy.serving.opening import (
     RunSessions,
     is_export,
@@ -10,6 +11,7 @@ from microclip_deploy.serving.opening import (
 from microclip_deploy.serving.session import Prediction, Session
 
 __all__ = [
+    "Classification",
     "Prediction",
     "RunSessions",
     "Session",

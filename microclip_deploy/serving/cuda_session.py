@@ -17,7 +17,6 @@ from microclip_deploy.serving.session import (
     Facts,
     Prediction,
     Session,
-    checked_images,
     closed_session,
 )
 
@@ -42,7 +41,7 @@ class Pipeline(Protocol):
 
 
 class CudaSession(Session):
-    """A pipeline as a session; `predict` may be called from several threads."""
+    """A pipeline as a session; threads take turns."""
 
     def __init__(
         self, pipeline: Pipeline, facts: Facts, *, buckets: Sequence[int] = BUCKETS
@@ -59,9 +58,8 @@ class CudaSession(Session):
         self.buckets = tuple(buckets)
         self._lock = threading.Lock()
 
-    def predict(self, images: NDArray[np.uint8]) -> Prediction:
-        """Classify images as every session does; where memory lacks, smaller batches may fit."""
-        return self.in_parts(checked_images(images, self.preprocess.size), _run)
+    def _answer(self, pixels: NDArray[np.uint8]) -> Prediction:
+        return self.in_parts(pixels, _run)
 
     def in_parts(
         self,
@@ -98,8 +96,7 @@ class CudaSession(Session):
             raise closed_session()
         return self._pipeline
 
-    def close(self) -> None:
-        """Release graphs, buffers and weights, once the call that uses them is done."""
+    def _release(self) -> None:
         with self._lock:
             if self._pipeline is not None:
                 self._pipeline.close()

@@ -10,14 +10,18 @@ similarities across it, and with them whole masks; that is why every provider co
 precision of the graph.
 """
 
+import ctypes
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from weakref import WeakSet
 
 import numpy as np
 import onnxruntime
@@ -30,6 +34,7 @@ from microclip_deploy.errors import (
     MicroclipError,
     UsageError,
 )
+from microclip_deploy.processors import checked_threads, limited_cpus
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
@@ -92,17 +97,16 @@ class OnnxGraph:
         Args:
             path: an .onnx file; data outside its folder is refused.
             device: "auto", "cpu", "cuda", "cuda:N" or "openvino".
-            threads: of one operator on the CPU; None for one a core.
+            threads: of one operator on the CPU; None for one a core that this process may use.
             stream: address of the CUDA stream that everything runs on; only with "cuda" and
                 "cuda:N". None for one of ONNX Runtime's own.
 
         Raises:
             CheckpointError: no graph that this ONNX Runtime can run.
             EnvironmentProblem: the device, its provider or its memory is missing.
-            UsageError: an unknown device, or fewer than one thread.
+            UsageError: an unknown device, or no number of threads.
         """
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads: expected at least 1, found {threads}; give more")
+        checked_threads(threads)
         self._path = path
         self._session = (
             _start_auto(path, threads)
@@ -110,6 +114,7 @@ class OnnxGraph:
             else _start(path, device, threads, stream)
         )
         self.device = _device_of(self._session)
+        _kept_in_forks().add(self)
 
     def inputs(self) -> dict[str, Input]:
         """Return the inputs by name, those with a default among them."""
@@ -216,6 +221,24 @@ def _start(
     return session
 
 
+@cache
+def _kept_in_forks() -> "WeakSet[OnnxGraph]":
+    """Return the graphs that a fork of this process never frees.
+
+    To free a graph is to wait for its threads; a fork has none, and would wait for ever, at the
+    latest when it ends.
+    """
+    graphs: WeakSet[OnnxGraph] = WeakSet()
+
+    def keep() -> None:
+        for graph in graphs:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))
+
+    if hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
+        os.register_at_fork(after_in_child=keep)
+    return graphs
+
+
 def _settings(threads: int | None) -> onnxruntime.SessionOptions:
     """Return the settings of every session; speed, and what int8 products are, is decided here.
 
@@ -229,7 +252,8 @@ def _settings(threads: int | None) -> onnxruntime.SessionOptions:
     settings.add_session_config_entry("session.x64quantprecision", "1")
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     settings.log_severity_level = 3  # errors
-    settings.intra_op_num_threads = threads or 0  # 0: one a core
+    # 0: one a core, whatever the container allows; threads beyond that would wait for one another.
+    settings.intra_op_num_threads = threads or limited_cpus() or 0
     return settings
 
 
@@ -240,6 +264,7 @@ def _provider(device: str, threads: int | None) -> tuple[str, dict[str, str]]:
     if device == "openvino":
         # Where the processor has bfloat16 matrix units OpenVINO would use them.
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        threads = threads or limited_cpus()
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         return _OPENVINO, {"device_type": "CPU", "load_config": json.dumps({"CPU": settings})}

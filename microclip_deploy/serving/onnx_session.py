@@ -1,6 +1,5 @@
 """ONNX Runtime session: an export, run without PyTorch."""
 
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -8,13 +7,13 @@ from numpy.typing import NDArray
 
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.head import fused_logits
+from microclip_deploy.paths import StrPath, as_path
 from microclip_deploy.serving.exported import FULL, Export, read_export
 from microclip_deploy.serving.onnx_graph import Input, OnnxGraph
 from microclip_deploy.serving.session import (
     Facts,
     Prediction,
     Session,
-    checked_images,
     closed_session,
 )
 
@@ -25,8 +24,8 @@ _OUTPUTS = Prediction._fields
 class OnnxSession(Session):
     """An export as a session.
 
-    The class matrix is an input of the graph, so classes change without another export. `predict`
-    may be called from several threads at once: the session holds no state that a call changes.
+    The class matrix is an input of the graph, so classes change without another export. Several
+    threads may use it at once: it holds no state that a call changes.
     """
 
     def __init__(self, graph: OnnxGraph, facts: Facts, cls_share: float) -> None:
@@ -35,35 +34,29 @@ class OnnxSession(Session):
         self._cls_share = cls_share
 
     @classmethod
-    def open(cls, path: Path, device: str = "cpu", *, threads: int | None = None) -> Self:
+    def open(cls, path: StrPath, device: str = "cpu", *, threads: int | None = None) -> Self:
         """Verify an export and load its whole graph.
 
         Args:
             path: directory that `export` wrote.
             device: "auto", "cpu", "cuda", "cuda:N" or "openvino".
-            threads: of one operator on the CPU; None for one a core.
+            threads: of one operator on the CPU; None for one a core that this process may use.
 
         Raises:
             CheckpointError: missing, damaged, or with a graph that cannot be run.
             EnvironmentProblem: the device, its provider or its memory is missing.
-            UsageError: an unknown device, or fewer than one thread.
+            UsageError: an unknown device, or no number of threads.
         """
-        export = read_export(path)
-        graph = OnnxGraph(path / FULL, device, threads=threads)
+        export = read_export(as_path(path, "export"))
+        graph = OnnxGraph(export.directory / FULL, device, threads=threads)
         _require_contract(graph, export)
         return cls(graph, export.facts(), export.manifest.cls_share)
 
-    def predict(self, images: NDArray[np.uint8]) -> Prediction:
-        """Classify images as every session does.
-
-        Raises:
-            CheckpointError: the graph fails on them; and as every session does.
-        """
+    def _answer(self, pixels: NDArray[np.uint8]) -> Prediction:
         graph = self._graph
-        if graph is None:
+        if graph is None:  # closed by another thread meanwhile
             raise closed_session()
-        image = checked_images(images, self.preprocess.size)
-        feeds: dict[str, NDArray[Any]] = {"image": image, "classifier": self._classifier}
+        feeds: dict[str, NDArray[Any]] = {"image": pixels, "classifier": self._classifier}
         if self.device != "openvino":
             return Prediction(*graph.run(_OUTPUTS, feeds))
         # OpenVINO takes an input's default for a constant: it would answer for the classes that
@@ -74,9 +67,8 @@ class OnnxSession(Session):
         logits = fused_logits(found["cls"], found["fg"], self._classifier, cls_share)
         return Prediction(logits=logits, **found)
 
-    def close(self) -> None:
-        """Drop the graph; its memory goes with it once no call uses it."""
-        self._graph = None
+    def _release(self) -> None:
+        self._graph = None  # its memory goes once no call uses it
 
 
 def _require_contract(graph: OnnxGraph, export: Export) -> None:

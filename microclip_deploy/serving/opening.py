@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from microclip_deploy import artifact
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, require
+from microclip_deploy.paths import StrPath, as_path
+from microclip_deploy.processors import checked_threads
 from microclip_deploy.serving.engines import has_engines
 from microclip_deploy.serving.session import Session
 
@@ -27,43 +29,58 @@ _EXPORT = "microclip.export/"
 _log = logging.getLogger(__name__)
 
 
-def open_session(path: Path, device: str = "cpu") -> Session:
+def open_session(
+    path: StrPath,
+    device: str = "cpu",
+    *,
+    max_pixels: int | None = None,
+    bit_depth: int | None = None,
+    threads: int | None = None,
+) -> Session:
     """Open a run or an export with the backend that the schema in its manifest asks for.
 
     Args:
-        path: directory that `adapt` or `export` wrote.
+        path: directory that `adapt` or `export` wrote; text or a Path.
         device: "auto", "cpu", "cuda" or "cuda:N"; for an export also "openvino", "tensorrt" and
             "tensorrt:N". "auto" is a GPU where the backend has one that works, otherwise the CPU;
             the session's `device` says which. A GPU is served by the CUDA kernels where cupy is
             installed, and of an export by its TensorRT engines where it has some for this machine;
             "tensorrt" insists on them.
+        max_pixels: as in `PhotoConfig`, in place of the run's; so `session.preprocess.read` takes
+            photos that are larger.
+        bit_depth: likewise.
+        threads: of the CPU for one operator; None for one a core that this process may use.
+            PyTorch has one such number for all of the process.
 
     Raises:
         CheckpointError: missing, damaged or of an unknown schema.
         EnvironmentProblem: the backend's packages or the device are missing.
-        UsageError: not a device that this backend knows.
+        UsageError: not a path, a number out of range, or a device that this backend does not know.
     """
+    path, device, threads = as_path(path, "session"), str(device), checked_threads(threads)
     schema = artifact.read_schema(path)
     if schema.startswith(_CHECKPOINT):
-        session = _open_run(path, device)
+        session = _open_run(path, device, threads)
     elif schema.startswith(_EXPORT):
-        session = _open_export(path, device)
+        session = _open_export(path, device, threads)
     else:
         raise CheckpointError(
             f"{path / artifact.MANIFEST}: expected schema {_CHECKPOINT}N or {_EXPORT}N, found "
             f"{schema}; give a directory that `adapt` or `export` wrote"
         )
+    if max_pixels is not None or bit_depth is not None:
+        session.preprocess = session.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
     _log.info("%s: opened with %s on %s", path, type(session).__name__, session.device)
     return session
 
 
-def is_export(path: Path) -> bool:
+def is_export(path: StrPath) -> bool:
     """Say whether a directory is an export, which holds the adapted model alone.
 
     Raises:
         CheckpointError: it has no manifest with a schema.
     """
-    return artifact.read_schema(path).startswith(_EXPORT)
+    return artifact.read_schema(as_path(path, "directory")).startswith(_EXPORT)
 
 
 # Through `require`, so that whichever package is missing comes with its install line.
@@ -90,25 +107,33 @@ class RunSessions(NamedTuple):
         self.initial.close()
 
 
-def open_run(path: Path, device: str = "cpu", *, clip: "Clip | None" = None) -> RunSessions:
+def open_run(
+    path: StrPath,
+    device: str = "cpu",
+    *,
+    clip: "Clip | None" = None,
+    threads: int | None = None,
+) -> RunSessions:
     """Open a run as it is now and as it was before adaptation; CLIP is loaded once.
 
     Args:
         path: directory that `adapt` wrote.
         device: "auto", "cpu", "cuda" or "cuda:N".
         clip: the model behind the run, if it is loaded on this device already.
+        threads: as for `open_session`.
 
     Raises:
         CheckpointError: missing or damaged, or CLIP's weights have changed.
         EnvironmentProblem: packages or the device are missing.
-        UsageError: not a device that PyTorch knows.
+        UsageError: not a path, a number of threads, or a device that PyTorch knows.
     """
     require("microclip_deploy.serving.torch_session", "adapt")
     from microclip_deploy.model import checkpoint as stored
-    from microclip_deploy.serving.torch_session import TorchSession, resolve_device
+    from microclip_deploy.serving.torch_session import TorchSession, resolve_device, use_threads
 
-    place = resolve_device(device)
-    checkpoint = stored.read_checkpoint(path)
+    place = resolve_device(str(device))
+    use_threads(threads)
+    checkpoint = stored.read_checkpoint(as_path(path, "run"))
     clip = clip or stored.load_backbone(checkpoint, place)
     known, heads = checkpoint.manifest, checkpoint.heads()
     initial = stored.initial_model(checkpoint, clip)
@@ -120,12 +145,13 @@ def open_run(path: Path, device: str = "cpu", *, clip: "Clip | None" = None) -> 
     )
 
 
-def _open_run(path: Path, device: str) -> Session:
+def _open_run(path: Path, device: str, threads: int | None) -> Session:
     require("microclip_deploy.serving.torch_session", "adapt")
     from microclip_deploy.model.checkpoint import load_model, read_checkpoint
-    from microclip_deploy.serving.torch_session import resolve_device
+    from microclip_deploy.serving.torch_session import resolve_device, use_threads
 
     place = resolve_device(device)
+    use_threads(threads)
     checkpoint = read_checkpoint(path)
     return _open_model(load_model(checkpoint, place), checkpoint.manifest, place, device)
 
@@ -145,7 +171,7 @@ def _open_model(model: "MicroCLIP", known: "CheckpointManifest", place: str, ask
     return _without_cupy(TorchSession(model, known.classes, known.preprocess, place))
 
 
-def _open_export(path: Path, device: str) -> Session:
+def _open_export(path: Path, device: str, threads: int | None) -> Session:
     """Open an export: with engines or kernels on a GPU, otherwise with ONNX Runtime alone."""
     if re.fullmatch(r"tensorrt(:\d+)?", device):
         return _open_engines(path, device.replace("tensorrt", "cuda"))
@@ -153,21 +179,23 @@ def _open_export(path: Path, device: str) -> Session:
         session = _with_engines(path, device)
         if session is not None:
             return session
-    return open_graphs(path, device)
+    return open_graphs(path, device, threads=threads)
 
 
-def open_graphs(path: Path, device: str = "cpu") -> Session:
+def open_graphs(path: StrPath, device: str = "cpu", *, threads: int | None = None) -> Session:
     """Open an export with ONNX Runtime, whatever engines lie beside its graphs.
 
     Args:
         path: directory that `export` wrote.
         device: "auto", "cpu", "cuda", "cuda:N" or "openvino".
+        threads: as for `open_session`.
 
     Raises:
         CheckpointError: missing or damaged.
         EnvironmentProblem: packages or the device are missing.
-        UsageError: not a device that ONNX Runtime serves.
+        UsageError: not a path, a number of threads, or a device that ONNX Runtime serves.
     """
+    path, device = as_path(path, "export"), str(device)
     require("microclip_deploy.serving.onnx_session", "cpu")
     from microclip_deploy.serving.onnx_graph import has_cuda
     from microclip_deploy.serving.onnx_session import OnnxSession
@@ -180,7 +208,7 @@ def open_graphs(path: Path, device: str = "cpu") -> Session:
         session = _with_kernels(partial(open_export, path, found), auto=device == "auto")
         if session is not None:
             return session
-    return _without_cupy(OnnxSession.open(path, device))
+    return _without_cupy(OnnxSession.open(path, device, threads=threads))
 
 
 def _open_engines(path: Path, device: str) -> Session:

@@ -10,22 +10,27 @@ from microclip_deploy.cli.main import EPILOG, app, main
 
 COMMAND = typer.main.get_command(app)
 
+PHOTOS = ("--max-pixels", "--bit-depth")  # of every command that reads photos
+
 SURFACE = {
     "adapt": {
         "--out", "--classes", "--descriptions", "--template", "--model", "--pretrained", "--recipe",
         "--set", "--epochs", "--batch-size", "--lr", "--seed", "--val-dir", "--device", "--workers",
-        "--max-bad-images", "--save-every", "--resume", "--overwrite", "--json",
+        "--max-bad-images", "--save-every", "--resume", "--overwrite", "--json", *PHOTOS,
     },
     "evaluate": {
-        "--device", "--batch-size", "--zero-shot", "--max-bad-images", "--per-class", "--json",
+        "--device", "--batch-size", "--zero-shot", "--max-bad-images", "--per-class", "--threads",
+        "--json", *PHOTOS,
     },
-    "predict": {"--top-k", "--format", "--overlay", "--device", "--batch-size"},
+    "predict": {
+        "--top-k", "--format", "--overlay", "--device", "--batch-size", "--threads", *PHOTOS,
+    },
     "export": {
         "--out", "--dtype", "--images", "--device", "--atol", "--min-agreement", "--overwrite",
         "--trt", "--batch", "--workspace", "--opt-level", "--timing-cache", "--version-compatible",
-        "--hardware-compat", "--print-trtexec", "--json",
+        "--hardware-compat", "--print-trtexec", "--json", *PHOTOS,
     },
-    "verify": {"--run", "--images", "--device", "--json"},
+    "verify": {"--run", "--images", "--device", "--json", *PHOTOS},
     "classes": set(),
     "classes list": {"--json"},
     "classes add": {"--descriptions", "--model", "--pretrained", "--json"},
@@ -34,12 +39,12 @@ SURFACE = {
     "bench model": {
         "--backends", "--device", "--batches", "--concurrency", "--warmup", "--duration",
         "--until-stable", "--percentiles", "--dtype", "--peers", "--images", "--threads",
-        "--stages", "--out", "--baseline", "--max-regression", "--slo", "--json",
+        "--stages", "--out", "--baseline", "--max-regression", "--slo", "--json", *PHOTOS,
     },
     "bench compare": set(),
     "bench adapt": {
         "--geometry", "--batch-size", "--crops", "--repeats", "--workers", "--device", "--plain",
-        "--images", "--out", "--json",
+        "--images", "--out", "--json", *PHOTOS,
     },
     "bench ncut": {"--batches", "--tokens", "--dtype", "--device", "--out", "--json"},
     "demo": {"--out", "--write-images", "--seed", "--device", "--json"},

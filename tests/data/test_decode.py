@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microclip_deploy.data.decode import BadImage, decode_image, read_image
-from microclip_deploy.errors import printable
+from microclip_deploy.data import decode
+from microclip_deploy.data.decode import BadImage, decode_image, read_image, read_photo
+from microclip_deploy.data.photo import MAX_PIXELS, USUAL, Kind
+from microclip_deploy.errors import UsageError, printable
 
 ORIENTATION = 0x0112
 GIF_BOMB = (
@@ -45,6 +47,12 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
+
+
+def rotated(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return exif
 
 
 def reason_for(path: Path) -> str:
@@ -77,15 +85,14 @@ def test_formats_are_known_by_their_content(tmp_path: Path, kind: str) -> None:
         (png(1000, 3), "1000x3 pixels, one side exceeds 100 times the other"),
         (png(20, 20)[:60], "the file is truncated"),
         (encoded(gradient(200, 200), "JPEG")[:-900], "the file is truncated"),
-        (png(8_000, 8_000, rows=1), "8000x8000 pixels exceed the limit of 50000000 pixels"),
-        (png(10_000, 10_000, rows=1), "10000x10000 pixels exceed the limit"),
-        (png(30_000, 30_000, rows=1), "the header declares more pixels than the limit"),
-        (GIF_BOMB, "the header declares more pixels than the limit"),
-        (b"P6 60000 60000 255\n", "the header declares more pixels than the limit"),
+        (png(20_000, 20_000, rows=1), "20000x20000 pixels exceed the limit of 200000000 pixels"),
+        (png(30_000, 30_000, rows=1), "30000x30000 pixels exceed the limit"),
+        (GIF_BOMB, "pixels"),
+        (b"P6 60000 60000 255\n", "60000x60000 pixels exceed the limit"),
         (encoded(Image.new("F", (9, 9), 0.5), "TIFF"), "floating-point pixels have no defined"),
         (encoded(Image.new("I", (9, 9), 70000), "TIFF"), "more than 16 bits have no defined"),
     ],
-    ids=range(15),
+    ids=range(14),
 )
 def test_unusable_content_is_refused_with_its_reason(
     tmp_path: Path, content: bytes, reason: str
@@ -100,7 +107,7 @@ def test_header_bombs_are_refused_before_memory_is_allocated(tmp_path: Path) -> 
     path.write_bytes(png(30_000, 30_000, rows=1))
     heavy = tmp_path / "heavy.png"
     heavy.write_bytes(png(9, 9, struct.pack(">I", 100_000_000) + b"tEXt"))
-    os.truncate(heavy, 100_000_001)
+    os.truncate(heavy, 8 * MAX_PIXELS + 1)
     script = (
         "import resource, sys\n"
         "from microclip_deploy.data.decode import BadImage, read_image\n"
@@ -156,24 +163,38 @@ def test_cmyk_jpeg_keeps_its_colours(tmp_path: Path) -> None:
     assert np.abs(np.asarray(read_image(path), int) - (200, 30, 40)).max() < 8
 
 
-def test_alpha_is_dropped_and_not_composited(tmp_path: Path) -> None:
-    path = tmp_path / "clear.png"
-    Image.new("RGBA", (4, 4), (10, 20, 30, 0)).save(path)
-    assert read_image(path).getpixel((0, 0)) == (10, 20, 30)
+@pytest.mark.parametrize(
+    ("background", "shown"),
+    [("white", (255, 255, 255)), ("#010203", (1, 2, 3)), ("none", (10, 20, 30))],
+)
+def test_transparent_photos_lie_on_the_background(
+    tmp_path: Path, background: str, shown: tuple[int, int, int]
+) -> None:
     palette = Image.new("P", (4, 4))
     palette.putpalette([10, 20, 30, 40, 50, 60])
-    palette.save(path, transparency=b"\x00\x80")
-    assert read_image(path).getpixel((0, 0)) == (10, 20, 30)
+    grey = Image.new("LA", (4, 4), (10, 0))
+    for content, expected in (
+        (encoded(Image.new("RGBA", (4, 4), (10, 20, 30, 0)), "PNG"), shown),
+        (encoded(palette, "PNG", transparency=b"\x00\x80"), shown),
+        (encoded(Image.new("RGB", (4, 4), (10, 20, 30)), "PNG", transparency=(10, 20, 30)), shown),
+        (encoded(grey, "PNG"), (10, 10, 10) if background == "none" else shown),
+    ):
+        path = tmp_path / "clear.png"
+        path.write_bytes(content)
+        assert read_image(path, background=background).getpixel((0, 0)) == expected
+
+
+def test_a_background_that_is_no_colour_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="background: expected another value"):
+        read_image(tmp_path / "any.png", background="whiteish")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_exif_orientation_is_applied_once(tmp_path: Path, kind: str, orientation: int) -> None:
     path = tmp_path / "rotated"
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
     stored = gradient(48, 32)
-    path.write_bytes(encoded(stored, kind, exif=exif))
+    path.write_bytes(encoded(stored, kind, exif=rotated(orientation)))
     upright = stored.rotate({1: 0, 3: 180, 6: -90, 8: 90}[orientation], expand=True)
     image = read_image(path)
     assert image.size == upright.size
@@ -208,7 +229,7 @@ def test_large_or_damaged_metadata_does_not_cost_the_image(tmp_path: Path, conte
 
 
 def test_warnings_of_pillow_do_not_leak_and_filters_are_restored(tmp_path: Path) -> None:
-    (tmp_path / "large.png").write_bytes(png(10_000, 10_000, rows=1))
+    (tmp_path / "large.png").write_bytes(png(20_000, 20_000, rows=1))
     (tmp_path / "exif.jpg").write_bytes(
         encoded(gradient(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05" + b"\x01\x12\0\x02" * 9)
     )
@@ -227,7 +248,8 @@ def test_warnings_of_pillow_do_not_leak_and_filters_are_restored(tmp_path: Path)
             reasons = list(pool.map(attempt, ["large.png", "exif.jpg"] * 50))
         assert list(warnings.filters) == before
     assert leaked == []
-    assert set(reasons) == {"", "10000x10000 pixels exceed the limit of 50000000 pixels"}
+    large = "20000x20000 pixels exceed the limit of 200000000 pixels (--max-pixels)"
+    assert set(reasons) == {"", large}
 
 
 def test_limit_of_pixels_is_an_argument(tmp_path: Path) -> None:
@@ -236,6 +258,52 @@ def test_limit_of_pixels_is_an_argument(tmp_path: Path) -> None:
     assert read_image(path, max_pixels=200).size == (20, 10)
     with pytest.raises(BadImage, match="20x10 pixels exceed the limit of 199"):
         read_image(path, max_pixels=199)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_large_photos_are_decoded_at_reduced_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, mode: str
+) -> None:
+    x, y = np.meshgrid(np.linspace(0, 255, 128), np.linspace(0, 255, 72))
+    source = Image.fromarray(((x + y) / 2).astype(np.uint8)).convert(mode)
+    path = tmp_path / "large"
+    path.write_bytes(encoded(source, kind, **({} if kind == "GIF" else {"exif": rotated(6)})))
+    whole = read_image(path)
+    monkeypatch.setattr(decode, "FULL_PIXELS", 128 * 72 // 9)
+    photo = read_photo(path, USUAL)
+    assert [remark.kind for remark in photo.remarks] == [Kind.REDUCED]
+    assert photo.image.size == tuple(side // 4 for side in whole.size)
+    error = np.asarray(photo.image, int) - np.asarray(whole.reduce(4), int)
+    assert np.abs(error).mean() < 3
+
+
+def cut(count: int, **options: object) -> bytes:
+    return encoded(gradient(200, 400), "JPEG", **options)[:-count]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_jpeg_without_its_end_marker_is_read(
+    tmp_path: Path, count: int, progressive: bool, orientation: int
+) -> None:
+    path = tmp_path / "cut.jpg"
+    options = {"progressive": progressive, "exif": rotated(orientation)}
+    path.write_bytes(cut(count, **options))
+    photo = read_photo(path, USUAL)
+    assert [remark.kind for remark in photo.remarks] == [Kind.UNENDED]
+    (tmp_path / "whole.jpg").write_bytes(encoded(gradient(200, 400), "JPEG", **options))
+    assert photo.image.tobytes() == read_image(tmp_path / "whole.jpg").tobytes()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_jpeg_that_lacks_more_is_refused(tmp_path: Path, share: float, progressive: bool) -> None:
+    path = tmp_path / "cut.jpg"
+    whole = encoded(gradient(200, 400), "JPEG", progressive=progressive)
+    path.write_bytes(whole[: -int(share * len(whole))])
+    assert reason_for(path) == "the file is truncated"
 
 
 def mutated(content: bytes, rng: np.random.Generator) -> bytes:

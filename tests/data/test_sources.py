@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from microclip_deploy.data import sources
-from microclip_deploy.data.decode import BadImage, read_image
+from microclip_deploy.data.decode import BadImage, read_photo
+from microclip_deploy.data.photo import Photo, PhotoConfig
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.data.sources import bad_image_limit, check_images, list_images, read_batches
 from microclip_deploy.errors import DataError, UsageError
@@ -95,9 +96,9 @@ def test_missing_source_is_refused(tmp_path: Path, name: str) -> None:
 def test_empty_folder_and_folder_of_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="found no files; give another folder"):
         list_images(tmp_path)
-    (tmp_path / "a.heic").write_bytes(b"x")
-    (tmp_path / "b.heic").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"other files \(2 x \.heic\)"):
+    (tmp_path / "a.psd").write_bytes(b"x")
+    (tmp_path / "b.PSD").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"found 2 \.psd \(convert to PNG or JPEG\); give another"):
         list_images(tmp_path)
 
 
@@ -111,12 +112,11 @@ def test_unreadable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         list_images(tmp_path)
 
 
-def test_single_image_is_a_source_and_another_file_is_not(tmp_path: Path) -> None:
-    path = save(tmp_path / "one.png")
+@pytest.mark.parametrize("name", ["one.png", "one.heic", "one"])
+def test_a_single_file_is_a_source_whatever_its_ending(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.touch()
     assert list_images(path).paths == (path,)
-    (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(DataError, match=r"\.csv, \.tsv or \.txt list or an image"):
-        list_images(tmp_path / "list.json")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_batches_are_the_test_views_in_order(tmp_path: Path) -> None:
     assert [batch.indices.tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
     images = np.concatenate([batch.images for batch in batches])
     assert images.dtype == np.uint8
-    expected = np.stack([TINY.test_view(read_image(path)) for path in paths])
+    expected = np.stack([TINY.test_view(TINY.read(path)) for path in paths])
     np.testing.assert_array_equal(images, expected)
 
 
@@ -236,15 +236,34 @@ def test_reading_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     path = save(tmp_path / "a.png")
     started: list[Path] = []
 
-    def counted(path: Path, max_pixels: int) -> Image.Image:
+    def counted(path: Path, config: PhotoConfig) -> Photo:
         started.append(path)
-        return read_image(path, max_pixels=max_pixels)
+        return read_photo(path, config)
 
-    monkeypatch.setattr(sources, "read_image", counted)
+    monkeypatch.setattr(sources, "read_photo", counted)
     batches = read_batches([path] * 1000, TINY, 2, threads=2)
     next(batches)
     batches.close()  # type: ignore[attr-defined]  # a generator, declared as an iterator
     assert len(started) <= 2 + 4 * 2
+
+
+def test_the_next_batch_is_decoded_while_one_is_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, whole = save(tmp_path / "a.png"), threading.Event()
+    started: list[Path] = []
+
+    def counted(path: Path, config: PhotoConfig) -> Photo:
+        started.append(path)
+        if len(started) == 2 * 32 - 1:  # the last is asked for together with the next batch
+            whole.set()
+        return read_photo(path, config)
+
+    monkeypatch.setattr(sources, "read_photo", counted)
+    batches = read_batches([path] * 1000, TINY, 32, threads=1)
+    next(batches)
+    assert whole.wait(timeout=60)
+    batches.close()  # type: ignore[attr-defined]  # a generator, declared as an iterator
 
 
 def test_batch_size_below_one_is_a_usage_error() -> None:

@@ -33,9 +33,9 @@ class ColourSession(Session):
         super().__init__(facts, "cpu")
         self.complete = complete
 
-    def predict(self, images: NDArray[np.uint8]) -> Prediction:
-        count = len(images)
-        means = images.reshape(count, -1, 3).mean(axis=1).astype(np.float32)
+    def _answer(self, pixels: NDArray[np.uint8]) -> Prediction:
+        count = len(pixels)
+        means = pixels.reshape(count, -1, 3).mean(axis=1).astype(np.float32)
         cls = np.eye(3, dtype=np.float32)[means.argmax(axis=1)]
         fg = np.tile(np.eye(3, dtype=np.float32)[0], (count, 1))
         mask = np.zeros((count, 16), np.bool_)
@@ -43,7 +43,7 @@ class ColourSession(Session):
         attention = np.full((count, 17), 1 / 17, np.float32)
         return Prediction(cls, fg, 100 * cls, mask, attention, np.full(count, self.complete))
 
-    def close(self) -> None:
+    def _release(self) -> None:
         pass
 
 
@@ -229,7 +229,8 @@ def test_many_complete_graphs_warn_with_the_remedy(
     finished_run: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "microclip_deploy.evaluation.evaluate.open_session", lambda *_: ColourSession(complete=True)
+        "microclip_deploy.evaluation.evaluate.open_session",
+        lambda *_, **__: ColourSession(complete=True),
     )
     found = evaluate(finished_run, photos, zero_shot=False)
     assert found.complete_graphs == 1.0

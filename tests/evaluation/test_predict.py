@@ -17,7 +17,6 @@ from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError
 from microclip_deploy.evaluation.predict import (
     CsvWriter,
     FailedImage,
-    Guess,
     ImagePrediction,
     JsonLinesWriter,
     JsonWriter,
@@ -26,10 +25,10 @@ from microclip_deploy.evaluation.predict import (
     open_writer,
     overlay_name,
     predict,
-    softmax,
     table,
 )
 from microclip_deploy.serving import Session, open_session
+from microclip_deploy.serving.classification import Guess, softmax
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from microclip_deploy.adapt.run_directory import read_inputs
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.evaluation.chart import epoch_chart
 from microclip_deploy.evaluation.evaluate import EVALUATION, evaluate
-from microclip_deploy.evaluation.page import visible
+from microclip_deploy.evaluation.page import shortened, visible
 from microclip_deploy.evaluation.report import Montage, render, write_report
 from microclip_deploy.model.checkpoint import SCHEMA
 
@@ -76,7 +76,34 @@ def test_the_page_tells_what_happened(page: str) -> None:
     for text in ("red circle", "the file is empty", "batch_size", "classes.sha256"):
         assert text in page
     assert "80.0 %" in page
-    assert page.count("data:image/svg+xml") == 4
+    assert page.count('<img class="chart"') == page.count('<source media="(max-width') == 4
+
+
+@pytest.mark.parametrize(("model", "pretrained", "name", "remark"), [
+    ("ViT-B-32", "openai", "ViT-B-32", "openai, 32 pixels"),
+    ("ViT-B-32", "/photos/weights.safetensors", "ViT-B-32", "weights.safetensors, 32 pixels"),
+    ("local-dir:/models/tiny", None, "tiny", "a local folder, 32 pixels"),
+    ("hf-hub:org/repo", None, "repo", "org, 32 pixels"),
+    ("demo", None, "demo", "the tiny model of this package, 32 pixels"),
+])  # fmt: skip
+def test_the_backbone_is_named(
+    manifest: dict[str, Any], model: str, pretrained: str | None, name: str, remark: str
+) -> None:
+    manifest["backbone"] |= {"model": model, "pretrained": pretrained}
+    text = rendered(manifest, [])
+    assert f'<bdi title="{name}">{name}</bdi>' in text
+    assert f'<div class="remark">{remark}</div>' in text
+
+
+def test_long_names_lose_their_middle_and_keep_it_as_a_title(
+    manifest: dict[str, Any], history: list[dict[str, Any]]
+) -> None:
+    long = f"first {'of many ' * 12}last"
+    manifest["classes"][0] = long
+    text = rendered(manifest, history)
+    assert f'<bdi title="{long}">{shortened(long, 36)}</bdi>' in text
+    assert (len(shortened(long, 36)), shortened(long, 200)) == (36, long)
+    assert re.fullmatch("first .*….* last", shortened(long, 36))
 
 
 def test_an_evaluation_gives_the_headline(finished_run: Path, photos: Path, tmp_path: Path) -> None:

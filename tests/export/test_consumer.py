@@ -56,8 +56,17 @@ def portraits(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         photo = Image.fromarray(corners).resize((width, height), Image.Resampling.BICUBIC)
         paths.append(folder / f"{width}x{height}.png")
         photo.save(paths[-1])
-    photo.convert("L").save(folder / "grey.png")
-    return [*paths, folder / "grey.png"]
+    grey = np.asarray(photo.convert("L"))
+    clear = photo.copy()
+    clear.putalpha(Image.fromarray(grey))
+    for name, odd in (
+        ("grey", photo.convert("L")),
+        ("deep", Image.fromarray(grey.astype(np.uint16) * 257)),
+        ("clear", clear),
+    ):
+        paths.append(folder / f"{name}.png")
+        odd.save(paths[-1])
+    return paths
 
 
 SETTINGS: tuple[dict[str, object], ...] = (

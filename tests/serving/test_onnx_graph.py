@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, MicroclipError, UsageError
+from microclip_deploy.serving import onnx_graph
 from microclip_deploy.serving.onnx_graph import Buffer, OnnxGraph
 
 CPU, CUDA, OPENVINO = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "OpenVINO"))
@@ -79,11 +80,6 @@ def test_an_intact_graph_tells_its_device_inputs_and_outputs(graph_file: Path) -
 def test_unknown_devices_are_refused(graph_file: Path, device: str) -> None:
     with pytest.raises(UsageError, match="expected auto, cpu, cuda, cuda:N or openvino"):
         OnnxGraph(graph_file, device)
-
-
-def test_no_threads_are_refused(graph_file: Path) -> None:
-    with pytest.raises(UsageError, match="at least 1, found 0"):
-        OnnxGraph(graph_file, threads=0)
 
 
 @pytest.mark.parametrize(
@@ -158,11 +154,18 @@ def test_openvino_computes_in_float32(
     assert json.loads(options["load_config"]) == wanted
 
 
-def test_the_threads_asked_for_are_set(graph_file: Path, runtime: type[FakeSession]) -> None:
-    OnnxGraph(graph_file, threads=2)
-    assert runtime.settings.intra_op_num_threads == 2
-    OnnxGraph(graph_file)
-    assert runtime.settings.intra_op_num_threads == 0
+@pytest.mark.parametrize(("threads", "allowed", "used"), [(2, 1, 2), (None, 1, 1), (None, None, 0)])
+def test_threads_are_those_asked_for_or_allowed(
+    graph_file: Path,
+    runtime: type[FakeSession],
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int | None,
+    allowed: int | None,
+    used: int,
+) -> None:
+    monkeypatch.setattr(onnx_graph, "limited_cpus", lambda: allowed)
+    OnnxGraph(graph_file, threads=threads)
+    assert runtime.settings.intra_op_num_threads == used
 
 
 def test_products_of_int8_do_not_overflow(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ class Machine:
         return SimpleNamespace(device=f"kernels on {arguments[-1]}")
 
     @staticmethod
-    def _plain(*arguments: Any) -> Any:
+    def _plain(*arguments: Any, threads: int | None = None) -> Any:
         return SimpleNamespace(device=arguments[-1].replace("auto", "cuda:0"))
 
 

@@ -60,11 +60,15 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return buckets
 
 
-@pytest.fixture
-def session(tiny_export: Path) -> CudaSession:
-    export = read_export(tiny_export)
+def made_up_session(directory: Path) -> CudaSession:
+    export = read_export(directory)
     facts = Facts(("a", "b", "c"), frozenset(), export.manifest.preprocess, export.classifier)
     return CudaSession(MadeUpDevice(), facts, buckets=(1, 2, 4))
+
+
+@pytest.fixture
+def session(tiny_export: Path) -> CudaSession:
+    return made_up_session(tiny_export)
 
 
 def views(count: int) -> NDArray[np.uint8]:
@@ -108,9 +112,9 @@ def test_without_a_graph_the_answers_are_the_same(session: CudaSession, eager: l
 
 @pytest.mark.usefixtures("eager")
 def test_stages_of_a_device_are_its_launches(
-    session: CudaSession, tiny_export: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "open_session", lambda *_: session)
+    monkeypatch.setattr(stages, "open_session", lambda *_: made_up_session(tiny_export))
     monkeypatch.setattr(stages, "BUDGET_S", 0.01)
     rows = stages.measure_stages(
         tiny_export, made_up_jpegs(3, 32), (2, 3), {COPY: 1e12, PRODUCT: 1e14}, device="cuda",

@@ -202,12 +202,14 @@ def test_no_backend_that_works_is_an_error(
 def test_the_photos_of_the_users_are_decoded(
     target: Subject, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    encoded = run._photos(photos, target, 32, QUIET)
+    encoded, _ = run._photos(photos, target, 32, QUIET)
     assert encoded[0] == min(photos.rglob("*.png")).read_bytes()
     assert run._views(target, encoded, 40).shape == (40, 32, 32, 3)
     (tmp_path / "bad.jpg").write_text("no photo")
     next(iter(made_up_photos(32).read())).save(tmp_path / "good.png")
-    assert len(run._photos(tmp_path, target, 32, Console(width=200))) == 1
+    (tmp_path / "a.heic2").touch()
+    read, source = run._photos(tmp_path, target, 32, Console(width=200))
+    assert (len(read), source) == (1, "the user's (left out: 1 .heic2)")
     assert "bad.jpg: no image of a known format" in capsys.readouterr().out
 
 

@@ -3,7 +3,7 @@ import pytest
 from numpy.typing import NDArray
 
 from microclip_deploy.errors import DataError
-from microclip_deploy.evaluation.overlay import attention_map, overlay
+from microclip_deploy.serving.overlay import attention_map, overlay
 
 
 def grey_image(side: int = 64) -> NDArray[np.uint8]:

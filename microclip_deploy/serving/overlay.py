@@ -1,0 +1,236 @@
+"""Pictures of what the model looked at: the saliency mask and SOAP's attention on the photo.
+
+    mask       tokens outside are dimmed and greyed, the border of the foreground is drawn
+    attention  a colour map of even lightness steps; the brighter, the more weight
+
+The attention is shown relative to its largest entry of the same image: it says where the weight
+is, not how much there is. What the test view cuts off a photo is dimmed too: no token saw it.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from microclip_deploy.data.preprocess import Box
+from microclip_deploy.errors import DataError
+
+DEFAULT_SCALE = 2
+"""Sides of the picture / sides of the test view."""
+
+_DIMMED = 0.30
+"""Brightness of what lies outside the mask."""
+
+_COLOUR = 0.4
+"""Share of its colour that is left there; the rest is grey."""
+
+_GREYED = 0.8
+"""Brightness of the grey photo below the attention alone."""
+
+_HEAT_OPACITY = 0.75
+"""Share of the colour map where the attention is largest."""
+
+_LINE = (255, 255, 255)
+_HALO = (20, 20, 24)
+
+# Nine anchors of matplotlib's "inferno" (CC0), whose lightness rises evenly from black to pale
+# yellow; linear interpolation between them is within 2 % of the original.
+_INFERNO = (
+    (0, 0, 4),
+    (31, 12, 72),
+    (85, 15, 109),
+    (136, 34, 106),
+    (186, 54, 85),
+    (227, 89, 51),
+    (249, 140, 10),
+    (249, 201, 50),
+    (252, 255, 164),
+)
+
+
+def overlay(
+    image: NDArray[np.uint8],
+    mask: NDArray[np.bool_],
+    attention: NDArray[np.float32] | None = None,
+    scale: int = DEFAULT_SCALE,
+) -> Image.Image:
+    """Draw the mask and, if given, the attention on a test view.
+
+    Args:
+        image: uint8 (S, S, 3), as `Preprocess.test_view` makes it.
+        mask: bool (N,), row-major square token grid.
+        attention: float (N,) or (N+1,), whose last entry is the zero token's and is left out.
+        scale: whole factor by which the picture is larger than the image.
+
+    Returns:
+        RGB, (S * scale, S * scale).
+
+    Raises:
+        DataError: shapes or dtypes that do not go together.
+    """
+    photo = _enlarged(image, scale)
+    return photo_overlay(photo, (0, 0, *photo.size), mask, attention)
+
+
+def photo_overlay(
+    photo: Image.Image,
+    seen: Box,
+    mask: NDArray[np.bool_],
+    attention: NDArray[np.float32] | None = None,
+) -> Image.Image:
+    """Draw the mask and, if given, the attention on a photo of any size.
+
+    Args:
+        photo: mode RGB.
+        seen: what the token grid covers, as `Preprocess.seen` tells.
+        mask: as for `overlay`.
+        attention: as for `overlay`.
+
+    Returns:
+        RGB, of the photo's size.
+
+    Raises:
+        DataError: shapes or dtypes that do not go together.
+    """
+    cells = _mask_cells(mask)
+    shown = (
+        photo if attention is None else _with_heat(photo, seen, _heat(attention, len(cells) - 1))
+    )
+    own, grey = _DIMMED * _COLOUR, _DIMMED * (1 - _COLOUR) / 3
+    dimmed = shown.convert("RGB", _matrix(own, grey))
+    covered = Image.fromarray(photo_mask(photo.size, seen, mask))
+    return _with_border(Image.composite(shown, dimmed, covered), seen, cells)
+
+
+def photo_mask(size: tuple[int, int], seen: Box, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return bool (H, W): the pixels of a photo that lie in the mask.
+
+    Args:
+        size: width and height of the photo.
+        seen: as for `photo_overlay`; what lies outside is False.
+        mask: as for `overlay`.
+
+    Raises:
+        DataError: `mask` is none of a square grid.
+    """
+    cells = _mask_cells(mask)
+    columns, rows = (_cell_of_pixel(size, seen, axis, len(cells)) for axis in (0, 1))
+    return cells[np.ix_(rows, columns)]
+
+
+def attention_map(
+    image: NDArray[np.uint8], attention: NDArray[np.float32], scale: int = DEFAULT_SCALE
+) -> Image.Image:
+    """Draw the attention alone over a greyed test view.
+
+    Args:
+        image: uint8 (S, S, 3).
+        attention: float (N,) or (N+1,), as for `overlay`.
+        scale: as for `overlay`.
+
+    Raises:
+        DataError: shapes or dtypes that do not go together.
+    """
+    photo = _enlarged(image, scale)
+    heat = _heat(attention, math.isqrt(len(attention)))
+    greyed = photo.convert("RGB", _matrix(0.0, _GREYED / 3))
+    return _with_heat(greyed, (0, 0, *photo.size), heat)
+
+
+def _enlarged(image: NDArray[np.uint8], scale: int) -> Image.Image:
+    square = image.ndim == 3 and image.shape[0] == image.shape[1] and image.shape[2] == 3
+    if not square or image.dtype != np.uint8:
+        raise DataError(
+            f"saliency image: expected uint8 (S, S, 3), found {image.dtype} {image.shape}; "
+            "make it with Preprocess.test_view"
+        )
+    if scale < 1:
+        raise DataError(f"saliency scale: expected at least 1, found {scale}; give another")
+    side = len(image) * scale
+    return Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _mask_cells(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return (G+1, G+1): the token grid, and a last row and column for what no token saw."""
+    grid = math.isqrt(mask.size)
+    if mask.ndim != 1 or mask.dtype != np.bool_ or grid == 0 or grid * grid != mask.size:
+        raise DataError(
+            f"saliency mask: expected bool (N,) of a square grid, found {mask.dtype} {mask.shape}; "
+            "take one image's row of Prediction.mask"
+        )
+    return np.pad(mask.reshape(grid, grid), (0, 1))
+
+
+def _heat(attention: NDArray[np.float32], grid: int) -> NDArray[np.uint8]:
+    """Return (G, G) weights, 255 where they are largest."""
+    count = grid * grid
+    if attention.ndim != 1 or attention.size not in (count, count + 1) or count == 0:
+        raise DataError(
+            f"saliency attention: expected ({count},) or ({count + 1},), found "
+            f"{attention.shape}; take one image's row of Prediction.attention"
+        )
+    cells = attention[:count].reshape(grid, grid).astype(np.float32)
+    weights = np.nan_to_num(cells, nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
+    relative: NDArray[np.uint8] = np.rint(255 * weights / max(float(weights.max()), 1e-12)).astype(
+        np.uint8
+    )
+    return relative
+
+
+def _with_heat(photo: Image.Image, seen: Box, heat: NDArray[np.uint8]) -> Image.Image:
+    """Blend the colour map of (G, G) weights over what the grid covers of a photo."""
+    left, top, right, bottom = (round(edge) for edge in seen)
+    size = (max(1, right - left), max(1, bottom - top))
+    smooth = Image.new("L", photo.size)
+    smooth.paste(Image.fromarray(heat).resize(size, Image.Resampling.BICUBIC), (left, top))
+    levels = np.arange(256) / 255
+    # The square root lifts middling weights: attention is dominated by a few tokens.
+    opacity = smooth.point(np.rint(255 * _HEAT_OPACITY * np.sqrt(levels)).astype(int).tolist())
+    smooth.putpalette(_inferno(levels).tobytes())
+    return Image.composite(smooth.convert("RGB"), photo, opacity)
+
+
+def _inferno(levels: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Map (L,) levels from 0 to 1 to (L, 3) colours."""
+    anchors = np.asarray(_INFERNO)
+    places = np.linspace(0, 1, len(anchors))
+    channels = [np.interp(levels, places, anchors[:, c]) for c in range(3)]
+    colours: NDArray[np.uint8] = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+    return colours
+
+
+def _matrix(own: float, each: float) -> tuple[float, ...]:
+    """Return Pillow's colour matrix: `own` of the same channel, and `each` of all three."""
+    rows = (np.eye(3) * own + each, np.zeros((3, 1)))
+    return tuple(np.hstack(rows).ravel().tolist())
+
+
+def _cell_of_pixel(size: tuple[int, int], seen: Box, axis: int, cells: int) -> NDArray[np.int64]:
+    """Return the row or column of cells that each pixel lies in; the last is that of no token."""
+    grid, begin, end = cells - 1, seen[axis], seen[axis + 2]
+    found = np.floor((np.arange(size[axis]) - begin) * grid / (end - begin)).astype(np.int64)
+    return np.where((found < 0) | (found >= grid), grid, found)
+
+
+def _with_border(picture: Image.Image, seen: Box, cells: NDArray[np.bool_]) -> Image.Image:
+    """Draw a light line with a dark halo along the edges between foreground and the rest."""
+    pixels = np.array(picture)
+    grid, width = len(cells) - 1, max(1, min(picture.size) // 220)
+    xs, ys = (
+        [math.ceil(seen[axis] + k * (seen[axis + 2] - seen[axis]) / grid) for k in range(grid + 1)]
+        for axis in (0, 1)
+    )
+    # Row and column -1 are those of no token.
+    upright = np.argwhere(cells[:grid] != np.roll(cells, 1, axis=1)[:grid])
+    level = np.argwhere(cells[:, :grid] != np.roll(cells, 1, axis=0)[:, :grid])
+    edges = [(xs[k], ys[row], xs[k], ys[row + 1]) for row, k in upright.tolist()]
+    edges += [(xs[column], ys[k], xs[column + 1], ys[k]) for k, column in level.tolist()]
+    # The halo first: the light line then lies on top of it everywhere.
+    for margin, colour in ((2 * width, _HALO), (width, _LINE)):
+        for left, top, right, bottom in edges:
+            rim = left == right in (0, picture.width) or top == bottom in (0, picture.height)
+            if not rim:
+                rows = slice(max(0, top - margin), max(0, bottom + margin))
+                pixels[rows, max(0, left - margin) : max(0, right + margin)] = colour
+    return Image.fromarray(pixels)
