@@ -357,7 +357,7 @@ def _preference(xp: Any, inside: Array, agreement: Array | None, spec: NCutSpec)
         ours, others = (_mean_over(xp, values, side) for side in sides)
         score = score + ours - others
     if spec.asks_border:
-        border = _border(xp, inside)
+        border = on_border(inside)
         ours, others = (_mean_over(xp, xp.astype(side, xp.float32), border) for side in sides)
         score = score - ours + others
     return score
@@ -369,13 +369,17 @@ def _mean_over(xp: Any, values: Array, where: Array) -> Array:
     return xp.sum(values * weight, axis=1) / xp.clip(xp.sum(weight, axis=1), min=1.0)
 
 
-def _border(xp: Any, inside: Array) -> Array:
-    """Return which of (B, N) tokens, a square image's row by row, touch its border: bool (1, N)."""
-    count = inside.shape[1]
+def on_border(mask: Array) -> Array:
+    """Return which of (B, N) tokens, a square image's row by row, touch its border: bool (1, N).
+
+    Raises:
+        UsageError: N is no square number.
+    """
+    xp, count = array_namespace(mask), mask.shape[1]
     side = square_side(count)
-    index = xp.arange(count, device=device(inside))[None, :]
-    row, column = index // side, index % side
-    return (row == 0) | (row == side - 1) | (column == 0) | (column == side - 1)
+    index = xp.arange(side, device=device(mask))
+    edge = (index == 0) | (index == side - 1)
+    return xp.reshape(edge[:, None] | edge[None, :], (1, count))
 
 
 def require_agreement(agreement: Array | None, spec: NCutSpec) -> Array:
