@@ -11,7 +11,6 @@ The row of an added class is what CLIP's text tower says of it, where adaptation
 no photo was ever compared with it. Only `add_classes` needs PyTorch.
 """
 
-import difflib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +23,8 @@ from safetensors.numpy import save
 
 from microclip_deploy import artifact
 from microclip_deploy.artifact import exclusive
-from microclip_deploy.data.classes import ClassTexts, clean_name, read_descriptions
+from microclip_deploy.data.classes import ClassTexts, read_descriptions
+from microclip_deploy.data.names import NameIndex, clean_name, name_key
 from microclip_deploy.errors import CheckpointError, UsageError, require
 from microclip_deploy.serving.exported import CLASSIFIER, SCHEMA, Export, read_export
 
@@ -132,20 +132,20 @@ def _rows(classes: Iterable[str], unadapted: Iterable[str]) -> tuple[ClassRow, .
 
 def _new_names(given: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
     """Return the names cleaned as class lists are; refuse empty ones and duplicates."""
-    known = {name.casefold(): name for name in classes}
+    known = {name_key(name): name for name in classes}
     names: list[str] = []
     for text in given:
         name = clean_name(text, f"class {text!r}")
         if not name:
             raise UsageError("classes: expected names, found an empty one; leave it out")
-        first = known.get(name.casefold())
+        first = known.get(name_key(name))
         if first is not None:
             place = "in the export" if first in classes else "given too"
             raise UsageError(
                 f"class '{name}': expected every class once, found '{first}' {place}; rename one "
                 "or leave it out"
             )
-        known[name.casefold()] = name
+        known[name_key(name)] = name
         names.append(name)
     if not names:
         raise UsageError("classes: expected at least one name, found none; give one")
@@ -156,9 +156,8 @@ def _known_name(text: str, classes: Sequence[str]) -> str:
     name = clean_name(text, f"class {text!r}")
     if name in classes:
         return name
-    known = {other.casefold(): other for other in classes}
-    close = difflib.get_close_matches(name.casefold(), known, n=1)
-    hint = f"did you mean '{known[close[0]]}'?" if close else "`classes list` shows them"
+    close = NameIndex(classes).near(name)
+    hint = f"did you mean '{close[0]}'?" if close else "`classes list` shows them"
     raise UsageError(f"class '{name}': expected a class of the export, found none; {hint}")
 
 
