@@ -25,7 +25,7 @@ from microclip_deploy import artifact
 from microclip_deploy.artifact import exclusive
 from microclip_deploy.data.classes import ClassTexts, read_descriptions
 from microclip_deploy.data.names import NameIndex, clean_name, name_key
-from microclip_deploy.errors import CheckpointError, UsageError, require
+from microclip_deploy.errors import CheckpointError, DataError, UsageError, require
 from microclip_deploy.serving.exported import CLASSIFIER, SCHEMA, Export, read_export
 
 # The names this module gives, for what an interrupted change left behind.
@@ -79,7 +79,8 @@ def add_classes(
     Raises:
         UsageError: no name, an empty one, one that is there already, or another process changes
             the classes.
-        DataError: a name holds a control character, or the descriptions do not fit the names.
+        DataError: a name is refused by `clean_name`, the descriptions do not fit the names, or the
+            model does not tell a class from another one.
         CheckpointError: the export is missing or damaged, or the weights of its CLIP changed.
         EnvironmentProblem: PyTorch or open_clip is missing, or the export cannot be written.
 
@@ -176,8 +177,10 @@ def _text_rows(
 ) -> NDArray[np.float32]:
     """Encode texts with the CLIP behind the export: float32 (new classes, E), unit rows."""
     require("microclip_deploy.model.text", "adapt")  # names whichever package below it is missing
+    import torch
+
     from microclip_deploy.model.clip import BackboneSpec, load_clip
-    from microclip_deploy.model.text import text_heads
+    from microclip_deploy.model.text import first_same, text_heads
 
     parent = export.manifest.parent
     # A model at another place names its weights itself, unless their file is given too.
@@ -189,7 +192,18 @@ def _text_rows(
             f"{parent.backbone_sha256[:12]}, found {clip.sha256[:12]}; restore the old weights, "
             "name where they are with --model or --pretrained, or adapt and export again"
         )
-    return text_heads(clip.text, texts).initial.numpy()
+    rows = text_heads(clip.text, texts).initial
+    classes = export.manifest.classes
+    read = {clip.text.tokens(name): name for name in reversed(classes)}
+    same = first_same(rows, torch.from_numpy(export.classifier))
+    for name, place in zip(texts.names, same, strict=True):
+        alike = read.get(clip.text.tokens(name)) if place is None else classes[place]
+        if alike is not None:
+            raise DataError(
+                f"class '{name}': expected texts that the model tells apart, found the same as for "
+                f"'{alike}' in the export; spell it otherwise, or leave it out"
+            )
+    return rows.numpy()
 
 
 def _replace(

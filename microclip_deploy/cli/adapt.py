@@ -34,6 +34,7 @@ from microclip_deploy.evaluation.report import REPORT
 from microclip_deploy.model.checkpoint import read_checkpoint
 from microclip_deploy.model.clip import BackboneSpec, Clip, load_clip
 from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.model.text import TextHeads, text_heads
 from microclip_deploy.serving import open_run
 from microclip_deploy.serving.torch_session import TorchSession, resolve_device
 
@@ -78,18 +79,19 @@ def run_adapt(
     with locked(out), gpu_memory():
         if started:
             inputs, clip = _resumed(out, asked, device, notes)
+            if (out / artifact.MANIFEST).is_file():
+                return _finished(out, device, clip, notes)
+            heads = text_heads(clip.text, inputs.texts())
         else:
             require_replaceable(out, overwrite)
-            inputs, clip = _new(asked, device, max_bad, notes)
+            inputs, clip, heads = _new(asked, device, max_bad, notes)
             remove_run(out)
             write_inputs(out, inputs)
-        if started and (out / artifact.MANIFEST).is_file():
-            return _finished(out, device, clip, notes)
         operation = Operation(out, _workers(device) if workers is None else workers, save_every)
         validator = _validator(inputs, clip, device)
         with bar(notes, "adapting") as progress:
             step = _stepper(progress.update)
-            content = execute(inputs, operation, clip, validator=validator, on_step=step)
+            content = execute(inputs, operation, clip, heads, validator=validator, on_step=step)
         for warning in content["warnings"]:
             notes.print(f"warning: {warning}", style="yellow", markup=False)
         with open_run(out, device, clip=clip) as run:
@@ -111,7 +113,9 @@ def choose_device(device: str, notes: Console) -> str:
     return device
 
 
-def _new(asked: Asked, device: str, max_bad: str, notes: Console) -> tuple[RunInputs, Clip]:
+def _new(
+    asked: Asked, device: str, max_bad: str, notes: Console
+) -> tuple[RunInputs, Clip, TextHeads]:
     """Check everything a new run needs, cheapest first."""
     assert asked.images is not None, "checked by run_adapt"
     assert asked.classes is not None, "checked by run_adapt"
@@ -121,6 +125,7 @@ def _new(asked: Asked, device: str, max_bad: str, notes: Console) -> tuple[RunIn
     if asked.val_dir is not None:
         LabelledImages.read(asked.val_dir, texts.names)
     clip = load_clip(_backbone(asked), device)
+    heads = text_heads(clip.text, texts)
     with bar(notes, "checking images") as progress:
         checked = check_images(listed.paths, max_bad=max_bad, on_progress=progress.update)
     tell_skipped(checked.bad, notes)
@@ -128,7 +133,8 @@ def _new(asked: Asked, device: str, max_bad: str, notes: Console) -> tuple[RunIn
         f"{len(checked.good)} images, {len(checked.bad)} skipped, {len(texts.names)} classes"
     )
     good, bad = checked.good, checked.bad
-    return make_inputs(clip, recipe, texts, good=good, bad=bad, val_dir=asked.val_dir), clip
+    inputs = make_inputs(clip, recipe, texts, good=good, bad=bad, val_dir=asked.val_dir)
+    return inputs, clip, heads
 
 
 def _resumed(out: Path, asked: Asked, device: str, notes: Console) -> tuple[RunInputs, Clip]:

@@ -41,5 +41,7 @@ def read_text(path: Path, wanted: str) -> TextFile:
             "give a text file saved as UTF-8"
         ) from error
     if "\0" in text:
-        raise DataError(f"{place}: expected {wanted}, found zero bytes; give a text file saved as UTF-8")
+        raise DataError(
+            f"{place}: expected {wanted}, found zero bytes; give a text file saved as UTF-8"
+        )
     return TextFile(text, hashlib.sha256(content).hexdigest())

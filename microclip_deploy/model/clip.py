@@ -105,6 +105,8 @@ class TextEncoder:
     def __init__(self, clip: Any, tokenizer: Any) -> None:
         self._clip = clip
         self._tokenizer = tokenizer
+        self.context_length = int(tokenizer.context_length)
+        """How many tokens the tower reads; what comes behind them is cut off."""
 
     @torch.no_grad()
     @exact_float32
@@ -116,6 +118,24 @@ class TextEncoder:
             for i in range(0, len(texts), batch_size)
         ]
         return torch.cat(parts).float()
+
+    def tokens(self, text: str) -> tuple[int, ...]:
+        """Return the tokens that the tower reads of a text, padding included."""
+        read: tuple[int, ...] = tuple(self._tokenizer([text])[0].tolist())
+        return read
+
+    def uncut_length(self, text: str) -> int | None:
+        """Return how many tokens a text has that is cut off, or None if it is read to its end."""
+        # No token stands for less than a byte, and no tokenizer adds more than a few of its own.
+        room = self.context_length + len(text.encode()) + 16
+        whole: list[int] = self._tokenizer([text], context_length=room)[0].tolist()
+        read = self.tokens(text)
+        if tuple(whole[: self.context_length]) == read:
+            return None
+        padding = whole[-1]
+        while whole[-1] == padding:
+            whole.pop()
+        return len(whole) + (read[-1] == padding)  # some tokenizers pad with the token that ends
 
 
 def load_clip(spec: BackboneSpec, device: torch.device | str = "cpu") -> Clip:

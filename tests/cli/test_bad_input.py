@@ -1,5 +1,6 @@
 """What users do wrong, through the command line: one clear error and the documented exit code."""
 
+import json
 import resource
 import shutil
 from pathlib import Path
@@ -89,6 +90,26 @@ def test_files_that_cannot_work(
     model = ["--model", "ViT-B-32"] if option == "--pretrained" else []
     assert main([*arguments, *model, option, str(tmp_path / name)]) == 3
     assert_one_error(capsys, part)
+
+
+def test_classes_of_one_row_are_refused_before_anything_is_written(
+    tmp_path: Path,
+    arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    words = "drawn " * 20
+    said = {"red circle": words + "red", "green square": words + "green", "blue stripe": "blue"}
+    (tmp_path / "cut.json").write_text(json.dumps(said))
+    assert main([*arguments, "--descriptions", str(tmp_path / "cut.json")]) == 3
+    assert "2 of 6 sentences are longer than the 16 tokens" in caplog.text
+    assert_one_error(capsys, "'red circle' and 'green square'")
+    assert not (tmp_path / "run" / "inputs.json").exists()
+    said["red circle"] = "red " + words
+    (tmp_path / "cut.json").write_text(json.dumps(said))
+    assert main([*arguments, "--descriptions", str(tmp_path / "cut.json")]) == 0
+    warnings = json.loads((tmp_path / "run" / "manifest.json").read_text())["warnings"]
+    assert [text for text in warnings if "2 of 6 sentences are longer" in text]
 
 
 def test_empty_folder(

@@ -137,6 +137,9 @@ def test_removing_keeps_the_other_rows_and_marks(export: Path) -> None:
         (["add", "grey\ndot"], 3, "U+000A"),
         (["add", "grey \u202edot"], 3, "U+202E"),
         (["add", "grey dot", "--descriptions", "missing.json"], 3, "missing.json"),
+        (["add", "red &#99;ircle"], 3, "found the same as for 'red circle' in the export"),
+        (["add", "gre\u0443 dot"], 3, "which looks like 'y'"),
+        (["add", "&amp;", "&"], 3, "the tokenizer reads their sentences alike"),
         (["remove", "red circel"], 2, "did you mean 'red circle'"),
         (["remove", "Red Circle"], 2, "did you mean 'red circle'"),
         (["remove", "zzz"], 2, "`classes list` shows them"),
@@ -161,6 +164,15 @@ def test_the_same_name_typed_on_another_system_is_no_new_class(export: Path) -> 
     with pytest.raises(UsageError, match="in the export"):
         add_classes(export, ["cafe\u0301"])
     assert len(remove_classes(export, ["cafe\u0301"])) == 3
+
+
+def test_a_class_with_the_row_of_another_is_refused(export: Path, tmp_path: Path) -> None:
+    path = tmp_path / "descriptions.json"
+    path.write_text(json.dumps({"grey dot": "It is grey."}))
+    add_classes(export, ["grey dot"], path)
+    path.write_text(json.dumps({"silver dot": "It is grey."}))
+    with pytest.raises(DataError, match=r"'silver dot': .* same as for 'grey dot' in the export"):
+        add_classes(export, ["silver dot"], path)
 
 
 @pytest.mark.parametrize(
