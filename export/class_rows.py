@@ -25,7 +25,7 @@ from microclip_deploy import artifact
 from microclip_deploy.artifact import exclusive
 from microclip_deploy.data.classes import ClassTexts, read_descriptions
 from microclip_deploy.data.names import NameIndex, clean_name, name_key
-from microclip_deploy.errors import CheckpointError, DataError, UsageError, require
+from microclip_deploy.errors import DataError, UsageError, require
 from microclip_deploy.serving.exported import CLASSIFIER, SCHEMA, Export, read_export
 
 # The names this module gives, for what an interrupted change left behind.
@@ -81,7 +81,7 @@ def add_classes(
             the classes.
         DataError: a name is refused by `clean_name`, the descriptions do not fit the names, or the
             model does not tell a class from another one.
-        CheckpointError: the export is missing or damaged, or the weights of its CLIP changed.
+        CheckpointError: the export is missing or damaged, or its CLIP is another one now.
         EnvironmentProblem: PyTorch or open_clip is missing, or the export cannot be written.
 
     Source: docs/numerics.md section 4, Θ.
@@ -179,19 +179,18 @@ def _text_rows(
     require("microclip_deploy.model.text", "adapt")  # names whichever package below it is missing
     import torch
 
-    from microclip_deploy.model.clip import BackboneSpec, load_clip
+    from microclip_deploy.model.clip import BackboneSpec, load_clip, require_same
     from microclip_deploy.model.text import first_same, text_heads
 
     parent = export.manifest.parent
     # A model at another place names its weights itself, unless their file is given too.
     stored = None if model else parent.pretrained
     clip = load_clip(BackboneSpec(model=model or parent.model, pretrained=pretrained or stored))
-    if clip.sha256 != parent.backbone_sha256:
-        raise CheckpointError(
-            f"backbone {clip.spec.model}/{clip.spec.pretrained}: expected weights with sha256 "
-            f"{parent.backbone_sha256[:12]}, found {clip.sha256[:12]}; restore the old weights, "
-            "name where they are with --model or --pretrained, or adapt and export again"
-        )
+    remedy = (
+        "restore the old weights, name where they are with --model or --pretrained, or adapt and "
+        "export again"
+    )
+    require_same(clip, parent.backbone_sha256, parent.architecture, remedy=remedy)
     rows = text_heads(clip.text, texts).initial
     classes = export.manifest.classes
     read = {clip.text.tokens(name): name for name in reversed(classes)}

@@ -7,7 +7,7 @@ a killed run is resumed from its directory alone.
 import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,10 +17,11 @@ from microclip_deploy.adapt.trainer import STATE, Recipe
 from microclip_deploy.artifact import LOCK, exclusive
 from microclip_deploy.config import validate
 from microclip_deploy.data.classes import ClassTexts
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.data.sources import BadFile
 from microclip_deploy.errors import CheckpointError, DataError, UsageError, printable
 from microclip_deploy.model.checkpoint import WEIGHTS
-from microclip_deploy.model.clip import BackboneSpec, Clip
+from microclip_deploy.model.clip import BackboneSpec, Clip, require_same
 
 INPUTS = "inputs.json"
 CONFIG = "config.json"
@@ -44,6 +45,9 @@ class RunInputs(BaseModel):
     format: Literal["microclip.inputs/1"] = "microclip.inputs/1"
     backbone: BackboneSpec
     backbone_sha256: str
+    architecture: dict[str, Any] | None = None
+    """What decides the model's answers besides its weights."""
+    preprocess: Preprocess | None = None
     recipe: Recipe
     classes: tuple[str, ...]
     descriptions: tuple[tuple[str, ...], ...]
@@ -59,6 +63,20 @@ class RunInputs(BaseModel):
     def texts(self) -> ClassTexts:
         """Return the class texts as the text encoder takes them."""
         return ClassTexts(self.classes, self.descriptions, self.templates, self.provenance)
+
+    def require_model(self, clip: Clip) -> None:
+        """Make sure that a model is the one the run began with, wherever it lies now.
+
+        Raises:
+            CheckpointError: its weights, architecture or preprocessing are others.
+        """
+        remedy = "restore what it was when the run began, or start again with --overwrite"
+        require_same(clip, self.backbone_sha256, self.architecture, remedy=remedy)
+        if self.preprocess not in (None, clip.preprocess):
+            raise CheckpointError(
+                f"backbone {clip.spec.model}: expected the preprocessing {self.preprocess}, found "
+                f"{clip.preprocess}; {remedy}"
+            )
 
     def require_images(self) -> None:
         """Make sure that every image is still there.
@@ -87,6 +105,8 @@ def make_inputs(
     return RunInputs(
         backbone=clip.spec,
         backbone_sha256=clip.sha256,
+        architecture=clip.architecture,
+        preprocess=clip.preprocess,
         recipe=recipe,
         classes=texts.names,
         descriptions=texts.descriptions,

@@ -35,11 +35,11 @@ from microclip_deploy.model.checkpoint import read_checkpoint
 from microclip_deploy.model.clip import BackboneSpec, Clip, load_clip
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.model.text import TextHeads, text_heads
+from microclip_deploy.model.weights import activation_warning, default_tag
 from microclip_deploy.serving import open_run
 from microclip_deploy.serving.torch_session import TorchSession, resolve_device
 
 DEFAULT_MODEL = "ViT-B-32"
-DEFAULT_TAG = "openai"
 
 
 class Asked(NamedTuple):
@@ -124,7 +124,11 @@ def _new(
     listed = list_images(asked.images)
     if asked.val_dir is not None:
         LabelledImages.read(asked.val_dir, texts.names)
-    clip = load_clip(_backbone(asked), device)
+    backbone = _backbone(asked)
+    doubt = activation_warning(backbone.model, backbone.pretrained)
+    clip = load_clip(backbone, device)
+    if doubt:
+        notes.print(f"warning: {doubt}", style="yellow", markup=False)
     heads = text_heads(clip.text, texts)
     with bar(notes, "checking images") as progress:
         checked = check_images(listed.paths, max_bad=max_bad, on_progress=progress.update)
@@ -150,8 +154,11 @@ def _resumed(out: Path, asked: Asked, device: str, notes: Console) -> tuple[RunI
     if asked.val_dir is not None:
         inputs = inputs.model_copy(update={"val_dir": str(asked.val_dir)})
     notes.print(f"resuming {out}", markup=False)
-    # A model that was moved may be named again: its weights are what counts.
-    return inputs, load_clip(_backbone(asked) if asked.model else inputs.backbone, device)
+    # A model that was moved may be named again: what it computes is what counts.
+    given = asked.model or asked.pretrained
+    clip = load_clip(_backbone(asked, inputs.backbone.model) if given else inputs.backbone, device)
+    inputs.require_model(clip)
+    return inputs, clip
 
 
 def _differences(asked: Asked, inputs: RunInputs) -> list[str]:
@@ -191,17 +198,17 @@ def _finished(directory: Path, device: str, clip: Clip, notes: Console) -> dict[
     return dict(artifact.read_json(directory / artifact.MANIFEST))
 
 
-def _backbone(asked: Asked) -> BackboneSpec:
-    model = asked.model or DEFAULT_MODEL
+def _backbone(asked: Asked, default: str = DEFAULT_MODEL) -> BackboneSpec:
+    model = asked.model or default
     located = model == "demo" or model.startswith(("hf-hub:", "local-dir:"))
     if model.startswith("local-dir:"):
         model = f"local-dir:{Path(model.removeprefix('local-dir:')).absolute()}"
     if located and asked.pretrained:
-        raise UsageError(f"--pretrained: --model {model} already names its weights; drop it")
+        raise UsageError(f"--pretrained: --model {model} names its weights itself; leave it out")
     if located:
         return BackboneSpec(model=model)
-    pretrained = asked.pretrained or DEFAULT_TAG
-    if Path(pretrained).is_file():
+    pretrained = asked.pretrained or default_tag(model)
+    if pretrained is not None and Path(pretrained).is_file():
         pretrained = str(Path(pretrained).absolute())
     return BackboneSpec(model=model, pretrained=pretrained)
 
