@@ -16,6 +16,7 @@ from microclip_deploy.errors import printable
 from microclip_deploy.model.checkpoint import build_model, write_checkpoint
 from microclip_deploy.model.clip import Clip
 from microclip_deploy.model.text import TextHeads, cut_warning
+from microclip_deploy.model.weights import file_warning
 from microclip_deploy.ncut.spec import saliency_warning
 
 COLLAPSE_SHARE = 0.95
@@ -57,8 +58,11 @@ def execute(
     adapted = adapt(model, images, recipe.adapt, operation, validate=validator, on_step=on_step)
     write_labels(operation.directory / LABELS, inputs, adapted)
     content = manifest_content(inputs, adapted.history)
-    cut = cut_warning(clip.text, inputs.texts())
-    content["warnings"] += [cut] if cut else []
+    doubts = (
+        file_warning(clip.spec.model, clip.spec.pretrained),
+        cut_warning(clip.text, inputs.texts()),
+    )
+    content["warnings"] += [doubt for doubt in doubts if doubt]
     write_checkpoint(operation.directory, model, clip, heads, content)
     return content
 

@@ -47,7 +47,7 @@ class RunInputs(BaseModel):
     backbone_sha256: str
     architecture: dict[str, Any] | None = None
     """What decides the model's answers besides its weights."""
-    preprocess: Preprocess | None = None
+    backbone_preprocess: Preprocess | None = None
     recipe: Recipe
     classes: tuple[str, ...]
     descriptions: tuple[tuple[str, ...], ...]
@@ -72,10 +72,10 @@ class RunInputs(BaseModel):
         """
         remedy = "restore what it was when the run began, or start again with --overwrite"
         require_same(clip, self.backbone_sha256, self.architecture, remedy=remedy)
-        if self.preprocess not in (None, clip.preprocess):
+        if self.backbone_preprocess not in (None, clip.preprocess):
             raise CheckpointError(
-                f"backbone {clip.spec.model}: expected the preprocessing {self.preprocess}, found "
-                f"{clip.preprocess}; {remedy}"
+                f"backbone {clip.spec.model}: expected the preprocessing "
+                f"{self.backbone_preprocess}, found {clip.preprocess}; {remedy}"
             )
 
     def require_images(self) -> None:
@@ -106,7 +106,7 @@ def make_inputs(
         backbone=clip.spec,
         backbone_sha256=clip.sha256,
         architecture=clip.architecture,
-        preprocess=clip.preprocess,
+        backbone_preprocess=clip.preprocess,
         recipe=recipe,
         classes=texts.names,
         descriptions=texts.descriptions,

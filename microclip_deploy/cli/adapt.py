@@ -35,7 +35,7 @@ from microclip_deploy.model.checkpoint import read_checkpoint
 from microclip_deploy.model.clip import BackboneSpec, Clip, load_clip
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.model.text import TextHeads, text_heads
-from microclip_deploy.model.weights import activation_warning, default_tag
+from microclip_deploy.model.weights import default_tag, file_warning
 from microclip_deploy.serving import open_run
 from microclip_deploy.serving.torch_session import TorchSession, resolve_device
 
@@ -125,7 +125,7 @@ def _new(
     if asked.val_dir is not None:
         LabelledImages.read(asked.val_dir, texts.names)
     backbone = _backbone(asked)
-    doubt = activation_warning(backbone.model, backbone.pretrained)
+    doubt = file_warning(backbone.model, backbone.pretrained)
     clip = load_clip(backbone, device)
     if doubt:
         notes.print(f"warning: {doubt}", style="yellow", markup=False)

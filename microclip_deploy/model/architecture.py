@@ -38,11 +38,11 @@ def _facts(modules: Iterable[nn.Module]) -> dict[str, list[Any]]:
     """Return what parameters do not show of some modules; each value once."""
     activations, heads, eps = set[str](), set[int](), set[float]()
     for module in modules:
-        if isinstance(module, nn.MultiheadAttention):
-            heads.add(module.num_heads)
-        elif isinstance(module, nn.LayerNorm):
-            eps.add(module.eps)
-        elif _is_activation(module):
+        if isinstance(count := getattr(module, "num_heads", None), int):
+            heads.add(count)
+        if isinstance(epsilon := getattr(module, "eps", None), float):
+            eps.add(epsilon)
+        if _is_activation(module):
             form = getattr(module, "approximate", "none")
             name = type(module).__name__
             activations.add(name if form == "none" else f"{name} ({form})")

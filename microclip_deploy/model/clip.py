@@ -93,10 +93,16 @@ class Clip(NamedTuple):
     text: "TextEncoder"
     preprocess: Preprocess
     spec: BackboneSpec
-    sha256: str
+    weights_sha256: str
     """Hash of both towers' names, shapes and values."""
     architecture: dict[str, Any]
     """What decides the answers besides the weights."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the weights and of what else decides the answers."""
+        record = json.dumps(self.architecture, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(f"{self.weights_sha256} {record}".encode()).hexdigest()
 
 
 class TextEncoder:
@@ -165,7 +171,7 @@ def load_clip(spec: BackboneSpec, device: torch.device | str = "cpu") -> Clip:
         text=TextEncoder(clip, tokenizer),
         preprocess=_preprocess_of(clip),
         spec=spec,
-        sha256=weights_sha256(clip),
+        weights_sha256=weights_sha256(clip),
         architecture=architecture(clip, tokenizer),
     )
 
@@ -175,7 +181,7 @@ def require_same(clip: Clip, sha256: str, stored: Mapping[str, Any] | None, *, r
 
     Args:
         clip: the model that was loaded.
-        sha256: of the other's weights.
+        sha256: the other's; of its weights alone where `stored` is None.
         stored: the other's architecture; None of models from before it was recorded.
         remedy: what to do otherwise.
 
@@ -183,11 +189,9 @@ def require_same(clip: Clip, sha256: str, stored: Mapping[str, Any] | None, *, r
         CheckpointError: weights or architecture are others.
     """
     named = f"backbone {clip.spec.model}/{clip.spec.pretrained}"
-    if clip.sha256 != sha256:
-        raise CheckpointError(
-            f"{named}: expected weights with sha256 {sha256[:12]}, found {clip.sha256[:12]}; "
-            f"{remedy}"
-        )
+    found = clip.weights_sha256 if stored is None else clip.sha256
+    if found == sha256:
+        return
     differing = [
         f"{part} {value}, found {clip.architecture.get(part)}"
         for part, value in (stored or {}).items()
@@ -195,9 +199,12 @@ def require_same(clip: Clip, sha256: str, stored: Mapping[str, Any] | None, *, r
     ]
     if differing:
         raise CheckpointError(
-            f"{named}: the weights are the same, but not what is computed from them: expected "
-            f"{'; '.join(differing)}; name the same --model as before, or {remedy}"
+            f"{named}: another function of the weights: expected {'; '.join(differing)}; name the "
+            f"same --model as before, or {remedy}"
         )
+    raise CheckpointError(
+        f"{named}: expected weights with sha256 {sha256[:12]}, found {found[:12]}; {remedy}"
+    )
 
 
 def _create(spec: BackboneSpec, device: str) -> tuple[Any, Any]:

@@ -2,21 +2,26 @@
 
 open_clip name + tag     the Hugging Face cache, otherwise the hub
 hf-hub:ORG/REPO          the same
-open_clip name + FILE    a .safetensors file, which does not tell its activation
+open_clip name + FILE    a .safetensors file, which does not tell how it was trained
 local-dir:PATH           configuration and .safetensors in one folder
 demo                     the folder inside this package
 """
 
 import difflib
+import json
+import queue
 import re
-import socket
+import ssl
+import threading
+import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
+from http.client import HTTPException
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import open_clip
 from huggingface_hub import constants
@@ -26,6 +31,7 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError, safe_open
 
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, MicroclipError, printable
@@ -39,9 +45,17 @@ CONFIG = "open_clip_config.json"
 # Entries of OpenAI's own archives that are no weights.
 _OPENAI_ENTRIES = {"input_resolution", "context_length", "vocab_size"}
 
+# How pixels become the input, which differs between weights of one model.
+_PIXELS = ("mean", "std", "interpolation", "resize_mode")
+
+# How many tags a message names.
+_SHOWN = 3
+
 # How open_clip words weights that are not there; the exceptions behind it differ by version.
 _NOT_THERE = ("Failed to download", "Failed initial config/weights load", "Required pretrained")
-_CONNECT_S = 3.0
+
+# How long the hub may take for a sign of life.
+_ANSWER_S = 8.0
 
 # What open_clip raises for weights that are missing, damaged or of another architecture.
 LOAD_ERRORS = (
@@ -179,8 +193,8 @@ def quick_gelu_form(name: str) -> str | None:
     return other if other in open_clip.list_models() else None
 
 
-def activation_warning(model: str, pretrained: str | None) -> str | None:
-    """Return what a user must know about a weights file: it does not tell its activation.
+def file_warning(model: str, pretrained: str | None) -> str | None:
+    """Return what a weights file leaves open, if weights of this model differ in that.
 
     Raises:
         CheckpointError: a configuration beside the file says that the model is another one.
@@ -188,29 +202,61 @@ def activation_warning(model: str, pretrained: str | None) -> str | None:
     name = resolve_name(model)
     if pretrained is None or not Path(pretrained).is_file():
         return None
-    quick, folder = bool(_config(name).get("quick_gelu")), Path(pretrained).parent
-    beside = _config(f"local-dir:{folder}") if (folder / CONFIG).is_file() else None
-    if beside is not None and bool(beside.get("quick_gelu")) != quick:
-        raise CheckpointError(
-            f"--pretrained {printable(pretrained)}: {CONFIG} beside it and --model {model} "
-            f"differ in quick_gelu; write --model local-dir:{printable(folder)}"
-        )
-    other = quick_gelu_form(name)
-    if beside is not None or other is None:
+    taken = {**asdict(PreprocessCfg()), **(open_clip.get_model_config(name) or {})}
+    beside = Path(pretrained).parent / CONFIG
+    if beside.is_file():
+        _check_beside(beside, model, taken)
         return None
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    trained = {tag: open_clip.get_pretrained_cfg(name, tag) or {} for tag in tags}
+    quick = [tag for tag, said in trained.items() if _differing(said, taken, "quick_gelu")]
+    pixels = [tag for tag, said in trained.items() if _differing(said, taken, *_PIXELS)]
+    remedies = []
+    if quick:
+        remedies.append(f"if it is {_some(quick)}, give --model {quick_gelu_form(name) or name}")
+    if pixels:
+        remedies.append(
+            f"if it is {_some(pixels)}, give --model local-dir:PATH with its preprocessing in "
+            f"{CONFIG}"
+        )
+    if not remedies:
+        return None
+    activation = "QuickGELU" if taken.get("quick_gelu") else "GELU"
     return (
-        f"{printable(pretrained)} does not tell its activation: --model {model} takes it to be "
-        f"GELU; weights of OpenAI, MetaCLIP and DFN were trained with QuickGELU and need "
-        f"--model {other}"
+        f"{printable(pretrained)} does not tell how it was trained, and --model {model} means "
+        f"{activation} and OpenAI's preprocessing; {'; '.join(remedies)}"
     )
 
 
-def _config(name: str) -> dict[str, Any]:
-    """Return what open_clip knows of a model's architecture; nothing if it cannot be read."""
+def _check_beside(config: Path, model: str, taken: Mapping[str, Any]) -> None:
+    """Refuse a weights file whose folder describes another model."""
     try:
-        return dict(open_clip.get_model_config(name) or {})
-    except (ValueError, OSError):
-        return {}
+        stored = json.loads(config.read_text("utf-8"))
+        said = {**stored.get("preprocess_cfg", {}), **stored["model_cfg"]}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        return  # not open_clip's, whatever its name
+    differing = _differing({"quick_gelu": False, **said}, taken, "quick_gelu", *_PIXELS)
+    if differing:
+        raise CheckpointError(
+            f"--pretrained: {printable(config)}, which is beside it, and --model {model} "
+            f"differ in {', '.join(differing)}; write "
+            f"--model local-dir:{printable(config.parent)}"
+        )
+
+
+def _differing(said: Mapping[str, Any], taken: Mapping[str, Any], *keys: str) -> list[str]:
+    """Return which settings of weights are others than the ones that are taken."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value or False
+
+    return [key for key in keys if key in said and plain(said[key]) != plain(taken.get(key))]
+
+
+def _some(tags: list[str]) -> str:
+    """Name a few tags and count the others."""
+    more = f" or one of {len(tags) - _SHOWN} more" if len(tags) > _SHOWN else ""
+    return ", ".join(tags[:_SHOWN]) + more
 
 
 # ------------------------------------------------------------------------------ cache and hub
@@ -293,26 +339,29 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _unreachable(url: str) -> str | None:
-    """Return why the host of a URL, or the proxy before it, cannot be connected to, or None."""
-    place = urlsplit(url)
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(place.scheme) or proxies.get("all")
-    if proxy and not urllib.request.proxy_bypass(place.hostname or ""):
-        place = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    port = place.port or (80 if place.scheme == "http" else 443)
-    problem: OSError | None = None
+    """Return why nothing answers at a URL, proxies included, or None.
+
+    In a thread: names, proxies and every address of a host have waits of their own.
+    """
+    found = queue.SimpleQueue[str | None]()
+    threading.Thread(target=lambda: found.put(_refusal(url)), daemon=True).start()
     try:
-        found = socket.getaddrinfo(place.hostname, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        return f"{place.hostname}: {error.strerror or error}"
-    # One address of each family: every further one would cost its own wait.
-    for address in {family: address for family, *_, address in reversed(found)}.values():
-        try:
-            socket.create_connection((str(address[0]), port), timeout=_CONNECT_S).close()
-            return None
-        except OSError as error:
-            problem = error
-    return f"{place.hostname}: {(problem and problem.strerror) or problem}"
+        return found.get(timeout=_ANSWER_S)
+    except queue.Empty:
+        return f"no answer within {_ANSWER_S:.0f} s"
+
+
+def _refusal(url: str) -> str | None:
+    try:
+        request = urllib.request.Request(url, method="HEAD")
+        urllib.request.urlopen(request, timeout=_ANSWER_S).close()
+    except urllib.error.HTTPError:
+        return None  # whatever it thinks of this request, it is there
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        # The hub's client may know certificates that this one does not.
+        return None if isinstance(reason, ssl.SSLError) else str(reason)
+    return None
 
 
 def first_line(error: BaseException) -> str:

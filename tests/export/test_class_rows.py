@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -256,6 +257,27 @@ def test_another_clip_is_refused(export: Path) -> None:
     with pytest.raises(CheckpointError, match="expected weights with sha256 ffffffffffff, found"):
         add_classes(export, ["grey dot"])
     assert len(list_classes(export)) == 3
+
+
+def test_the_same_weights_with_another_activation_are_refused(
+    export: Path, tiny_model_dir: Path, tmp_path: Path, error_line: "ErrorLine"
+) -> None:
+    directory = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    config = directory / "open_clip_config.json"
+    config.write_text(config.read_text().replace('"embed_dim"', '"quick_gelu": true, "embed_dim"'))
+    assert classes(["add", "grey dot"], export, "--model", f"local-dir:{directory}") == 3
+    assert "text activations ['GELU'], found ['QuickGELU']" in error_line()
+    assert len(list_classes(export)) == 3
+
+
+def test_an_export_of_an_older_version_names_its_weights_alone(
+    export: Path, tiny_model_dir: Path
+) -> None:
+    clip = load_clip(BackboneSpec(model=f"local-dir:{tiny_model_dir}"))
+    parent = {**read_export(export).stored["parent"], "backbone_sha256": clip.weights_sha256}
+    del parent["architecture"]
+    declare(export, parent=parent)
+    assert len(add_classes(export, ["grey dot"])) == 4
 
 
 @pytest.mark.parametrize("name", [FULL, CLASSIFIER, artifact.MANIFEST])
