@@ -28,7 +28,7 @@ from microclip_deploy.console import bar, tell_skipped
 from microclip_deploy.data.classes import DEFAULT_TEMPLATES, class_texts
 from microclip_deploy.data.labelled import LabelledImages
 from microclip_deploy.data.sources import check_images, list_images
-from microclip_deploy.errors import UsageError, printable
+from microclip_deploy.errors import UsageError
 from microclip_deploy.evaluation.evaluate import accuracy
 from microclip_deploy.evaluation.report import REPORT
 from microclip_deploy.model.checkpoint import read_checkpoint
@@ -81,6 +81,7 @@ def run_adapt(
             inputs, clip = _resumed(out, asked, device, notes)
             if (out / artifact.MANIFEST).is_file():
                 return _finished(out, device, clip, notes)
+            inputs = _images_again(out, asked.images, inputs, notes)
             heads = text_heads(clip.text, inputs.texts())
         else:
             require_replaceable(out, overwrite)
@@ -137,7 +138,16 @@ def _new(
         f"{len(checked.good)} images, {len(checked.bad)} skipped, {len(texts.names)} classes"
     )
     good, bad = checked.good, checked.bad
-    inputs = make_inputs(clip, recipe, texts, good=good, bad=bad, val_dir=asked.val_dir)
+    with bar(notes, "hashing images") as progress:
+        inputs = make_inputs(
+            clip,
+            recipe,
+            texts,
+            good=good,
+            bad=bad,
+            val_dir=asked.val_dir,
+            on_progress=progress.update,
+        )
     return inputs, clip, heads
 
 
@@ -150,7 +160,6 @@ def _resumed(out: Path, asked: Asked, device: str, notes: Console) -> tuple[RunI
             f"--resume: {out} was started with other inputs: {'; '.join(differing)}; drop "
             "these options, or start again with --overwrite"
         )
-    inputs.require_images()
     if asked.val_dir is not None:
         inputs = inputs.model_copy(update={"val_dir": str(asked.val_dir)})
     notes.print(f"resuming {out}", markup=False)
@@ -180,12 +189,20 @@ def _differences(asked: Asked, inputs: RunInputs) -> list[str]:
         same = texts.descriptions == inputs.descriptions or asked.descriptions is None
         if texts.names != inputs.classes or texts.templates != inputs.templates or not same:
             found.append("class names, descriptions or templates")
-    if asked.images is not None:
-        present = {str(path.absolute()) for path in list_images(asked.images).paths}
-        missing = [path for path in inputs.images if path not in present]
-        if missing:
-            found.append(f"images, {printable(missing[0])} among others is not in {asked.images}")
     return found
+
+
+def _images_again(out: Path, given: Path | None, inputs: RunInputs, notes: Console) -> RunInputs:
+    """Make sure that the images are the ones the run began with, perhaps at another place now."""
+    paths = () if given is None else list_images(given).paths
+    with bar(notes, "checking images") as progress:
+        if given is None or {str(path.absolute()) for path in paths}.issuperset(inputs.images):
+            inputs.require_images(progress.update)
+            return inputs
+        inputs = inputs.moved_to(paths, progress.update)
+    write_inputs(out, inputs)
+    notes.print(f"the images are found again in {given}", markup=False)
+    return inputs
 
 
 def _finished(directory: Path, device: str, clip: Clip, notes: Console) -> dict[str, Any]:

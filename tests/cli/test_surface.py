@@ -14,7 +14,7 @@ SURFACE = {
     "adapt": {
         "--out", "--classes", "--descriptions", "--template", "--model", "--pretrained", "--recipe",
         "--set", "--epochs", "--batch-size", "--lr", "--seed", "--val-dir", "--device", "--workers",
-        "--max-bad-images", "--save-every", "--resume", "--overwrite", "--json",
+        "--max-bad-images", "--save-every", "--resume", "--overwrite", "--json", "--images",
     },
     "evaluate": {
         "--device", "--batch-size", "--zero-shot", "--max-bad-images", "--per-class", "--json",
