@@ -73,8 +73,10 @@ def run_adapt(
         raise UsageError("--resume continues a run and --overwrite replaces it; give one of them")
     started = resume and (out / INPUTS).is_file()
     if not started and (asked.images is None or asked.classes is None):
-        missing = f"no started run in {out}" if resume else "no images or classes"
-        raise UsageError(f"adapt: expected IMAGES and --classes FILE, found {missing}")
+        given = {"IMAGES": asked.images, "--classes FILE": asked.classes}
+        missing = " and no ".join(name for name, value in given.items() if value is None)
+        nothing = f"no started run in {out}, " if resume else ""
+        raise UsageError(f"adapt: expected IMAGES and --classes FILE, found {nothing}no {missing}")
     device = choose_device(device, notes)
     with locked(out), gpu_memory():
         if started:

@@ -40,11 +40,15 @@ class LabelledImages:
         found = list_images(data)
         missing = [path for path, label in zip(found.paths, found.labels, strict=True) if not label]
         if missing:
+            remedy = (
+                "put images into folders named after their class, or give a .csv with the columns "
+                "path and label"
+                if data.is_dir()
+                else "give a .csv with the columns path and label, both filled in every line"
+            )
             raise DataError(
                 f"{printable(data)}: expected a class for every image, found none for "
-                f"{len(missing)} of {len(found.paths)}, such as {printable(missing[0])}; "
-                "put images into folders named after their class, or give a .csv with "
-                "the columns path and label"
+                f"{len(missing)} of {len(found.paths)}, such as {printable(missing[0])}; {remedy}"
             )
         labels = [label or "" for label in found.labels]
         index = _class_indices(Counter(labels), classes)

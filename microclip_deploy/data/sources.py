@@ -86,7 +86,8 @@ def list_images(source: Path | str) -> ImageSet:
 
     A .csv or .tsv file has a header naming a column `path` (or `image`, `file`, `filename`;
     otherwise the first column is taken) and optionally a column `label`. The header may be missing
-    if the first cell ends like an image file. A .txt file holds one path per line. Relative paths
+    if the first cell ends like an image file. Semicolons and tabs may stand for commas. A .txt file
+    holds one path per line. Relative paths
     start at the folder of the list. Listed files are not required to exist: `check_images` reports.
 
     Raises:
@@ -351,7 +352,10 @@ def _list_text(source: Path) -> str:
 def _table_rows(source: Path, delimiter: str) -> list[tuple[str, str | None]]:
     """Return (path, label) per row of a .csv or .tsv file."""
     try:
-        reader = csv.reader(io.StringIO(_list_text(source), newline=""), delimiter=delimiter)
+        text = _list_text(source)
+        reader = csv.reader(
+            io.StringIO(text, newline=""), delimiter=_separator(text, usual=delimiter)
+        )
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
         raise DataError(
@@ -376,3 +380,14 @@ def _table_rows(source: Path, delimiter: str) -> list[tuple[str, str | None]]:
         label = None if label_column is None else "".join(row[label_column : label_column + 1])
         result.append((path, label))
     return result
+
+
+def _separator(text: str, *, usual: str) -> str:
+    """Return what separates a table's cells, as spreadsheets write .csv in several ways."""
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    for separator in (usual, ";", "\t", ","):
+        cells = [cell.strip().casefold() for cell in next(csv.reader([first], delimiter=separator))]
+        named = not {*_PATH_COLUMNS, _LABEL_COLUMN}.isdisjoint(cells)
+        if len(cells) > 1 and (named or Path(cells[0]).suffix in IMAGE_SUFFIXES):
+            return separator
+    return usual

@@ -57,6 +57,22 @@ def test_options_that_cannot_work(
     assert_one_error(capsys, part)
 
 
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        (["photos"], "found no --classes FILE"),
+        (["--classes", "c.txt"], "found no IMAGES"),
+        ([], "found no IMAGES and no --classes FILE"),
+        (["photos", "--resume"], "found no started run in run, no --classes FILE"),
+    ],
+)
+def test_what_is_missing_is_named_alone(
+    capsys: pytest.CaptureFixture[str], given: list[str], part: str
+) -> None:
+    assert main(["adapt", "-o", "run", *given]) == 2
+    assert_one_error(capsys, f"{part}\n")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_missing_gpu(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--device", "cuda"]) == 4
@@ -200,10 +216,13 @@ def test_damaged_models_never_become_random_ones(
 
 
 def test_weights_of_another_architecture_are_refused(
-    arguments: list[str], tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    arguments: list[str],
+    tiny_model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    weights = str(tiny_model_dir / "open_clip_model.safetensors")
-    assert main([*arguments, "--model", "ViT-S-32-alt", "--pretrained", weights]) == 3
+    weights = shutil.copy(tiny_model_dir / "open_clip_model.safetensors", tmp_path)
+    assert main([*arguments, "--model", "ViT-S-32-alt", "--pretrained", str(weights)]) == 3
     assert_one_error(capsys, "could not be loaded")
 
 

@@ -5,11 +5,13 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem
 from microclip_deploy.model.clip import BackboneSpec, load_clip
-from microclip_deploy.model.weights import file_warning
+from microclip_deploy.model.weights import check_source, file_warning
 
 
 @pytest.fixture
@@ -57,6 +59,40 @@ def test_a_configuration_beside_the_file_is_believed(
     else:
         with pytest.raises(CheckpointError, match=f"{differing}; write --model local-dir:"):
             file_warning("ViT-B-32", str(weights))
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "told"),
+    [
+        ("ViT-B-99", "openai", r"--model ViT-B-99: .* did you mean .*ViT-B-32"),
+        ("vit-b-32x", None, "did you mean ViT-B-32"),
+        ("Demo", None, "did you mean demo"),
+        ("laion/CLIP-ViT-B-32", None, "write --model hf-hub:laion/CLIP-ViT-B-32"),
+        ("{folder}/run", "openai", "which `adapt` or `export` wrote"),
+        ("{folder}/model", "openai", "write --model local-dir:{folder}/model"),
+        ("{folder}/lone.safetensors", None, "give weights with --pretrained"),
+        ("local-dir:{folder}/run", None, "which `adapt` or `export` wrote"),
+        ("local-dir:{folder}/none", None, "as it does not exist"),
+        ("local-dir:{folder}/model", None, "with a .safetensors file"),
+        ("ViT-B-32", None, "expected --pretrained TAG or FILE, found none; tags of ViT-B-32: open"),
+        ("ViT-B-32", "opanai", "--pretrained opanai: neither a file nor a tag of ViT-B-32"),
+        ("ViT-B-32", "{folder}/model", "write --model local-dir:{folder}/model"),
+        ("ViT-B-32", "{folder}/lone.safetensors", "expected a .safetensors file, found"),
+        ("ViT-B-32", "{folder}/archive.safetensors", "give --model ViT-B-32-quickgelu"),
+        ("ViT-B-32", "{folder}/other.safetensors", "found those of transformers"),
+    ],
+)
+def test_what_is_no_model_is_named_for_what_it_is(
+    tmp_path: Path, model: str, pretrained: str | None, told: str
+) -> None:
+    for name in ("run/manifest.json", "model/open_clip_config.json", "lone.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    save_file({"input_resolution": torch.ones(1)}, tmp_path / "archive.safetensors")
+    save_file({"vision_model.x": torch.ones(1)}, tmp_path / "other.safetensors")
+    given = pretrained and pretrained.format(folder=tmp_path)
+    with pytest.raises(CheckpointError, match=told.format(folder=tmp_path)):
+        check_source(model.format(folder=tmp_path), given)
 
 
 @pytest.mark.parametrize("offline", [True, False])
