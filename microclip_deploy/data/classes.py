@@ -42,8 +42,11 @@ _TABLE_HEADINGS = _HEADINGS | {
 }
 
 # A number with a mark between it and the name, or with nothing but blanks.
-_NUMBER_FIRST = re.compile(r"(?P<number>\d+)(?P<mark>\s*[,;:|\t)]|\.(?!\d)|\s)\s*(-\s+)?\S")
-_NUMBER_LAST = re.compile(r".*\S(?P<mark>\s*[,;:|\t])\s*(?P<number>\d+)")
+_NUMBER_FIRST = re.compile(
+    r"(?P<number>\d+)(?P<mark>\s*([,;:|\t)=]|[-=]>)|\.(?!\d)|\s)\s*(-\s+)?(?P<name>\S.*)"
+)
+_NUMBER_LAST = re.compile(r"(?P<name>.*\S)(?P<mark>\s*([,;:|\t=]|[-=]>)|\s)\s*(?P<number>\d+)")
+_WORDNET = re.compile(r"n\d{8}\b.")
 _WANTED_NAMES = "a text file with one class name a line"
 _JSON_REMEDY = (
     "write {class: [sentences]}, or end the file's name with .jsonl where every line is an object"
@@ -203,6 +206,9 @@ def _other_format(path: Path, lines: Sequence[str]) -> str | None:
     yaml = path.suffix.lower() in (".yaml", ".yml") or re.fullmatch(r"---|names\s*:.*", lines[0])
     if lines[0].startswith("{"):
         return "a JSON object (sentences go to --descriptions)"
+    opened = next((line for line in lines if line.endswith(("{", "[", "("))), None)
+    if opened is not None:
+        return f"the opening '{printable(opened)}', as in a program"
     if yaml or any(line.startswith("names:") for line in lines):
         return "YAML"
     if comment is not None:
@@ -211,6 +217,8 @@ def _other_format(path: Path, lines: Sequence[str]) -> str | None:
         return "a list with bullets"
     if heading[0] in _HEADINGS or (len(heading) > 1 and set(heading) & _TABLE_HEADINGS):
         return f"the heading '{printable(lines[0])}'"
+    if all(_WORDNET.match(line) for line in lines):
+        return f"WordNet's numbers beside the names, such as '{printable(lines[0])}'"
     if _numbered(lines, _NUMBER_FIRST) or _numbered(lines, _NUMBER_LAST):
         return f"numbers beside the names, such as '{printable(lines[0])}'"
     if all("\t" in line for line in lines):
@@ -221,7 +229,8 @@ def _other_format(path: Path, lines: Sequence[str]) -> str | None:
 def _numbered(lines: Sequence[str], pattern: re.Pattern[str]) -> bool:
     """Say whether every line holds a number beside its name.
 
-    Where only blanks are between them, as in "737 MAX", the numbers must also count from 0 or 1.
+    Where only blanks are between them, as in "737 MAX", the numbers must also count from 0 or 1,
+    and beside names that differ: "type 1" and "type 2" are two.
     """
     found = [pattern.match(line) for line in lines]
     matches = [match for match in found if match is not None]
@@ -229,7 +238,10 @@ def _numbered(lines: Sequence[str], pattern: re.Pattern[str]) -> bool:
         return False
     numbers = [int(match["number"]) for match in matches]
     marked = all(match["mark"].strip() or "\t" in match["mark"] for match in matches)
-    return marked or numbers in (list(range(len(lines))), list(range(1, len(lines) + 1)))
+    named = len({match["name"] for match in matches}) == len(matches)
+    return marked or (
+        named and numbers in (list(range(len(lines))), list(range(1, len(lines) + 1)))
+    )
 
 
 def _unquoted(line: str) -> str:

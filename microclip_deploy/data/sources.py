@@ -87,8 +87,8 @@ def list_images(source: Path | str) -> ImageSet:
     A .csv or .tsv file has a header naming a column `path` (or `image`, `file`, `filename`;
     otherwise the first column is taken) and optionally a column `label`. The header may be missing
     if the first cell ends like an image file. Semicolons and tabs may stand for commas. A .txt file
-    holds one path per line. Relative paths
-    start at the folder of the list. Listed files are not required to exist: `check_images` reports.
+    holds one path per line. Relative paths start at the folder of the list. Listed files are not
+    required to exist: `check_images` reports.
 
     Raises:
         DataError: nothing is there, it holds no images, or it cannot be read.

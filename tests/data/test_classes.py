@@ -38,10 +38,11 @@ def test_names_are_stripped_composed_and_kept_in_order(tmp_path: Path) -> None:
         ("737-800\n747-400", ("737-800", "747-400")),
         ("2012 Tesla Model S\n2011 Audi A6", ("2012 Tesla Model S", "2011 Audi A6")),
         ("1.5 mm\n2.5 mm", ("1.5 mm", "2.5 mm")),
+        ("type 1\ntype 2", ("type 1", "type 2")),
         ("волк\nсова", ("волк", "сова")),
         ("μTorrent\nβ-carotene", ("μTorrent", "β-carotene")),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_names_are_read_as_they_are_meant(
     tmp_path: Path, content: str | bytes, names: tuple[str, ...]
@@ -62,6 +63,12 @@ def test_names_are_read_as_they_are_meant(
         ("c.txt", "001.Black_footed_Albatross\n045.Fulmar", "numbers beside the names"),
         ("c.txt", "1 001.Black_footed_Albatross\n2 002.Laysan", "numbers beside the names"),
         ("c.csv", "cat,0\ndog,1", "numbers beside the names"),
+        ("c.txt", "cat 0\ndog 1", "numbers beside the names"),
+        ("c.txt", "cat=1\ndog=4", "numbers beside the names"),
+        ("c.txt", "0 -> cat\n9 -> dog", "numbers beside the names"),
+        ("c.txt", "n01440764 tench\nn01443537 goldfish", "WordNet's numbers beside the names"),
+        ("c.txt", 'item {\n  name: "cat"\n}', "the opening 'item {'"),
+        ("c.py", 'classes = [\n  "cat",\n  "dog",\n]', "the opening 'classes = ['"),
         ("c.csv", "id,name\n0,cat\n1,dog", "the heading 'id,name'"),
         ("c.csv", '"Class";"note"\ncat;a\ndog;b', "the heading"),
         ("c.csv", "Name\ncat\ndog", "the heading 'Name'"),
@@ -75,7 +82,7 @@ def test_names_are_read_as_they_are_meant(
         ("c.txt", "cat  # felis\ndog", "the comment 'cat  # felis'"),
         ("c.json", '{"cat": ["it purrs"]}', "a JSON object (sentences go to --descriptions)"),
     ],
-    ids=range(22),
+    ids=range(28),
 )
 def test_files_that_are_no_list_of_names_are_refused(
     tmp_path: Path, name: str, content: str, found: str
