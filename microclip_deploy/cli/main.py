@@ -25,6 +25,7 @@ from microclip_deploy.cli.options import (
     Descriptions,
     Device,
     Images,
+    ImagesAgain,
     MaxBad,
     MaxPixels,
     Model,
@@ -42,6 +43,7 @@ from microclip_deploy.errors import (
     EXTRA_OF,
     Interrupted,
     MicroclipError,
+    UsageError,
     missing_package,
     require,
 )
@@ -69,6 +71,7 @@ app.add_typer(bench_app, name="bench")
 def adapt(
     out_dir: Out,
     images: Images = None,
+    images_again: ImagesAgain = None,
     classes: Annotated[Path | None, typer.Option(help="Class names, one a line.")] = None,
     descriptions: Descriptions = None,
     template: Templates = None,
@@ -98,6 +101,8 @@ def adapt(
     require("torch", "adapt")
     from microclip_deploy.cli.adapt import Asked, run_adapt
 
+    if images and images_again:
+        raise UsageError("adapt: expected images once, found IMAGES and --images; leave one out")
     shorthand = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
     photos = {"max_pixels": max_pixels, "bit_depth": bit_depth}
     overrides = (
@@ -108,7 +113,7 @@ def adapt(
     texts = (classes, descriptions, tuple(template or ()))
     summary = run_adapt(
         out_dir,
-        Asked(images, *texts, model, pretrained, recipe, overrides, val_dir),
+        Asked(images or images_again, *texts, model, pretrained, recipe, overrides, val_dir),
         notes,
         device=device,
         workers=workers,

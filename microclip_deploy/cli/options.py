@@ -92,6 +92,10 @@ BitDepth = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Images = Annotated[Path | None, typer.Argument(help="Folder of images, or a .csv/.tsv/.txt list.")]
+ImagesAgain = Annotated[
+    Path | None,
+    typer.Option("--images", help="As IMAGES; with --resume, where they lie now."),
+]
 Descriptions = Annotated[Path | None, typer.Option(help="JSON {class: [sentences]} or JSON Lines.")]
 Templates = Annotated[
     list[str] | None, typer.Option(help="Sentence with {} for the class name; repeatable.")

@@ -10,13 +10,11 @@ Labels are kept beside the paths and are for `evaluate` alone: adaptation is giv
 Every order is deterministic: it depends on the names, never on the file system or on threads.
 """
 
-import hashlib
 import os
 import unicodedata
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -242,25 +240,6 @@ def check_images(
         raise DataError(_too_many_bad(bad, len(paths), limit, max_bad))
     usable = tuple(paths[i] for i in good)
     return CheckedImages(usable, tuple(bad), tuple(good), tuple(remarks.lines()))
-
-
-def copies(paths: Iterable[Path]) -> list[Path]:
-    """Return the files whose bytes are those of a file before them, in the order given.
-
-    Only files of equal size are read. What cannot be read any more is no copy.
-    """
-    sizes = [(path, path.stat().st_size) for path in paths if path.is_file()]
-    files = Counter(size for _, size in sizes)
-    seen, found = set[bytes](), list[Path]()
-    for path, size in sizes:
-        if files[size] == 1:
-            continue
-        with suppress(OSError), path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").digest()
-            if digest in seen:
-                found.append(path)
-            seen.add(digest)
-    return found
 
 
 def read_batches(

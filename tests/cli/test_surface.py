@@ -16,7 +16,8 @@ SURFACE = {
     "adapt": {
         "--out", "--classes", "--descriptions", "--template", "--model", "--pretrained", "--recipe",
         "--set", "--epochs", "--batch-size", "--lr", "--seed", "--val-dir", "--device", "--workers",
-        "--max-bad-images", "--save-every", "--resume", "--overwrite", "--json", *PHOTOS,
+        "--max-bad-images", "--save-every", "--resume", "--overwrite", "--json", "--images",
+        *PHOTOS,
     },
     "evaluate": {
         "--device", "--batch-size", "--zero-shot", "--max-bad-images", "--per-class", "--threads",

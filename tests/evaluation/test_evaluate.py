@@ -98,7 +98,13 @@ def test_training_gets_plain_numbers(photos: Path) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "classes", "label"),
-    [("Red_Circle", CLASSES, 0), ("a_b", ("A b", "a_b"), 1)],  # an exact name wins
+    [
+        ("Red_Circle", CLASSES, 0),
+        ("Red\u00a0\u200bCircle", CLASSES, 0),
+        ("Bewick\u2019s  wren", ("robin", "Bewick's wren"), 1),
+        ("a_b", ("A b", "a_b"), 1),  # an exact name wins
+        ("a b", ("A b", "a_b"), 0),  # and case counts for less than an underscore
+    ],
 )
 def test_labels_match_regardless_of_case_and_underscores(
     photos: Path, tmp_path: Path, folder: str, classes: tuple[str, ...], label: int
@@ -112,6 +118,7 @@ def test_labels_match_regardless_of_case_and_underscores(
     [
         ("a b", ("A-b", "a_b"), "'a b'"),
         ("red circel", CLASSES, r"'red circel' \(8 images, near 'red circle'\)"),
+        ("0", CLASSES, "give names in place of numbers"),
     ],
 )
 def test_ambiguous_and_unknown_labels_are_named(
