@@ -12,6 +12,7 @@ from torch import Tensor
 from microclip_deploy import artifact
 from microclip_deploy.adapt.run import execute
 from microclip_deploy.adapt.run_directory import (
+    BAD_IMAGES,
     INPUTS,
     RunInputs,
     locked,
@@ -22,9 +23,9 @@ from microclip_deploy.adapt.run_directory import (
     write_inputs,
 )
 from microclip_deploy.adapt.trainer import Operation, Recipe, StepReport, Validator
-from microclip_deploy.cli.commands import gpu_memory, update_report
+from microclip_deploy.cli.commands import gpu_memory, tell_next, update_report
 from microclip_deploy.config import merge, parse_override, read_recipe, resolve, validate
-from microclip_deploy.console import bar, tell_skipped
+from microclip_deploy.console import bar, tell_skipped, waiting
 from microclip_deploy.data.classes import DEFAULT_TEMPLATES, class_texts
 from microclip_deploy.data.labelled import LabelledImages
 from microclip_deploy.data.sources import check_images, list_images
@@ -80,7 +81,7 @@ def run_adapt(
             inputs, clip = _resumed(out, asked, device, notes)
         else:
             require_replaceable(out, overwrite)
-            inputs, clip = _new(asked, device, max_bad, notes)
+            inputs, clip = _new(out, asked, device, max_bad, notes)
             remove_run(out)
             write_inputs(out, inputs)
         if started and (out / artifact.MANIFEST).is_file():
@@ -94,8 +95,19 @@ def run_adapt(
             notes.print(f"warning: {warning}", style="yellow", markup=False)
         with open_run(out, device, clip=clip) as run:
             update_report(out, run, notes)
-    notes.print(f"adapted: {out}", markup=False)
+    notes.print(f"adapted: {printable(out)}", markup=False)
     return content
+
+
+def tell_after_adaptation(out: Path, notes: Console) -> None:
+    """Show what to try with a finished run."""
+    exported = Path("exports") / out.absolute().name
+    tell_next(
+        notes,
+        (("predict", out, "PHOTOS", "--top-k", "3"), "what it says about photos"),
+        (("evaluate", out, "LABELLED"), "its accuracy, if you have CLASS/image folders"),
+        (("export", out, "-o", exported), "one ONNX file for a server"),
+    )
 
 
 def choose_device(device: str, notes: Console) -> str:
@@ -111,19 +123,23 @@ def choose_device(device: str, notes: Console) -> str:
     return device
 
 
-def _new(asked: Asked, device: str, max_bad: str, notes: Console) -> tuple[RunInputs, Clip]:
+def _new(
+    out: Path, asked: Asked, device: str, max_bad: str, notes: Console
+) -> tuple[RunInputs, Clip]:
     """Check everything a new run needs, cheapest first."""
     assert asked.images is not None, "checked by run_adapt"
     assert asked.classes is not None, "checked by run_adapt"
     recipe = resolve(Recipe, asked.recipe, asked.overrides)
     texts = class_texts(asked.classes, asked.descriptions, asked.templates or DEFAULT_TEMPLATES)
-    listed = list_images(asked.images)
+    with waiting(notes, f"looking for images in {printable(asked.images)}"):
+        listed = list_images(asked.images)
     if asked.val_dir is not None:
         LabelledImages.read(asked.val_dir, texts.names)
-    clip = load_clip(_backbone(asked), device)
-    with bar(notes, "checking images") as progress:
+    with waiting(notes, "loading CLIP"):
+        clip = load_clip(_backbone(asked), device)
+    with bar(notes, "checking images", "images") as progress:
         checked = check_images(listed.paths, max_bad=max_bad, on_progress=progress.update)
-    tell_skipped(checked.bad, notes)
+    tell_skipped(checked.bad, notes, out / BAD_IMAGES)
     notes.print(
         f"{len(checked.good)} images, {len(checked.bad)} skipped, {len(texts.names)} classes"
     )
@@ -143,7 +159,7 @@ def _resumed(out: Path, asked: Asked, device: str, notes: Console) -> tuple[RunI
     inputs.require_images()
     if asked.val_dir is not None:
         inputs = inputs.model_copy(update={"val_dir": str(asked.val_dir)})
-    notes.print(f"resuming {out}", markup=False)
+    notes.print(f"resuming {printable(out)}", markup=False)
     # A model that was moved may be named again: its weights are what counts.
     return inputs, load_clip(_backbone(asked) if asked.model else inputs.backbone, device)
 
@@ -178,7 +194,7 @@ def _differences(asked: Asked, inputs: RunInputs) -> list[str]:
 def _finished(directory: Path, device: str, clip: Clip, notes: Console) -> dict[str, Any]:
     """Verify a finished run and return its manifest."""
     read_checkpoint(directory)
-    notes.print(f"{directory}: already finished", markup=False)
+    notes.print(f"{printable(directory)}: already finished", markup=False)
     if not (directory / REPORT).is_file():
         with open_run(directory, device, clip=clip) as run:
             update_report(directory, run, notes)

@@ -3,20 +3,64 @@
 PyTorch is imported where a run directory needs it; an export needs none.
 """
 
+import csv
+import os
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from rich.console import Console
 
 from microclip_deploy import artifact
-from microclip_deploy.console import bar, tell_skipped
-from microclip_deploy.errors import EnvironmentProblem
-from microclip_deploy.evaluation.evaluate import EVALUATION, Evaluation, evaluate
-from microclip_deploy.evaluation.predict import OverlayWriter, open_writer, predict, table
+from microclip_deploy.console import bar, machine_stdout, tell_skipped, waiting
+from microclip_deploy.data.sources import BadFile
+from microclip_deploy.errors import EnvironmentProblem, UsageError, printable
+from microclip_deploy.evaluation.evaluate import evaluate
+from microclip_deploy.evaluation.evaluation import EVALUATION, Evaluation, write_answers
+from microclip_deploy.evaluation.overlay import OverlayWriter
+from microclip_deploy.evaluation.predict import FailedImage, Result, predict
+from microclip_deploy.evaluation.records import cell, file_name, open_writer, table
 from microclip_deploy.serving import RunSessions, Session, is_export, open_run, open_session
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Format = Literal["table", "csv", "json", "jsonl"]
+
+_FORMAT_OF: dict[str, Format] = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".txt": "table"}
+"""What `predict --out` writes, by the ending of the file."""
+
+_FILE_WIDTH = 120  # columns of a table in a file
+
+
+def tell_next(notes: Console, *steps: tuple[Sequence[str | Path], str]) -> None:
+    """Show what to try next: command lines that can be copied, each with what it is for.
+
+    Args:
+        notes: where to.
+        steps: the words after `microclip-deploy`, of which paths are quoted for the shell, and the
+            remark.
+    """
+    lines = [" ".join(["microclip-deploy", *(_word(word) for word in words)]) for words, _ in steps]
+    width = max(map(len, lines))
+    for number, (line, (_, remark)) in enumerate(zip(lines, steps, strict=True)):
+        lead = "next: " if number == 0 else "      "
+        notes.print(f"{lead}{line:{width}}  # {remark}", markup=False)
+
+
+def _word(word: str | Path) -> str:
+    """Return a path as a shell reads it back, also bytes that no terminal shows."""
+    text = str(word)
+    if not isinstance(word, Path) or text.isprintable():
+        return shlex.quote(text)
+    shown = (
+        chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\x{b:02x}" for b in os.fsencode(word)
+    )
+    return f"$'{''.join(shown)}'"
 
 
 @contextmanager
@@ -42,38 +86,94 @@ def run_evaluate(
     device: str = "auto",
     batch_size: int = 64,
     zero_shot: bool = True,
+    limit: int | None = None,
     max_bad: str = "1%",
+    file: Path | None = None,
 ) -> Evaluation:
     """Evaluate a run or an export on labelled images; a run's report gets the outcome.
 
-    An export is never written to: its files are those its manifest lists.
+    An export is never written to: its files are those its manifest lists. `file` gets one CSV row
+    an image.
     """
     with gpu_memory(), ExitStack() as stack:
-        run = None if is_export(directory) else stack.enter_context(open_run(directory, device))
-        with bar(notes, "evaluating") as progress:
+        answers = stack.enter_context(result_file(file, (data,))) if file else None
+        with waiting(notes, f"opening {printable(directory)}"):
+            run = None if is_export(directory) else stack.enter_context(open_run(directory, device))
+        with bar(notes, "evaluating", "images") as progress:
             measured = evaluate(
                 directory,
                 data,
                 device=device,
                 batch_size=batch_size,
                 zero_shot=zero_shot,
+                limit=limit,
                 max_bad=max_bad,
                 sessions=run,
                 progress=progress.update,
                 on_open=lambda session: _tell_device(session, notes),
             )
-        tell_skipped(measured.bad, notes)
+        if answers is not None:
+            write_answers(answers, measured)
+        tell_skipped(measured.bad, notes, file)
         if run is not None:
-            _keep(directory, measured, run, notes)
+            _keep(directory, measured, run, notes, part=limit is not None)
+    if file is not None:
+        notes.print(f"answers: {printable(file)}", markup=False)
     return measured
 
 
-def _keep(directory: Path, measured: Evaluation, run: RunSessions, notes: Console) -> None:
+def tell_after_evaluation(directory: Path, notes: Console) -> None:
+    """Show what to try with an evaluated run or export."""
+    use = ("predict", directory, "PHOTOS", "--out", "predictions.csv")
+    if is_export(directory):
+        tell_next(notes, (use, "what it says about photos"))
+    else:
+        export = ("export", directory, "-o", Path("exports") / directory.name)
+        tell_next(notes, (use, "what it says about photos"), (export, "one ONNX file for a server"))
+
+
+def _keep(
+    directory: Path, measured: Evaluation, run: RunSessions, notes: Console, *, part: bool
+) -> None:
+    """Keep an evaluation beside its run, unless it is a part of one."""
+    kept = directory / EVALUATION
+    if reason := "--limit measures a part" if part else _fewer_than_kept(measured, kept):
+        notes.print(f"{printable(kept)} stays as it is: {reason}", markup=False)
+        return
     try:
-        artifact.write_json(directory / EVALUATION, measured.to_json())
+        artifact.write_json(kept, measured.to_json())
         update_report(directory, run, notes)
     except EnvironmentProblem as error:  # a read-only run directory can still be evaluated
         notes.print(f"warning: {error}", style="yellow", markup=False)
+
+
+def _fewer_than_kept(measured: Evaluation, kept: Path) -> str:
+    """Say that a kept evaluation of other files measured more images; '' where it did not."""
+    stored = artifact.read_json(kept) if kept.is_file() else {"images": 0}
+    same_files = stored.get("data") == measured.to_json()["data"]
+    if same_files or measured.images >= stored["images"]:
+        return ""
+    counts = f"it measured {stored['images']} images, this evaluation {measured.images}"
+    return f"{counts}; remove it to keep the next one"
+
+
+@dataclass
+class _Tally:
+    """What became of the images so far."""
+
+    images: int = 0
+    drawn: int = 0
+    bad: list[BadFile] = field(default_factory=list)
+
+    def counting(self, results: Iterable[Result]) -> Iterator[Result]:
+        """Yield the results and count them."""
+        for result in results:
+            self.images += 1
+            if isinstance(result, FailedImage):
+                self.bad.append(BadFile(result.path, result.reason))
+            else:
+                self.drawn += result.overlay is not None
+            yield result
 
 
 def run_predict(
@@ -83,24 +183,108 @@ def run_predict(
     notes: Console,
     *,
     top_k: int = 5,
-    output_format: Literal["table", "csv", "json", "jsonl"] = "table",
+    output_format: Format | None = None,
+    file: Path | None = None,
     overlay: Path | None = None,
     device: str = "auto",
     batch_size: int = 64,
 ) -> None:
-    """Classify images with a run or an export and print the results as they come."""
+    """Classify images with a run or an export, and print or write the results as they come."""
+    chosen = output_format or _format_of(file)
     overlays = OverlayWriter(overlay) if overlay else None
-    with gpu_memory(), open_session(directory, device) as session:
+    tally = _Tally()
+    with gpu_memory(), ExitStack() as stack:
+        target = stack.enter_context(result_file(file, images)) if file else None
+        with waiting(notes, f"opening {printable(directory)}"):
+            session = stack.enter_context(open_session(directory, device))
         _tell_device(session, notes)
-        results = predict(session, images, top_k, batch_size=batch_size)
-        if output_format == "table":
-            out.print(table(results, overlays.write if overlays else None))
-            return
-        with open_writer(output_format, sys.stdout, top_k) as writer:
-            for result in results:
-                writer.write(result)
-                if overlays:
-                    overlays.write(result)
+        # Rows that scroll by in the terminal itself are progress enough.
+        scrolls = target is None and chosen != "table" and sys.stdout.isatty()
+        shown = Console(quiet=True) if scrolls else notes
+        progress = stack.enter_context(bar(shown, "predicting", "images")).update
+        results = predict(session, images, top_k, batch_size=batch_size, progress=progress)
+        if overlays:
+            results = overlays.drawn(results, session.preprocess)
+        results = tally.counting(results)
+        try:
+            found = _write(results, chosen, target, top_k, overlays=overlay is not None)
+        finally:
+            listed = _list_bad(file, tally.bad) if file else None
+    if found is not None:
+        out.print(found)
+    if file is not None or chosen != "table":
+        tell_skipped(tally.bad, notes, listed)
+    if file is not None:
+        notes.print(f"predictions: {printable(file)} ({tally.images} images)", markup=False)
+    if overlay is not None:
+        notes.print(f"overlays: {printable(overlay)} ({tally.drawn} pictures)", markup=False)
+
+
+def _write(
+    results: Iterable[Result],
+    chosen: Format,
+    target: IO[str] | None,
+    top_k: int,
+    *,
+    overlays: bool,
+) -> "Table | None":
+    """Write the results to a file or to stdout; return a table that is still to be printed."""
+    if chosen == "table":
+        found = table(results)
+        if target is None:
+            return found
+        Console(file=target, width=_FILE_WIDTH).print(found)
+        return None
+    stream = target or machine_stdout()
+    with open_writer(chosen, stream, top_k, overlays=overlays) as writer:
+        for result in results:
+            writer.write(result)
+    return None
+
+
+def _format_of(file: Path | None) -> Format:
+    """Return the format that the ending of a file asks for; a table without a file."""
+    if file is None:
+        return "table"
+    if file.suffix.lower() not in _FORMAT_OF:
+        raise UsageError(
+            f"--out {printable(file)}: expected a name ending in {', '.join(_FORMAT_OF)}, found "
+            f"{file.suffix or 'none'}; give another name, or --format"
+        )
+    return _FORMAT_OF[file.suffix.lower()]
+
+
+@contextmanager
+def result_file(file: Path, sources: Sequence[Path]) -> Iterator[IO[str]]:
+    """Give a text file that takes its name when all is written; its folder is made.
+
+    Raises:
+        EnvironmentProblem: the disk is full or the folder cannot be written.
+        UsageError: it is one of the sources, which would be lost.
+    """
+    if any(source.exists() and file.exists() and file.samefile(source) for source in sources):
+        raise UsageError(
+            f"--out {printable(file)}: expected another file than what is read; give another name"
+        )
+    artifact.make_directory(file.parent)
+    with artifact.staged_file(file, "w") as stream:
+        yield stream
+
+
+def _list_bad(file: Path, bad: Sequence[BadFile]) -> Path:
+    """Write all files that could not be read beside the results, as CSV: path, reason.
+
+    Where all could be read, the list of an earlier command is removed.
+    """
+    listed = file.with_name(f"{file.stem}.bad-files.csv")
+    if not bad:
+        listed.unlink(missing_ok=True)
+        return listed
+    with artifact.staged_file(listed, "w") as stream:
+        rows = csv.writer(stream, lineterminator="\n")
+        rows.writerow(("path", "reason"))
+        rows.writerows((cell(file_name(path)), cell(reason)) for path, reason in bad)
+    return listed
 
 
 def update_report(directory: Path, run: RunSessions, notes: Console) -> None:
@@ -108,7 +292,7 @@ def update_report(directory: Path, run: RunSessions, notes: Console) -> None:
     from microclip_deploy.evaluation.report import write_report
 
     write_report(directory, sessions=run)
-    notes.print(f"report: {directory / 'report.html'}", markup=False)
+    notes.print(f"report: {printable(directory / 'report.html')}", markup=False)
 
 
 def _tell_device(session: Session, notes: Console) -> None:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from microclip_deploy.cli.options import (
+    MODEL,
+    OUTPUT,
+    PROOF,
     AsJson,
     Batch,
     Dtype,
@@ -20,6 +21,7 @@ from microclip_deploy.cli.options import (
     Trt,
     VersionCompatible,
     Workspace,
+    option,
 )
 from microclip_deploy.console import notes, out, print_json
 from microclip_deploy.errors import UsageError, require
@@ -30,16 +32,18 @@ if TYPE_CHECKING:
     from microclip_deploy.serving.engines import BuildOptions
 
 Target = Annotated[
-    Path | None, typer.Option("-o", "--out", help="Directory to write; required for a run.")
+    Path | None, option(OUTPUT, "DIR", "Directory to write; required for a run.", "-o", "--out")
 ]
 ExportedDtype = Annotated[
-    Dtype, typer.Option(help="Precision of the encoder; auto measures and keeps the fastest.")
+    Dtype, option(MODEL, None, "Precision of the encoder; auto measures and keeps the fastest.")
 ]
-Atol = Annotated[float | None, typer.Option(help="Largest difference of logits allowed.", min=0)]
+Atol = Annotated[float | None, option(PROOF, "X", "Largest difference of logits allowed.", min=0)]
 MinAgreement = Annotated[
-    float | None, typer.Option(help="Least share of equal top-1 classes.", min=0, max=1)
+    float | None, option(PROOF, "SHARE", "Least share of equal top-1 classes.", min=0, max=1)
 ]
-Overwrite = Annotated[bool, typer.Option(help="Replace the export in --out.")]
+Overwrite = Annotated[
+    bool, option(OUTPUT, None, "Replace the export in --out.", show_default=False)
+]
 
 
 def export(
@@ -69,6 +73,7 @@ def export(
     """
     require("onnx", "export")
     require("onnxruntime", "cpu")
+    from microclip_deploy.cli.commands import tell_next
     from microclip_deploy.export.build_options import parse_options
 
     given: dict[str, Any] = {"--batch": batch, "--workspace": workspace, "--opt-level": opt_level}
@@ -94,6 +99,12 @@ def export(
 
         proof = run_build(directory, build, notes, timing_cache=timing_cache, **proving)
         _show(proof, as_json)
+    tell_next(
+        notes,
+        (("predict", directory, "PHOTOS"), "the same answers, without PyTorch"),
+        (("verify", directory), "prove it again on the machine that will serve"),
+        (("bench", directory, "--batches", "1,8"), "how fast it is here"),
+    )
 
 
 def _inside(export: Path, out_dir: Path | None) -> Path:
@@ -129,7 +140,7 @@ def _print_trtexec(directory: Path, build: "BuildOptions") -> None:
 def verify(
     export_dir: ExportDirectory,
     run: Annotated[
-        Path | None, typer.Option(help="Ask this run's PyTorch model instead of stored answers.")
+        Path | None, option(PROOF, "RUN", "Ask this run's PyTorch model instead of stored answers.")
     ] = None,
     images: ProofImages = None,
     device: ProofDevice = "cpu",
@@ -137,12 +148,18 @@ def verify(
 ) -> None:
     """Prove an export again on this machine; exit 5 where it departs from PyTorch."""
     require("onnxruntime", "cpu")
+    from microclip_deploy.cli.commands import tell_next
     from microclip_deploy.export.proof.judge import require_proven
     from microclip_deploy.export.proof.verify import VERIFIED, run_verify
 
     proof = run_verify(export_dir, notes, run=run, images=images, device=device)
     _show(proof, as_json)
     require_proven(proof, export_dir / VERIFIED)
+    tell_next(
+        notes,
+        (("predict", export_dir, "PHOTOS"), "what it says about photos"),
+        (("bench", export_dir, "--batches", "1,8"), "how fast it is here"),
+    )
 
 
 def require_exporter() -> None:

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 _Mean = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Std = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom in pixels of a photo; may reach beyond it."""
+
 
 class Preprocess(BaseModel):
     """How an image becomes network input; a frozen value, dumped as JSON into artifacts."""
@@ -75,16 +78,26 @@ class Preprocess(BaseModel):
             raise DataError(
                 f"image: expected mode RGB, found {image.mode}; open it with read_image"
             )
-        side, (short, long) = self.size, sorted(image.size)
+        return image.resize(self._scaled(image.size), Image.Resampling[self.interpolation.upper()])
+
+    def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the width and height to which an image of a width and height is scaled."""
+        side, (short, long) = self.size, sorted(size)
         if self.resize_mode == "squash":
             short_to = long_to = side
         elif self.resize_mode == "longest":
             short_to, long_to = max(1, round(short / (long / side))), side
         else:
             short_to, long_to = side, int(side * long / short)
-        wide = image.width > image.height
-        target = (long_to, short_to) if wide else (short_to, long_to)
-        return image.resize(target, Image.Resampling[self.interpolation.upper()])
+        return (long_to, short_to) if size[0] > size[1] else (short_to, long_to)
+
+    def seen(self, size: tuple[int, int]) -> Box:
+        """Return the part of an image of a width and height that its test view shows."""
+        scaled = self._scaled(size)
+        begin = [self.offset(length) for length in scaled]
+        left, top = (begin[i] * size[i] / scaled[i] for i in (0, 1))
+        right, bottom = ((begin[i] + self.size) * size[i] / scaled[i] for i in (0, 1))
+        return left, top, right, bottom
 
     def window(self, resized: Image.Image, left: int, top: int) -> NDArray[np.uint8]:
         """Return S x S pixels from (left, top) on, uint8 (S, S, 3); what lies outside is filled."""

@@ -18,6 +18,7 @@ COLOURS = (
 )  # fmt: skip
 _DASHES = ("-", "--", ":", "-.")
 _GREY = "#7d8794"
+_LONGEST = 48  # characters of a name beside a matrix
 _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text, in the reader's own font
     "svg.hashsalt": "chart",  # the same chart is the same bytes
@@ -135,6 +136,35 @@ def bar_chart(bars: Mapping[str, tuple[float, float | None, str]]) -> str:
         axes.invert_yaxis()
         axes.grid(visible=False)
         axes.set_xticks([])
+        return _svg(figure)
+
+
+def matrix_chart(names: Sequence[str], shares: Sequence[Sequence[float]]) -> str:
+    """Draw a square matrix of fractions from 0 to 1, its first row at the top.
+
+    Args:
+        names: of the rows, which are numbered; the columns have their numbers. Long ones are cut.
+        shares: rows.
+
+    Returns:
+        An SVG document.
+    """
+    labels = [printable(name) for name in names]
+    labels = [f"{label[:_LONGEST]}…" if len(label) > _LONGEST else label for label in labels]
+    middles = [index + 0.5 for index in range(len(names))]
+    side = 1.5 + 0.22 * len(names)
+    with _drawing(side + 0.8, side) as (figure, axes):
+        from matplotlib.ticker import PercentFormatter
+
+        drawn = axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1, edgecolors=_GREY, lw=0.3)
+        axes.set_xticks(middles, [str(number) for number in range(1, len(names) + 1)])
+        axes.set_yticks(middles, [f"{label}  {i}" for i, label in enumerate(labels, start=1)])
+        axes.set(xlabel="taken for", aspect="equal")
+        axes.xaxis.set(label_position="top", ticks_position="top")
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        figure.colorbar(drawn, format=PercentFormatter(1), shrink=0.6)
         return _svg(figure)
 
 

@@ -17,8 +17,8 @@ from microclip_deploy.adapt.log import HISTORY, read_history
 from microclip_deploy.adapt.run_directory import RunInputs, read_inputs
 from microclip_deploy.errors import CheckpointError, MicroclipError, printable
 from microclip_deploy.evaluation import page
-from microclip_deploy.evaluation.chart import column_chart, epoch_chart
-from microclip_deploy.evaluation.evaluate import EVALUATION
+from microclip_deploy.evaluation.chart import column_chart, epoch_chart, matrix_chart
+from microclip_deploy.evaluation.evaluation import EVALUATION
 from microclip_deploy.evaluation.overlay import attention_map, overlay
 from microclip_deploy.evaluation.page import percent
 from microclip_deploy.evaluation.predict import FailedImage, Guess, ImagePrediction, predict
@@ -30,7 +30,8 @@ REPORT = "report.html"
 _TILE = 208  # side of a montage picture, pixels
 _LISTED = 200  # bad images that are listed
 _BARS = 40  # up to this many classes each get a bar
-_EXTREMES = 12  # most and least frequent classes shown beyond that
+_EXTREMES = 12  # most and least frequent classes shown beyond that; confused pairs
+_CONFUSED = 24  # classes in the matrix of confusions
 
 
 class Chart(NamedTuple):
@@ -61,6 +62,17 @@ class LabelCounts(NamedTuple):
     """Count of every class if all were equally frequent."""
     unused: int
     """Classes that no image was labelled with."""
+
+
+class Confusions(NamedTuple):
+    """Which classes an evaluation found confused with one another."""
+
+    matrix: str
+    """SVG of the classes that are confused most."""
+    shown: int
+    """Classes in it."""
+    pairs: tuple[tuple[str, str, int, int], ...]
+    """Class, what it is taken for, images so taken, images of the class; the most first."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +149,7 @@ def render(
         inputs=inputs,
         montage=montage,
         evaluation=evaluation,
+        confusions=_confusions(evaluation),
         charts=_charts(history),
         labels=_label_counts(manifest["classes"], history),
         headline=_headline(manifest, history, evaluation),
@@ -201,6 +214,22 @@ def _top1(evaluation: Mapping[str, Any] | None, model: str, token: str) -> float
 
 def _from_to(before: float | None, after: float) -> str:
     return percent(after) if before is None else f"{100 * before:.1f} → {percent(after)}"
+
+
+def _confusions(evaluation: Mapping[str, Any] | None) -> Confusions | None:
+    """Return the confused classes; None where there are none, or an older evaluation tells none."""
+    found = evaluation.get("confusions") if evaluation else None
+    if not evaluation or not found:
+        return None
+    of = {line["class"]: (line["images"], line["correct"]) for line in evaluation["per_class"]}
+    counts = {(line["class"], line["predicted"]): line["images"] for line in found}
+    # Classes that are confused stand beside each other.
+    names = list(dict.fromkeys(name for pair in counts for name in pair))[:_CONFUSED]
+    counts |= {(name, name): of[name][1] for name in names}
+    rows = [[counts.get((a, b), 0) / max(of[a][0], 1) for b in names] for a in names]
+    pairs = ((line["class"], line["predicted"], line["images"]) for line in found[:_EXTREMES])
+    listed = tuple((*pair, of[pair[0]][0]) for pair in pairs)
+    return Confusions(matrix_chart(names, rows), len(names), listed)
 
 
 def _duration(seconds: float) -> str:
