@@ -117,10 +117,19 @@ def _clock(seconds: float) -> str:
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """1:05 left; in the end the time it took."""
+    """1:05 left; in the end the time it took, and nothing before the first step."""
 
     def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text()
         return super().render(task) + ("" if task.finished else " left")
+
+
+class _Count(MofNCompleteColumn):
+    """3/20, and nothing before the first step."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
 
 
 @contextmanager
@@ -138,7 +147,7 @@ def bar(console: Console, title: str, unit: str = "") -> Iterator[Bar]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        _Count(),
         _TimeLeft(compact=True, elapsed_when_finished=True),
         TextColumn("{task.fields[note]}", markup=False),
     )

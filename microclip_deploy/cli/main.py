@@ -50,6 +50,7 @@ from microclip_deploy.console import (
     out,
     print_json,
     tolerant_stderr,
+    waiting,
 )
 from microclip_deploy.errors import (
     EXTRA_OF,
@@ -141,8 +142,9 @@ def adapt(
 
     Example: microclip-deploy adapt photos/ --classes classes.txt -o runs/birds
     """
-    require("torch", "adapt")
-    from microclip_deploy.cli.adapt import Asked, run_adapt, tell_after_adaptation
+    with waiting(notes, "loading PyTorch"):
+        require("torch", "adapt")
+        from microclip_deploy.cli.adapt import Asked, run_adapt, tell_after_adaptation
 
     shorthand = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
     overrides = (*(sets or ()), *_overrides(shorthand))
@@ -288,9 +290,10 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Run the embedded benchmark: adapt, evaluate, predict, export, verify. Three minutes."""
-    require_exporter()
-    from microclip_deploy.cli import demo
-    from microclip_deploy.demo.folders import write_benchmark
+    with waiting(notes, "loading PyTorch"):
+        require_exporter()
+        from microclip_deploy.cli import demo
+        from microclip_deploy.demo.folders import write_benchmark
 
     if write_images is not None:
         write_benchmark(write_images, notes)

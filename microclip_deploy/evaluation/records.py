@@ -165,7 +165,7 @@ def table(results: Iterable[Result]) -> "Table":
     unadapted = f"\n{_DAGGER} added after the adaptation: its accuracy is zero-shot"
     found = Table(caption=caption)
     found.add_column("image", overflow="fold")
-    found.add_column("class")
+    found.add_column("class", overflow="fold")
     found.add_column("probability", justify="right")
     found.add_column("runners-up", overflow="fold")
     for result in results:
