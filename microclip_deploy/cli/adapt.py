@@ -23,7 +23,7 @@ from microclip_deploy.adapt.run_directory import (
     write_inputs,
 )
 from microclip_deploy.adapt.trainer import Operation, Recipe, StepReport, Validator
-from microclip_deploy.cli.commands import gpu_memory, tell_next, update_report
+from microclip_deploy.cli.commands import gpu_memory, update_report
 from microclip_deploy.config import merge, parse_override, read_recipe, resolve, validate
 from microclip_deploy.console import bar, tell_skipped, waiting
 from microclip_deploy.data.classes import DEFAULT_TEMPLATES, class_texts
@@ -97,17 +97,6 @@ def run_adapt(
             update_report(out, run, notes)
     notes.print(f"adapted: {printable(out)}", markup=False)
     return content
-
-
-def tell_after_adaptation(out: Path, notes: Console) -> None:
-    """Show what to try with a finished run."""
-    exported = Path("exports") / out.absolute().name
-    tell_next(
-        notes,
-        (("predict", out, "PHOTOS", "--top-k", "3"), "what it says about photos"),
-        (("evaluate", out, "LABELLED"), "its accuracy, if you have CLASS/image folders"),
-        (("export", out, "-o", exported), "one ONNX file for a server"),
-    )
 
 
 def choose_device(device: str, notes: Console) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from microclip_deploy.artifact import make_directory
 from microclip_deploy.bench import option_text
+from microclip_deploy.cli import next_steps
 from microclip_deploy.cli.help import SectionedCommand, SectionedGroup, write_parameters
 from microclip_deploy.cli.options import OUTPUT, AsJson, ExportDtype, option
 from microclip_deploy.console import notes, out, print_json
@@ -201,11 +202,20 @@ def bench_model(
         baseline=earlier,
     )
     report = replace(measured, percentiles=list(percentiles))
-    _show(report, out_dir, as_json=as_json)
+    written = _show(report, out_dir, as_json=as_json)
     if earlier is not None:
         for line in limits.require_no_regression(report, earlier, max_regression):
             notes.print(line, markup=False)
     limits.require_slo(report, slo or {})
+    if written is None:
+        keep: next_steps.Step = (
+            ("bench", target, "--out", "reports"),
+            "keep the result, to compare another with",
+        )
+    else:
+        again = ("bench", target, "--baseline", written, "--max-regression", "10%")
+        keep = (again, "after a change: fail where it became slower")
+    next_steps.tell(notes, keep)
 
 
 def _require_packages(out_dir: Path | None) -> None:
@@ -219,17 +229,21 @@ def _require_packages(out_dir: Path | None) -> None:
         make_directory(out_dir)
 
 
-def _show(report: "Report", out_dir: Path | None, *, as_json: bool) -> None:
+def _show(report: "Report", out_dir: Path | None, *, as_json: bool) -> Path | None:
+    """Print a report, and write it if there is a folder for it; return the JSON's path."""
     from microclip_deploy.bench.latency import tables
 
     shown = notes if as_json else out
     shown.print(tables.plain(report), markup=False, highlight=False, soft_wrap=True)
     if as_json:
         print_json(tables.as_json(report, samples=False))
-    if out_dir is not None:
-        from microclip_deploy.bench.latency.page import write_report
+    if out_dir is None:
+        return None
+    from microclip_deploy.bench.latency.page import write_report
 
-        notes.print(f"wrote {write_report(report, out_dir)}", markup=False)
+    written = write_report(report, out_dir)
+    notes.print(f"wrote {written}", markup=False)
+    return written
 
 
 @command("compare")
@@ -286,6 +300,7 @@ def bench_ncut(
     shown.print(report.plain(measured), markup=False, soft_wrap=True)
     print_json(measured.model_dump())
     report.require_right(measured)
+    next_steps.tell(notes, next_steps.bench("TARGET", "--batches", "1,8"))
 
 
 @command("adapt")
@@ -332,3 +347,4 @@ def bench_adapt(
         notes.print(f"wrote {report.write_report(measured, out_dir)}", markup=False)
     if as_json:
         print_json(measured.model_dump())
+    next_steps.tell(notes, next_steps.adapt("--workers", str(workers)))

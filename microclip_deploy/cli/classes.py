@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
+from microclip_deploy.cli import next_steps
 from microclip_deploy.cli.help import SectionedCommand, SectionedGroup
 from microclip_deploy.cli.options import MODEL, AsJson, Descriptions, ExportDirectory, Names, option
-from microclip_deploy.console import out, print_json
+from microclip_deploy.console import notes, out, print_json
 
 app = typer.Typer(
     help="List, add or remove the classes of an export; its graphs stay as they are.",
@@ -33,6 +34,8 @@ def list_classes(export: ExportDirectory, as_json: AsJson = False) -> None:
     for row in rows:
         mark = "" if row.adapted else "  (not adapted)"
         out.print(printable(row.name) + mark, markup=False, soft_wrap=True)
+    add = (("classes", "add", export, "NAME"), "another class, in seconds")
+    next_steps.tell(notes, add, next_steps.predict(export))
 
 
 @command("add")
@@ -63,6 +66,7 @@ def add_classes(
         "so their accuracy is zero-shot; adapt again to change that.",
         soft_wrap=True,
     )
+    next_steps.tell(notes, next_steps.predict(export), next_steps.evaluate(export))
 
 
 @command("remove")
@@ -75,3 +79,4 @@ def remove_classes(export: ExportDirectory, names: Names, as_json: AsJson = Fals
         print_json({"classes": [row.to_json() for row in rows]})
         return
     out.print(f"{len(rows)} classes remain.", soft_wrap=True)
+    next_steps.tell(notes, next_steps.predict(export), next_steps.evaluate(export))

@@ -4,8 +4,6 @@ PyTorch is imported where a run directory needs it; an export needs none.
 """
 
 import csv
-import os
-import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +16,7 @@ from rich.console import Console
 from microclip_deploy import artifact
 from microclip_deploy.console import bar, machine_stdout, tell_skipped, waiting
 from microclip_deploy.data.sources import BadFile
-from microclip_deploy.errors import EnvironmentProblem, UsageError, printable
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, printable
 from microclip_deploy.evaluation.evaluate import evaluate
 from microclip_deploy.evaluation.evaluation import EVALUATION, Evaluation, write_answers
 from microclip_deploy.evaluation.overlay import OverlayWriter
@@ -35,32 +33,6 @@ _FORMAT_OF: dict[str, Format] = {".csv": "csv", ".json": "json", ".jsonl": "json
 """What `predict --out` writes, by the ending of the file."""
 
 _FILE_WIDTH = 120  # columns of a table in a file
-
-
-def tell_next(notes: Console, *steps: tuple[Sequence[str | Path], str]) -> None:
-    """Show what to try next: command lines that can be copied, each with what it is for.
-
-    Args:
-        notes: where to.
-        steps: the words after `microclip-deploy`, of which paths are quoted for the shell, and the
-            remark.
-    """
-    lines = [" ".join(["microclip-deploy", *(_word(word) for word in words)]) for words, _ in steps]
-    width = max(map(len, lines))
-    for number, (line, (_, remark)) in enumerate(zip(lines, steps, strict=True)):
-        lead = "next: " if number == 0 else "      "
-        notes.print(f"{lead}{line:{width}}  # {remark}", markup=False)
-
-
-def _word(word: str | Path) -> str:
-    """Return a path as a shell reads it back, also bytes that no terminal shows."""
-    text = str(word)
-    if not isinstance(word, Path) or text.isprintable():
-        return shlex.quote(text)
-    shown = (
-        chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\x{b:02x}" for b in os.fsencode(word)
-    )
-    return f"$'{''.join(shown)}'"
 
 
 @contextmanager
@@ -122,22 +94,12 @@ def run_evaluate(
     return measured
 
 
-def tell_after_evaluation(directory: Path, notes: Console) -> None:
-    """Show what to try with an evaluated run or export."""
-    use = ("predict", directory, "PHOTOS", "--out", "predictions.csv")
-    if is_export(directory):
-        tell_next(notes, (use, "what it says about photos"))
-    else:
-        export = ("export", directory, "-o", Path("exports") / directory.name)
-        tell_next(notes, (use, "what it says about photos"), (export, "one ONNX file for a server"))
-
-
 def _keep(
     directory: Path, measured: Evaluation, run: RunSessions, notes: Console, *, part: bool
 ) -> None:
-    """Keep an evaluation beside its run, unless it is a part of one."""
+    """Keep an evaluation beside its run, unless it tells less than the one that is kept."""
     kept = directory / EVALUATION
-    if reason := "--limit measures a part" if part else _fewer_than_kept(measured, kept):
+    if reason := "--limit measures a part" if part else _less_than_kept(measured, kept):
         notes.print(f"{printable(kept)} stays as it is: {reason}", markup=False)
         return
     try:
@@ -147,14 +109,21 @@ def _keep(
         notes.print(f"warning: {error}", style="yellow", markup=False)
 
 
-def _fewer_than_kept(measured: Evaluation, kept: Path) -> str:
-    """Say that a kept evaluation of other files measured more images; '' where it did not."""
-    stored = artifact.read_json(kept) if kept.is_file() else {"images": 0}
-    same_files = stored.get("data") == measured.to_json()["data"]
-    if same_files or measured.images >= stored["images"]:
+def _less_than_kept(measured: Evaluation, kept: Path) -> str:
+    """Say what a kept evaluation measured that this one did not; '' where there is nothing."""
+    if not kept.is_file():
         return ""
-    counts = f"it measured {stored['images']} images, this evaluation {measured.images}"
-    return f"{counts}; remove it to keep the next one"
+    try:
+        stored = artifact.read_json(kept)
+        images, rows, data = stored["images"], len(stored["rows"]), stored.get("data")
+    except (CheckpointError, KeyError, TypeError):  # nothing that could be lost
+        return ""
+    if data != printable(measured.data):
+        fewer = measured.images < images
+        told = f"it measured {images} images, this evaluation {measured.images}" if fewer else ""
+    else:
+        told = "it measured zero-shot too" if len(measured.rows) < rows else ""
+    return f"{told}; remove it to keep the next one" if told else ""
 
 
 @dataclass

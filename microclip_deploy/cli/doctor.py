@@ -40,6 +40,8 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
 _DRIVER = re.compile(r"libcuda\.|driver|CUDA-capable device", re.IGNORECASE)
 """How CUDA's libraries word that there is no driver, or one that does not fit."""
 
+_IMPOSSIBLE = "not possible without "
+
 NEEDS = ("cupy", "gpu", "trt")
 """What `require` knows."""
 
@@ -58,6 +60,11 @@ class Use(NamedTuple):
 
     task: str
     by: str
+
+    @property
+    def possible(self) -> bool:
+        """Say whether nothing is missing for it."""
+        return not self.by.startswith(_IMPOSSIBLE)
 
 
 @dataclass(frozen=True)
@@ -281,7 +288,7 @@ def _uses(machine: Machine, packages: Mapping[str, Package]) -> tuple[Use, ...]:
 def _impossible(packages: Mapping[str, Package], needed: Iterable[str]) -> str:
     """Say what a task cannot do without; '' where all of it works."""
     lacking = [name for name in needed if not packages[name].works]
-    return f"not possible without {', '.join(lacking)}" if lacking else ""
+    return _IMPOSSIBLE + ", ".join(lacking) if lacking else ""
 
 
 def _cut(packages: Mapping[str, Package], *, on_gpu: bool) -> str:
@@ -309,7 +316,7 @@ def _engines(machine: Machine, packages: Mapping[str, Package]) -> str:
     seen = machine.gpus or packages["torch"].details.get("usable")
     lacking += [] if seen else ["an NVIDIA GPU"]
     if lacking:
-        return f"not possible without {', '.join(lacking)}"
+        return _IMPOSSIBLE + ", ".join(lacking)
     version = packages["tensorrt"].version
     return f"TensorRT {version} with the CUDA kernels; export --trt builds them"
 

@@ -1,10 +1,42 @@
-"""A diagnosis as a terminal shows it."""
+"""`microclip-deploy doctor`: a diagnosis as a terminal shows it."""
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
 from rich.table import Table
 from rich.text import Text
 
-from microclip_deploy.cli.doctor import Diagnosis, lacks_driver
+from microclip_deploy.cli import next_steps
+from microclip_deploy.cli.doctor import Diagnosis, diagnose, lacks_driver, require
+from microclip_deploy.cli.options import AsJson
+from microclip_deploy.console import bar, notes, out, print_json
 from microclip_deploy.environment import PACKAGES
+
+
+def doctor(
+    needs: Annotated[
+        list[str] | None,
+        typer.Option("--require", metavar="NEED", help="gpu, trt or cupy; exit 4 when missing."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show versions and devices, what will be used for what, and how to fix what is wrong."""
+    with bar(notes, "looking at packages") as progress:
+        found = diagnose(progress=progress.update)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        out.print(*tables(found), sep="\n")
+        out.print(*problem_lines(found), sep="\n", soft_wrap=True)
+    require(found, {part for need in needs or () for part in need.split(",")})
+    possible = {use.task for use in found.uses if use.possible}
+    if {"adapt", "export"} <= possible:
+        next_steps.tell(notes, next_steps.DEMO, next_steps.adapt())
+    elif "adapt" in possible:
+        next_steps.tell(notes, next_steps.adapt())
+    elif "exported graphs" in possible:
+        next_steps.tell(notes, next_steps.predict(Path("EXPORT")))
 
 
 def tables(found: Diagnosis) -> list[Table]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from microclip_deploy.cli import next_steps
 from microclip_deploy.cli.options import (
     MODEL,
     OUTPUT,
@@ -73,7 +74,6 @@ def export(
     """
     require("onnx", "export")
     require("onnxruntime", "cpu")
-    from microclip_deploy.cli.commands import tell_next
     from microclip_deploy.export.build_options import parse_options
 
     given: dict[str, Any] = {"--batch": batch, "--workspace": workspace, "--opt-level": opt_level}
@@ -99,11 +99,11 @@ def export(
 
         proof = run_build(directory, build, notes, timing_cache=timing_cache, **proving)
         _show(proof, as_json)
-    tell_next(
+    next_steps.tell(
         notes,
-        (("predict", directory, "PHOTOS"), "the same answers, without PyTorch"),
-        (("verify", directory), "prove it again on the machine that will serve"),
-        (("bench", directory, "--batches", "1,8"), "how fast it is here"),
+        next_steps.predict(directory),
+        next_steps.verify(directory),
+        next_steps.bench(directory, "--batches", "1,8"),
     )
 
 
@@ -148,18 +148,14 @@ def verify(
 ) -> None:
     """Prove an export again on this machine; exit 5 where it departs from PyTorch."""
     require("onnxruntime", "cpu")
-    from microclip_deploy.cli.commands import tell_next
     from microclip_deploy.export.proof.judge import require_proven
     from microclip_deploy.export.proof.verify import VERIFIED, run_verify
 
     proof = run_verify(export_dir, notes, run=run, images=images, device=device)
     _show(proof, as_json)
     require_proven(proof, export_dir / VERIFIED)
-    tell_next(
-        notes,
-        (("predict", export_dir, "PHOTOS"), "what it says about photos"),
-        (("bench", export_dir, "--batches", "1,8"), "how fast it is here"),
-    )
+    bench = next_steps.bench(export_dir, "--batches", "1,8")
+    next_steps.tell(notes, next_steps.predict(export_dir), bench)
 
 
 def require_exporter() -> None:

@@ -15,8 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
+from microclip_deploy.cli import next_steps
 from microclip_deploy.cli.bench import app as bench_app
 from microclip_deploy.cli.classes import app as classes_app
+from microclip_deploy.cli.doctor_text import doctor
 from microclip_deploy.cli.export import export, require_exporter, verify
 from microclip_deploy.cli.help import SectionedCommand, SectionedGroup
 from microclip_deploy.cli.options import (
@@ -44,7 +46,6 @@ from microclip_deploy.cli.options import (
 from microclip_deploy.cli.recipes import recipes
 from microclip_deploy.console import (
     ReaderGone,
-    bar,
     checked_stdout,
     notes,
     out,
@@ -144,7 +145,7 @@ def adapt(
     """
     with waiting(notes, "loading PyTorch"):
         require("torch", "adapt")
-        from microclip_deploy.cli.adapt import Asked, run_adapt, tell_after_adaptation
+        from microclip_deploy.cli.adapt import Asked, run_adapt
 
     shorthand = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
     overrides = (*(sets or ()), *_overrides(shorthand))
@@ -162,7 +163,12 @@ def adapt(
     )
     if as_json:
         print_json(summary)
-    tell_after_adaptation(out_dir, notes)
+    next_steps.tell(
+        notes,
+        next_steps.predict(out_dir, "--top-k", "3"),
+        next_steps.evaluate(out_dir),
+        next_steps.export(out_dir),
+    )
 
 
 @use()
@@ -174,11 +180,6 @@ def evaluate(
             metavar="LABELLED", help="Labelled images: CLASS/image files, or a .csv list."
         ),
     ],
-    device: ServingDevice = "auto",
-    batch_size: BatchSize = 64,
-    zero_shot: Annotated[
-        bool, option(METHOD, None, "Also measure the model before adaptation; runs only.")
-    ] = True,
     limit: Annotated[
         int | None,
         option(
@@ -189,6 +190,11 @@ def evaluate(
         ),
     ] = None,
     max_bad_images: MaxBad = "1%",
+    zero_shot: Annotated[
+        bool, option(METHOD, None, "Also measure the model before adaptation; runs only.")
+    ] = True,
+    device: ServingDevice = "auto",
+    batch_size: BatchSize = 64,
     per_class: Annotated[bool, option(OUTPUT, None, "Print every class.", "--per-class")] = False,
     out_file: Annotated[
         Path | None,
@@ -220,7 +226,8 @@ def evaluate(
         print_json(result.to_json())
     else:
         out.print(*result.tables(per_class=per_class), sep="\n")
-    commands.tell_after_evaluation(directory, notes)
+    use = next_steps.predict(directory, "--out", "predictions.csv")
+    next_steps.tell(notes, use, _deployment(directory))
 
 
 @use()
@@ -269,6 +276,15 @@ def predict(
         device=device,
         batch_size=batch_size,
     )
+    look = next_steps.evaluate if overlay else next_steps.overlay
+    next_steps.tell(notes, look(directory), _deployment(directory))
+
+
+def _deployment(directory: Path) -> next_steps.Step:
+    """Return what brings a run, or an export, nearer to a server."""
+    from microclip_deploy.serving import is_export
+
+    return next_steps.verify(directory) if is_export(directory) else next_steps.export(directory)
 
 
 deploy()(export)
@@ -305,30 +321,10 @@ def demo(
         print_json(result.to_json())
     else:
         out.print(*result.tables(), sep="\n")
+    next_steps.tell(notes, next_steps.adapt(), next_steps.DOCTOR)
 
 
-@look()
-def doctor(
-    needs: Annotated[
-        list[str] | None,
-        typer.Option("--require", metavar="NEED", help="gpu, trt or cupy; exit 4 when missing."),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show versions and devices, what will be used for what, and how to fix what is wrong."""
-    from microclip_deploy.cli import doctor as diagnosis
-    from microclip_deploy.cli import doctor_text
-
-    with bar(notes, "looking at packages") as progress:
-        found = diagnosis.diagnose(progress=progress.update)
-    if as_json:
-        print_json(found.to_json())
-    else:
-        out.print(*doctor_text.tables(found), sep="\n")
-        out.print(*doctor_text.problem_lines(found), sep="\n", soft_wrap=True)
-    diagnosis.require(found, {part for need in needs or () for part in need.split(",")})
-
-
+look()(doctor)
 look()(recipes)
 
 

@@ -116,7 +116,7 @@ Model = Annotated[
     option(
         MODEL,
         "NAME",
-        "open_clip name, hf-hub:ORG/REPO, local-dir:PATH, or demo. [default: ViT-B-32]",
+        "open_clip name, hf-hub:ORG/REPO, demo, or local-dir:PATH. [default: ViT-B-32]",
     ),
 ]
 Pretrained = Annotated[

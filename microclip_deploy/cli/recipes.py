@@ -8,9 +8,10 @@ import typer
 from rich.padding import Padding
 from rich.text import Text
 
+from microclip_deploy.cli import next_steps
 from microclip_deploy.cli.options import AsJson
 from microclip_deploy.config import recipe_changes, recipe_text, shipped_recipes
-from microclip_deploy.console import machine_stdout, out, print_json
+from microclip_deploy.console import machine_stdout, notes, out, print_json
 
 _CAVEAT = "Differences under about two points mean nothing: most were measured with one seed."
 
@@ -34,6 +35,8 @@ def recipes(
             out.print(Text(each, style="bold"))
             out.print(Padding(Text(_explanation(each)), (0, 0, 0, 4)))
         out.print(_CAVEAT)
+        copy = (("recipes", "default"), "print one, to copy and change it")
+        next_steps.tell(notes, copy, next_steps.adapt("--recipe", "FILE.toml"))
 
 
 def _explanation(name: str) -> str:
