@@ -23,7 +23,7 @@ from microclip_deploy.adapt.run_directory import (
     write_inputs,
 )
 from microclip_deploy.adapt.trainer import Operation, Recipe, StepReport, Validator
-from microclip_deploy.cli.commands import gpu_memory, update_report
+from microclip_deploy.cli.commands import gpu_memory, listing_too_many_bad, update_report
 from microclip_deploy.config import merge, parse_override, read_recipe, resolve, validate
 from microclip_deploy.console import bar, tell_skipped, waiting
 from microclip_deploy.data.classes import DEFAULT_TEMPLATES, class_texts
@@ -126,7 +126,7 @@ def _new(
         LabelledImages.read(asked.val_dir, texts.names)
     with waiting(notes, "loading CLIP"):
         clip = load_clip(_backbone(asked), device)
-    with bar(notes, "checking images", "images") as progress:
+    with listing_too_many_bad(out, notes), bar(notes, "checking images", "images") as progress:
         checked = check_images(listed.paths, max_bad=max_bad, on_progress=progress.update)
     tell_skipped(checked.bad, notes, out / BAD_IMAGES)
     notes.print(

@@ -30,6 +30,10 @@ class _TargetFirst(SectionedGroup):
             args = [_MODEL, *args]
         return super().parse_args(ctx, args)
 
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        found = super().shell_complete(ctx, incomplete)
+        return [*found, *self.commands[_MODEL].shell_complete(ctx, incomplete)]
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         self.format_commands(ctx, formatter)
         write_parameters(self.commands[_MODEL].get_params(ctx), ctx, formatter)

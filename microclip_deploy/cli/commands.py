@@ -15,7 +15,8 @@ from rich.console import Console
 
 from microclip_deploy import artifact
 from microclip_deploy.console import bar, machine_stdout, tell_skipped, waiting
-from microclip_deploy.data.sources import BadFile
+from microclip_deploy.data.decode import IMAGE_SUFFIXES
+from microclip_deploy.data.sources import BadFile, TooManyBad
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, printable
 from microclip_deploy.evaluation.evaluate import evaluate
 from microclip_deploy.evaluation.evaluation import EVALUATION, Evaluation, write_answers
@@ -67,8 +68,14 @@ def run_evaluate(
     An export is never written to: its files are those its manifest lists. `file` gets one CSV row
     an image.
     """
+    if file is not None and file.suffix.lower() != ".csv":
+        raise UsageError(
+            f"--out {printable(file)}: expected a name ending in .csv, found "
+            f"{file.suffix or 'none'}; give another name"
+        )
     with gpu_memory(), ExitStack() as stack:
         answers = stack.enter_context(result_file(file, (data,))) if file else None
+        stack.enter_context(listing_too_many_bad(file, notes))
         with waiting(notes, f"opening {printable(directory)}"):
             run = None if is_export(directory) else stack.enter_context(open_run(directory, device))
         with bar(notes, "evaluating", "images") as progress:
@@ -178,13 +185,14 @@ def run_predict(
         try:
             found = _write(results, chosen, target, top_k, overlays=overlay is not None)
         finally:
-            listed = _list_bad(file, tally.bad) if file else None
+            listed = list_bad(file, tally.bad) if file else None
     if found is not None:
         out.print(found)
     if file is not None or chosen != "table":
         tell_skipped(tally.bad, notes, listed)
     if file is not None:
-        notes.print(f"predictions: {printable(file)} ({tally.images} images)", markup=False)
+        counts = f"{tally.images} images" + (f", {len(tally.bad)} skipped" if tally.bad else "")
+        notes.print(f"predictions: {printable(file)} ({counts})", markup=False)
     if overlay is not None:
         notes.print(f"overlays: {printable(overlay)} ({tally.drawn} pictures)", markup=False)
 
@@ -229,9 +237,10 @@ def result_file(file: Path, sources: Sequence[Path]) -> Iterator[IO[str]]:
 
     Raises:
         EnvironmentProblem: the disk is full or the folder cannot be written.
-        UsageError: it is one of the sources, which would be lost.
+        UsageError: it has the name of an image or is one of the sources, which would be lost.
     """
-    if any(source.exists() and file.exists() and file.samefile(source) for source in sources):
+    read = any(source.exists() and file.exists() and file.samefile(source) for source in sources)
+    if read or file.suffix.lower() in IMAGE_SUFFIXES:
         raise UsageError(
             f"--out {printable(file)}: expected another file than what is read; give another name"
         )
@@ -240,8 +249,8 @@ def result_file(file: Path, sources: Sequence[Path]) -> Iterator[IO[str]]:
         yield stream
 
 
-def _list_bad(file: Path, bad: Sequence[BadFile]) -> Path:
-    """Write all files that could not be read beside the results, as CSV: path, reason.
+def list_bad(file: Path, bad: Sequence[BadFile]) -> Path:
+    """Write all files that could not be read beside a result, as CSV: path, reason.
 
     Where all could be read, the list of an earlier command is removed.
     """
@@ -254,6 +263,18 @@ def _list_bad(file: Path, bad: Sequence[BadFile]) -> Path:
         rows.writerow(("path", "reason"))
         rows.writerows((cell(file_name(path)), cell(reason)) for path, reason in bad)
     return listed
+
+
+@contextmanager
+def listing_too_many_bad(result: Path | None, notes: Console) -> Iterator[None]:
+    """List all unusable files beside a result that they prevent; the error names the first."""
+    try:
+        yield
+    except TooManyBad as error:
+        if result is not None:
+            listed = printable(list_bad(result, error.bad))
+            notes.print(f"unusable files: {len(error.bad)}, listed in {listed}", markup=False)
+        raise
 
 
 def update_report(directory: Path, run: RunSessions, notes: Console) -> None:

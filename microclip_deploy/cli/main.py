@@ -42,6 +42,7 @@ from microclip_deploy.cli.options import (
     Templates,
     ValDir,
     option,
+    recipe_names,
 )
 from microclip_deploy.cli.recipes import recipes
 from microclip_deploy.console import (
@@ -116,7 +117,10 @@ def adapt(
     recipe: Annotated[
         str | None,
         option(
-            METHOD, "NAME|FILE", "Shipped recipe (see `microclip-deploy recipes`) or TOML file."
+            METHOD,
+            "NAME|FILE",
+            "Shipped recipe (see `microclip-deploy recipes`) or TOML file.",
+            autocompletion=recipe_names,
         ),
     ] = None,
     sets: Sets = None,
@@ -242,7 +246,7 @@ def predict(
         option(
             OUTPUT,
             None,
-            "How to print. [default: table; with --out what its ending says]",
+            "Of the results. [default: table; with --out what its ending says]",
             "--format",
         ),
     ] = None,

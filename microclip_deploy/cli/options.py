@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from microclip_deploy.config import shipped_recipes
+
 
 class Dtype(StrEnum):
     """Precision of an export."""
@@ -64,6 +66,11 @@ def option(section: str, metavar: str | None, text: str, *names: str, **more: An
         more: as for `typer.Option`.
     """
     return typer.Option(*names, metavar=metavar, help=text, rich_help_panel=section, **more)
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """Return what completes the name of a shipped recipe."""
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
 
 
 Out = Annotated[Path, option(OUTPUT, "DIR", "Run directory.", "-o", "--out")]

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from microclip_deploy.cli import next_steps
-from microclip_deploy.cli.options import AsJson
+from microclip_deploy.cli.options import AsJson, recipe_names
 from microclip_deploy.config import recipe_changes, recipe_text, shipped_recipes
 from microclip_deploy.console import machine_stdout, notes, out, print_json
 
@@ -18,7 +18,12 @@ _CAVEAT = "Differences under about two points mean nothing: most were measured w
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Print this recipe, to copy and change it.")
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Print this recipe, to copy and change it.",
+            autocompletion=recipe_names,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

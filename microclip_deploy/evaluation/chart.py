@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -182,5 +183,9 @@ def _drawing(width: float, height: float) -> Iterator[tuple["Figure", "Axes"]]:
 
 def _svg(figure: "Figure") -> str:
     text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight", pad_inches=0.3, metadata={"Date": None})
+    how: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.3, "metadata": {"Date": None}}
+    with warnings.catch_warnings():
+        # The reader's own fonts draw the text; matplotlib's only measure it.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(text, format="svg", **how)
     return text.getvalue()

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from microclip_deploy.data.decode import BadImage
 from microclip_deploy.data.labelled import LabelledImages
-from microclip_deploy.data.sources import BadFile, bad_image_limit, read_batches
-from microclip_deploy.errors import DataError, printable
+from microclip_deploy.data.sources import BadFile, TooManyBad, bad_image_limit, read_batches
+from microclip_deploy.errors import printable
 from microclip_deploy.evaluation.evaluation import EVALUATION, Answer, Evaluation, Row
 from microclip_deploy.evaluation.predict import softmax
 from microclip_deploy.evaluation.scores import Scores, ranks_of, score, scores_of_ranks
@@ -109,7 +109,7 @@ def evaluate(
 
     Raises:
         DataError: the data, or the checkpoint (CheckpointError), cannot be used, or more images
-            than allowed are unreadable.
+            than allowed are unreadable (TooManyBad).
         EnvironmentProblem: the device, or a package of the backend, is missing.
         UsageError: `max_bad` or `device` is malformed.
     """
@@ -129,10 +129,11 @@ def evaluate(
         measured = _measure(probes, images, batch_size, progress)
     bad = measured[0].bad
     if len(bad) > allowed:
-        raise DataError(
+        raise TooManyBad(
             f"evaluation images: expected at most {allowed} unreadable ones (--max-bad-images "
             f"{max_bad}), found {len(bad)} of {len(images.paths)}: {_first(bad)}; repair or remove "
-            "them, or raise --max-bad-images"
+            "them, or raise --max-bad-images",
+            bad,
         )
     return _evaluation(adapted, measured, str(data.absolute()))
 
@@ -253,9 +254,10 @@ def _measure(
         if done < len(images.paths):
             progress(done, len(images.paths))
     if not seen:
-        raise DataError(
+        raise TooManyBad(
             f"evaluation images: expected readable ones, found none: {_first(bad)}; repair them "
-            "or give others"
+            "or give others",
+            bad,
         )
     progress(len(images.paths), len(images.paths))
     return [probe.result(np.concatenate(seen), tuple(bad)) for probe in probes]

@@ -240,7 +240,9 @@ def test_recipes_are_listed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_recipes_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    told = capsys.readouterr()
+    shown = " ".join(told.out.split())
+    assert "microclip-deploy recipes default" in told.err
     assert "The method's own settings" in shown
     assert 'changes demo (values there in brackets): adapt.pooling = "mean" ("soap")' in shown
 

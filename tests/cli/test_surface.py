@@ -97,10 +97,26 @@ def test_help_of_bench_shows_what_a_target_takes(capsys: pytest.CaptureFixture[s
     assert all(name in shown for name in SURFACE["bench model"])
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shells_can_complete(shell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("_MICROCLIP_DEPLOY_COMPLETE", f"source_{shell}")
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("pre", ["predict"]),
+        ("predict --fo", ["--format"]),
+        ("predict run --format js", ["json", "jsonl"]),
+        ("bench n", ["ncut"]),
+        ("bench --pe", ["--percentiles", "--peers"]),
+        ("bench exports/birds --pe", ["--percentiles", "--peers"]),
+        ("adapt --recipe de", ["default", "demo"]),
+    ],
+)
+def test_shells_complete(
+    line: str, found: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_MICROCLIP_DEPLOY_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"microclip-deploy {line}")
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split())))
     assert main([]) == 0
+    assert capsys.readouterr().out.split() == found
 
 
 def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
