@@ -49,8 +49,8 @@ def staged_file(target: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[An
     """
     how = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""} if mode == "w" else {}
     real = Path(os.path.realpath(target))
-    replaced = real.is_file() or not real.exists()
-    written = real.with_name(f".{real.name}.{os.getpid()}.part") if replaced else real
+    replaced = target.is_file() or not target.exists()  # /dev/stdout has no real path in a pipe
+    written = real.with_name(f".{real.name}.{os.getpid()}.part") if replaced else target
     try:
         with open(written, mode, **how) as file:  # type: ignore[call-overload]  # text or none
             yield file

@@ -275,6 +275,8 @@ def listing_too_many_bad(result: Path | None, notes: Console) -> Iterator[None]:
             listed = printable(list_bad(result, error.bad))
             notes.print(f"unusable files: {len(error.bad)}, listed in {listed}", markup=False)
         raise
+    if result is not None:
+        list_bad(result, ())
 
 
 def update_report(directory: Path, run: RunSessions, notes: Console) -> None:
