@@ -60,12 +60,13 @@ def staged_file(target: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[An
         if replaced:
             os.replace(written, real)
             _sync_directory(real.parent)
-    except OSError as error:
-        raise write_problem(target, error) from error
-    finally:
+    except BaseException as error:
         if replaced:
             with suppress(OSError):
                 written.unlink()
+        if isinstance(error, OSError):
+            raise write_problem(target, error) from error
+        raise
 
 
 def write_problem(path: Path, error: Exception) -> EnvironmentProblem:
