@@ -231,7 +231,7 @@ def evaluate(
     else:
         out.print(*result.tables(per_class=per_class), sep="\n")
     use = next_steps.predict(directory, "--out", "predictions.csv")
-    next_steps.tell(notes, use, _deployment(directory))
+    next_steps.tell(notes, use, next_steps.deployment(directory))
 
 
 @use()
@@ -281,14 +281,7 @@ def predict(
         batch_size=batch_size,
     )
     look = next_steps.evaluate if overlay else next_steps.overlay
-    next_steps.tell(notes, look(directory), _deployment(directory))
-
-
-def _deployment(directory: Path) -> next_steps.Step:
-    """Return what brings a run, or an export, nearer to a server."""
-    from microclip_deploy.serving import is_export
-
-    return next_steps.verify(directory) if is_export(directory) else next_steps.export(directory)
+    next_steps.tell(notes, look(directory), next_steps.deployment(directory))
 
 
 deploy()(export)
@@ -394,5 +387,13 @@ def _overrides(shorthand: dict[str, Any]) -> list[str]:
 
 
 def run_main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script.
+
+    In a locale of another encoding the interpreter is started again in its UTF-8 mode: names of
+    files and classes, on the command line too, are UTF-8 wherever they come from.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        encoding = getattr(sys.stdout, "encoding", None) or "ascii"  # of the terminal, as it was
+        environment = {"PYTHONIOENCODING": encoding, **os.environ, "PYTHONUTF8": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     sys.exit(main())

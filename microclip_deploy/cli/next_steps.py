@@ -51,6 +51,13 @@ def bench(target: str | Path, *more: str | Path) -> Step:
     return ("bench", target, *more), "how fast it is on this machine"
 
 
+def deployment(directory: Path) -> Step:
+    """Return what brings a run, or an export, nearer to a server."""
+    from microclip_deploy.serving import is_export
+
+    return verify(directory) if is_export(directory) else export(directory)
+
+
 def tell(notes: Console, *steps: Step) -> None:
     """Show command lines, each after what it is for; paths are quoted for the shell."""
     notes.print("next:")

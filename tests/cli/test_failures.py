@@ -173,6 +173,20 @@ def test_json_is_utf_8_whatever_the_locale_says(monkeypatch: pytest.MonkeyPatch)
     assert json.loads(written.getvalue().decode("utf-8"))["path"] == "日本\udcff"
 
 
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("-Xdev", r"recipe '\u65e5\u672c': expected"),
+        ("-Xutf8=0", "recipe '"),  # wins over the environment; must not start again for ever
+    ],
+)
+def test_names_on_the_command_line_are_utf_8_in_any_locale(option: str, told: str) -> None:
+    legacy = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = shell('"$0" "$1" -m microclip_deploy recipes 日本', option, **legacy)
+    assert done.returncode == 2
+    assert told in done.stderr
+
+
 def test_predictions_nobody_reads_end_quietly(
     finished_run: Path,
     photos: Path,
