@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from microclip_deploy import artifact
-from microclip_deploy.data.decode import read_image
+from microclip_deploy.data.decode import BadImage, read_image
 from microclip_deploy.data.preprocess import Box, Preprocess
 from microclip_deploy.errors import DataError
-from microclip_deploy.evaluation.predict import FailedImage, Result
+from microclip_deploy.evaluation.predict import FailedImage, ImagePrediction, Result
 
 DEFAULT_SCALE = 2
 """Sides of the picture / sides of the test view."""
@@ -145,27 +145,29 @@ class OverlayWriter:
     def drawn(self, results: Iterable[Result], preprocess: Preprocess) -> Iterator[Result]:
         """Write INDEX-NAME.png of every prediction, and tell each result with its overlay.
 
+        A photo that has gone since its prediction gets none.
+
         Args:
             results: what `predict` returns.
             preprocess: of the session that predicted.
 
         Raises:
-            DataError: a photo can no longer be read.
             EnvironmentProblem: the disk is full or the folder cannot be written.
         """
         for result in results:
-            if isinstance(result, FailedImage):
-                yield result
-                continue
+            yield result if isinstance(result, FailedImage) else self._drawn(result, preprocess)
+
+    def _drawn(self, result: ImagePrediction, preprocess: Preprocess) -> ImagePrediction:
+        try:
             photo = read_image(result.path)
-            picture = photo_overlay(
-                photo, preprocess.seen(photo.size), result.mask, result.attention
-            )
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG", compress_level=1)  # the higher ones take seconds a photo
-            path = self._directory / overlay_name(result)
-            artifact.write_bytes(path, buffer.getvalue())
-            yield replace(result, overlay=path)
+        except BadImage:
+            return result
+        seen = preprocess.seen(photo.size)
+        picture, buffer = photo_overlay(photo, seen, result.mask, result.attention), io.BytesIO()
+        picture.save(buffer, "PNG", compress_level=1)  # the higher ones take seconds a photo
+        path = self._directory / overlay_name(result)
+        artifact.write_bytes(path, buffer.getvalue())
+        return replace(result, overlay=path)
 
 
 def overlay_name(result: Result) -> str:

@@ -118,8 +118,9 @@ def test_overlays_have_the_photos_size_and_are_told(tmp_path: Path) -> None:
     Image.new("RGB", (90, 50)).save(photo)
     writer = OverlayWriter(tmp_path / "deep" / "down")
     failed = FailedImage(0, Path("x"), "empty")
-    drawn, told = writer.drawn([made_up(photo), failed], preprocess())
-    assert told is failed
+    gone = made_up(tmp_path / "gone.png")
+    drawn, *told = writer.drawn([made_up(photo), failed, gone], preprocess())
+    assert told == [failed, gone]
     assert isinstance(drawn, ImagePrediction)
     assert drawn.overlay == tmp_path / "deep" / "down" / "000003-na-ve-name.png"
     with Image.open(drawn.overlay) as picture:
