@@ -152,7 +152,11 @@ def bar(console: Console, title: str, unit: str = "") -> Iterator[Bar]:
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, redirect_stdout=False) as live:
-        yield Bar(console, title, unit, live)
+        try:
+            yield Bar(console, title, unit, live)
+        finally:
+            for task in live.tasks:  # what ended before its first step leaves no empty bar
+                task.visible = task.total is not None
 
 
 @contextmanager

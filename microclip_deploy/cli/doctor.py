@@ -330,11 +330,13 @@ def _gpu_lacks(found: Diagnosis) -> str:
 
 def _gpu_package_lacks(found: Diagnosis, name: str, title: str) -> str:
     package = found.packages[name]
-    if not found.machine.gpus and (package.works or lacks_driver(package)):
-        return (
-            f"{title} is installed and no NVIDIA GPU is visible; check that `nvidia-smi` lists one"
-        )
-    return "" if package.works else _lack_of(found, name, title)
+    lack = "" if package.works else _lack_of(found, name, title)
+    if found.machine.gpus or found.packages["torch"].details.get("usable"):
+        return lack
+    look = "no NVIDIA GPU is visible; check that `nvidia-smi` lists one"
+    if package.works or lacks_driver(package):
+        return f"{title} is installed and {look}"
+    return f"{look}. With a GPU: {lack}"
 
 
 def _lack_of(found: Diagnosis, name: str, title: str) -> str:
