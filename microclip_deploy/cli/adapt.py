@@ -11,6 +11,7 @@ from torch import Tensor
 from microclip_deploy import artifact
 from microclip_deploy.adapt.run import execute
 from microclip_deploy.adapt.run_directory import (
+    BAD_IMAGES,
     INPUTS,
     RunInputs,
     locked,
@@ -21,9 +22,16 @@ from microclip_deploy.adapt.run_directory import (
     write_inputs,
 )
 from microclip_deploy.adapt.trainer import Operation, Recipe, StepReport, Validator
-from microclip_deploy.cli.commands import gpu_memory, update_report
+from microclip_deploy.cli.commands import gpu_memory, listing_too_many_bad, update_report
 from microclip_deploy.config import merge, parse_override, read_recipe, resolve, validate
-from microclip_deploy.console import bar, counter, tell_left_out, tell_skipped, tell_warnings
+from microclip_deploy.console import (
+    bar,
+    counter,
+    tell_left_out,
+    tell_skipped,
+    tell_warnings,
+    waiting,
+)
 from microclip_deploy.data.classes import DEFAULT_TEMPLATES, class_texts
 from microclip_deploy.data.contents import copies
 from microclip_deploy.data.labelled import LabelledImages
@@ -88,7 +96,7 @@ def run_adapt(
             heads = text_heads(clip.text, inputs.texts())
         else:
             require_replaceable(out, overwrite)
-            inputs, clip, heads = _new(asked, device, max_bad, notes)
+            inputs, clip, heads = _new(out, asked, device, max_bad, notes)
             remove_run(out)
             write_inputs(out, inputs)
         operation = Operation(out, _workers(device) if workers is None else workers, save_every)
@@ -99,7 +107,7 @@ def run_adapt(
         tell_warnings(content["warnings"], notes)
         with open_run(out, device, clip=clip) as run:
             update_report(out, run, notes)
-    notes.print(f"adapted: {out}", markup=False)
+    notes.print(f"adapted: {printable(out)}", markup=False)
     return content
 
 
@@ -117,7 +125,7 @@ def choose_device(device: str, notes: Console) -> str:
 
 
 def _new(
-    asked: Asked, device: str, max_bad: str, notes: Console
+    out: Path, asked: Asked, device: str, max_bad: str, notes: Console
 ) -> tuple[RunInputs, Clip, TextHeads]:
     """Check everything a new run needs, cheapest first."""
     assert asked.images is not None, "checked by run_adapt"
@@ -131,15 +139,16 @@ def _new(
         LabelledImages.read(asked.val_dir, texts.names)
     backbone = _backbone(asked)
     doubt = file_warning(backbone.model, backbone.pretrained)
-    clip = load_clip(backbone, device)
+    with waiting(notes, "loading CLIP"):
+        clip = load_clip(backbone, device)
     if doubt:
         notes.print(f"warning: {doubt}", style="yellow", markup=False)
     heads = text_heads(clip.text, texts)
-    with bar(notes, "checking images") as progress:
+    with listing_too_many_bad(out, notes), bar(notes, "checking images", "images") as progress:
         checked = check_images(
             listed.paths, recipe.photos, max_bad=max_bad, on_progress=progress.update
         )
-    tell_skipped(checked.bad, notes)
+    tell_skipped(checked.bad, notes, out / BAD_IMAGES)
     tell_warnings(checked.remarks, notes)
     notes.print(
         f"{len(checked.good)} images, {len(checked.bad)} skipped, {len(texts.names)} classes"
@@ -174,7 +183,7 @@ def _resumed(out: Path, asked: Asked, device: str, notes: Console) -> tuple[RunI
         )
     if asked.val_dir is not None:
         inputs = inputs.model_copy(update={"val_dir": str(asked.val_dir)})
-    notes.print(f"resuming {out}", markup=False)
+    notes.print(f"resuming {printable(out)}", markup=False)
     # A model that was moved may be named again: what it computes is what counts.
     given = asked.model or asked.pretrained
     clip = load_clip(_backbone(asked, inputs.backbone.model) if given else inputs.backbone, device)
@@ -220,7 +229,7 @@ def _images_again(out: Path, given: Path | None, inputs: RunInputs, notes: Conso
 def _finished(directory: Path, device: str, clip: Clip, notes: Console) -> dict[str, Any]:
     """Verify a finished run and return its manifest."""
     read_checkpoint(directory)
-    notes.print(f"{directory}: already finished", markup=False)
+    notes.print(f"{printable(directory)}: already finished", markup=False)
     if not (directory / REPORT).is_file():
         with open_run(directory, device, clip=clip) as run:
             update_report(directory, run, notes)

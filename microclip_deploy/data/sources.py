@@ -65,6 +65,15 @@ class NoImages(DataError):
         self.left_out = left_out
 
 
+class TooManyBad(DataError):
+    """No file can be used, or more cannot be than allowed."""
+
+    def __init__(self, message: str, bad: Sequence[BadFile]) -> None:
+        """Take the message, which names the first ones, and all of them."""
+        super().__init__(message)
+        self.bad = tuple(bad)
+
+
 @dataclass(frozen=True)
 class CheckedImages:
     """The outcome of decoding every file once."""
@@ -214,7 +223,7 @@ def check_images(
         on_progress: called with (done, total) after each file, in this thread.
 
     Raises:
-        DataError: no file can be used, or more are bad than allowed; the first ones are named.
+        TooManyBad: no file can be used, or more are bad than allowed; the first ones are named.
         UsageError: `max_bad` is malformed.
     """
     limit = bad_image_limit(max_bad, len(paths))
@@ -237,7 +246,7 @@ def check_images(
         if on_progress is not None:
             on_progress(index + 1, len(paths))
     if not good or len(bad) > limit:
-        raise DataError(_too_many_bad(bad, len(paths), limit, max_bad))
+        raise TooManyBad(_too_many_bad(bad, len(paths), limit, max_bad), bad)
     usable = tuple(paths[i] for i in good)
     return CheckedImages(usable, tuple(bad), tuple(good), tuple(remarks.lines()))
 
