@@ -11,7 +11,6 @@ The row of an added class is what CLIP's text tower says of it, where adaptation
 no photo was ever compared with it. Only `add_classes` needs PyTorch.
 """
 
-import difflib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,8 +23,9 @@ from safetensors.numpy import save
 
 from microclip_deploy import artifact
 from microclip_deploy.artifact import exclusive
-from microclip_deploy.data.classes import ClassTexts, clean_name, read_descriptions
-from microclip_deploy.errors import CheckpointError, UsageError, require
+from microclip_deploy.data.classes import ClassTexts, read_descriptions
+from microclip_deploy.data.names import NameIndex, clean_name, name_key
+from microclip_deploy.errors import DataError, UsageError, require
 from microclip_deploy.serving.exported import CLASSIFIER, SCHEMA, Export, read_export
 
 # The names this module gives, for what an interrupted change left behind.
@@ -79,8 +79,9 @@ def add_classes(
     Raises:
         UsageError: no name, an empty one, one that is there already, or another process changes
             the classes.
-        DataError: a name holds a control character, or the descriptions do not fit the names.
-        CheckpointError: the export is missing or damaged, or the weights of its CLIP changed.
+        DataError: a name is refused by `clean_name`, the descriptions do not fit the names, or the
+            model does not tell a class from another one.
+        CheckpointError: the export is missing or damaged, or its CLIP is another one now.
         EnvironmentProblem: PyTorch or open_clip is missing, or the export cannot be written.
 
     Source: docs/numerics.md section 4, Θ.
@@ -132,20 +133,20 @@ def _rows(classes: Iterable[str], unadapted: Iterable[str]) -> tuple[ClassRow, .
 
 def _new_names(given: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
     """Return the names cleaned as class lists are; refuse empty ones and duplicates."""
-    known = {name.casefold(): name for name in classes}
+    known = {name_key(name): name for name in classes}
     names: list[str] = []
     for text in given:
         name = clean_name(text, f"class {text!r}")
         if not name:
             raise UsageError("classes: expected names, found an empty one; leave it out")
-        first = known.get(name.casefold())
+        first = known.get(name_key(name))
         if first is not None:
             place = "in the export" if first in classes else "given too"
             raise UsageError(
                 f"class '{name}': expected every class once, found '{first}' {place}; rename one "
                 "or leave it out"
             )
-        known[name.casefold()] = name
+        known[name_key(name)] = name
         names.append(name)
     if not names:
         raise UsageError("classes: expected at least one name, found none; give one")
@@ -156,9 +157,8 @@ def _known_name(text: str, classes: Sequence[str]) -> str:
     name = clean_name(text, f"class {text!r}")
     if name in classes:
         return name
-    known = {other.casefold(): other for other in classes}
-    close = difflib.get_close_matches(name.casefold(), known, n=1)
-    hint = f"did you mean '{known[close[0]]}'?" if close else "`classes list` shows them"
+    close = NameIndex(classes).near(name)
+    hint = f"did you mean '{close[0]}'?" if close else "`classes list` shows them"
     raise UsageError(f"class '{name}': expected a class of the export, found none; {hint}")
 
 
@@ -177,20 +177,32 @@ def _text_rows(
 ) -> NDArray[np.float32]:
     """Encode texts with the CLIP behind the export: float32 (new classes, E), unit rows."""
     require("microclip_deploy.model.text", "adapt")  # names whichever package below it is missing
-    from microclip_deploy.model.clip import BackboneSpec, load_clip
-    from microclip_deploy.model.text import text_heads
+    import torch
+
+    from microclip_deploy.model.clip import BackboneSpec, load_clip, require_same
+    from microclip_deploy.model.text import first_same, text_heads
 
     parent = export.manifest.parent
     # A model at another place names its weights itself, unless their file is given too.
     stored = None if model else parent.pretrained
     clip = load_clip(BackboneSpec(model=model or parent.model, pretrained=pretrained or stored))
-    if clip.sha256 != parent.backbone_sha256:
-        raise CheckpointError(
-            f"backbone {clip.spec.model}/{clip.spec.pretrained}: expected weights with sha256 "
-            f"{parent.backbone_sha256[:12]}, found {clip.sha256[:12]}; restore the old weights, "
-            "name where they are with --model or --pretrained, or adapt and export again"
-        )
-    return text_heads(clip.text, texts).initial.numpy()
+    remedy = (
+        "restore the old weights, name where they are with --model or --pretrained, or adapt and "
+        "export again"
+    )
+    require_same(clip, parent.backbone_sha256, parent.architecture, remedy=remedy)
+    rows = text_heads(clip.text, texts).initial
+    classes = export.manifest.classes
+    read = {clip.text.tokens(name): name for name in reversed(classes)}
+    same = first_same(rows, torch.from_numpy(export.classifier))
+    for name, place in zip(texts.names, same, strict=True):
+        alike = read.get(clip.text.tokens(name)) if place is None else classes[place]
+        if alike is not None:
+            raise DataError(
+                f"class '{name}': expected texts that the model tells apart, found the same as for "
+                f"'{alike}' in the export; spell it otherwise, or leave it out"
+            )
+    return rows.numpy()
 
 
 def _replace(

@@ -342,6 +342,7 @@ def _complete(folder: Path, subject: _Subject, chosen: _Candidate) -> None:
             model=backbone.model,
             pretrained=backbone.pretrained,
             backbone_sha256=backbone.sha256,
+            architecture=backbone.architecture,
         ),
         precision=chosen.proof.precision,
         opset=OPSET,

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -29,18 +29,44 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         EnvironmentProblem: the disk is full or the directory cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with staged_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def staged_file(target: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any]]:
+    """Give a hidden file beside `target` that takes its place when the block ends well.
+
+    After an error or a signal `target` is what it was before. A link is followed, and a device or
+    a pipe is written to: neither is replaced by a file.
+
+    Args:
+        target: what to write.
+        mode: "w" for text: UTF-8, with escapes for the lone surrogates of undecodable file names.
+
+    Raises:
+        EnvironmentProblem: the disk is full or the directory cannot be written.
+    """
+    how = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""} if mode == "w" else {}
+    real = Path(os.path.realpath(target))
+    replaced = target.is_file() or not target.exists()  # /dev/stdout has no real path in a pipe
+    written = real.with_name(f".{real.name}.{os.getpid()}.part") if replaced else target
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
+        with open(written, mode, **how) as file:  # type: ignore[call-overload]  # text or none
+            yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise write_problem(path, error) from error
+            if replaced:
+                os.fsync(file.fileno())
+        if replaced:
+            os.replace(written, real)
+            _sync_directory(real.parent)
+    except BaseException as error:
+        if replaced:
+            with suppress(OSError):
+                written.unlink()
+        if isinstance(error, OSError):
+            raise write_problem(target, error) from error
+        raise
 
 
 def write_problem(path: Path, error: Exception) -> EnvironmentProblem:

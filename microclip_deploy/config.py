@@ -6,7 +6,7 @@ override > recipe > the recipe it extends > default.
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -73,6 +73,41 @@ def shipped_recipes() -> list[str]:
     """Return the names of the recipes inside the package."""
     folder = resources.files("microclip_deploy") / "recipes"
     return sorted(item.name.removesuffix(".toml") for item in folder.iterdir())
+
+
+def recipe_text(name: str) -> str:
+    """Return a shipped recipe as its file says it.
+
+    Raises:
+        UsageError: no recipe of this name is shipped.
+    """
+    if name not in shipped_recipes():
+        near = difflib.get_close_matches(name, shipped_recipes(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; `microclip-deploy recipes` lists them"
+        raise UsageError(f"recipe '{name}': expected one that is shipped, found none{hint}")
+    return _find(name, Path()).source.read_text("utf-8")
+
+
+def recipe_changes(name: str) -> tuple[str, dict[str, tuple[Any, Any]]]:
+    """Return which recipe a shipped one starts from, and what it sets otherwise.
+
+    Returns:
+        The name of the other recipe: the one it extends, otherwise "default". Dotted name of each
+        setting -> (value, value there).
+    """
+    base = str(_toml(_find(name, Path())).get("extends", "default"))
+    default = read_recipe("default")
+    before, after = (dict(_dotted(merge(default, read_recipe(each)))) for each in (base, name))
+    return base, {key: (value, before[key]) for key, value in after.items() if value != before[key]}
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value with its dotted name."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

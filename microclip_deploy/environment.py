@@ -5,12 +5,13 @@ major can end an import in a crash, and then that is what is reported.
 """
 
 import json
+import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -25,45 +26,65 @@ _IDENTITY = (
     "CAg6NwoQCgF4EgF5IghJZGVudGl0eRIBZ1oPCgF4EgoKCAgBEgQKAggBYg8KAXkSCgoICAESBAoCCAFCBAoAEBE="
 )
 
-# Run in a process of its own; the last line it prints is JSON.
+# What is run to look at a package; it leaves `found`, plain values.
 _PROBES: Mapping[str, str] = {
     "torch": (
-        "import json, torch as m; c = m.version.cuda; n = m.cuda.device_count();"
-        "print(json.dumps({'cuda': c or '', 'threads': m.get_num_threads(), 'usable': n,"
-        "'compute': ['%d.%d' % m.cuda.get_device_capability(i) for i in range(n)]}))"
+        "import torch as m; n = m.cuda.device_count();"
+        "found = {'cuda': m.version.cuda or '', 'threads': m.get_num_threads(), 'usable': n,"
+        "'compute': ['%d.%d' % m.cuda.get_device_capability(i) for i in range(n)]}"
     ),
-    "torchvision": "import torchvision; print('{}')",
-    "open_clip": "import open_clip; print('{}')",
-    "timm": "import timm; print('{}')",
-    "onnx": "import onnx; print('{}')",
+    "torchvision": "import torchvision; found = {}",
+    "timm": "import timm; found = {}",
+    "open_clip": "import open_clip; found = {}",
+    "onnx": "import onnx; found = {}",
     "onnxruntime": (
-        "import base64, json, onnxruntime as m; m.set_default_logger_severity(4);"
+        "import base64, onnxruntime as m; m.set_default_logger_severity(4);"
         "getattr(m, 'preload_dlls', lambda: None)() if 'CUDAExecutionProvider' in "
         "m.get_available_providers() else None;"
         f"s = m.InferenceSession(base64.b64decode('{_IDENTITY}'),"
         "providers=m.get_available_providers());"
-        "print(json.dumps({'cuda': getattr(m, 'cuda_version', ''), 'in_use': s.get_providers()}))"
+        "found = {'cuda': getattr(m, 'cuda_version', ''), 'in_use': s.get_providers()}"
     ),
-    "tensorrt": "import tensorrt as m; m.Logger(); print('{}')",
-    "cupy": (
-        "import json, cupy as m; print(json.dumps({'usable': m.cuda.runtime.getDeviceCount()}))"
-    ),
+    "tensorrt": "import tensorrt as m; m.Logger(); found = {}",
+    "cupy": "import cupy as m; found = {'usable': m.cuda.runtime.getDeviceCount()}",
 }
+
+# Run in a process of its own: each probe given, one JSON line a package as soon as it is known.
+_PROBING = """
+import json, sys, traceback
+for name, code in json.loads(sys.argv[1]).items():
+    space, error = {"found": {}}, ""
+    try:
+        exec(code, space)
+    except Exception as problem:
+        error = traceback.format_exception_only(problem)[-1].strip().splitlines()[-1]
+    print(json.dumps([name, space["found"], error[:300]]), flush=True)
+"""
+
+FAMILIES = (
+    ("torch", "torchvision", "timm", "open_clip"),
+    ("onnx",),
+    ("onnxruntime",),
+    ("tensorrt",),
+    ("cupy",),
+)
+"""Packages that import one another are looked at in one process, which imports each once."""
+
+PACKAGES = tuple(name for family in FAMILIES for name in family)
+"""Packages with native code, all of which `probe_packages` imports."""
+
+PLAIN = ("jinja2", "matplotlib", "onnxscript", "psutil", "cpuinfo", "pynvml", "tensorboard")
+"""Packages that are only looked up."""
 
 # Distribution names by package, most specific first; a group in a name is its CUDA major.
 _DISTRIBUTIONS: Mapping[str, str] = {
-    "torch": r"torch",
-    "torchvision": r"torchvision",
     "open_clip": r"open[-_]clip[-_]torch",
-    "timm": r"timm",
-    "onnx": r"onnx",
     "onnxruntime": r"onnxruntime(?:-gpu|-openvino|-directml)?",
     "tensorrt": r"tensorrt(?:[-_]cu(\d+))?",
     "cupy": r"cupy(?:-cuda(\d+)x)?",
+    "cpuinfo": r"py-cpuinfo",
+    "pynvml": r"nvidia-ml-py",
 }
-
-PACKAGES = tuple(_PROBES)
-"""Names of the packages that `probe_package` knows."""
 
 
 @dataclass(frozen=True)
@@ -108,21 +129,38 @@ class Machine:
     gpus: tuple[Gpu, ...]
     driver_cuda: str
     """Newest CUDA the driver supports, such as "13.0"; empty without a driver."""
+    visible: str | None = None
+    """CUDA_VISIBLE_DEVICES, which hides GPUs from programs; None where it is not set."""
 
 
-def probe_package(name: str) -> Package:
-    """Look at one of PACKAGES; whatever goes wrong is in the result."""
-    found = _distributions(name)
-    if not found:
+def probe_packages(names: Sequence[str]) -> list[Package]:
+    """Look at packages, in one process if they can all be imported; what goes wrong is told.
+
+    Args:
+        names: of PACKAGES, those first that others import, or of PLAIN.
+    """
+    installed = _installed(names)
+    present = [name for name in names if installed[name]]
+    found: dict[str, tuple[dict[str, Any], str]] = {
+        name: ({}, "") for name in present if name in PLAIN
+    }
+    while left := [name for name in present if name not in found]:
+        found |= _run_probes(left)
+    return [_package(name, installed[name], *found.get(name, ({}, ""))) for name in names]
+
+
+def _package(
+    name: str, installed: Sequence["_Installed"], details: Mapping[str, Any], error: str
+) -> Package:
+    if not installed:
         return Package(name)
-    details, error = _run_probe(_PROBES[name])
     cuda = str(details.get("cuda") or "").split(".")[0]
     return Package(
         name=name,
-        version=found[0].version,
-        cuda_major=found[0].cuda_major or (int(cuda) if cuda.isdigit() else None),
+        version=installed[0].version,
+        cuda_major=installed[0].cuda_major or (int(cuda) if cuda.isdigit() else None),
         error=error,
-        distributions=tuple(entry.title for entry in found),
+        distributions=tuple(entry.title for entry in installed),
         details=details,
     )
 
@@ -134,37 +172,56 @@ class _Installed(NamedTuple):
     version: str
 
 
-def _distributions(name: str) -> list[_Installed]:
-    """Return the distributions that provide a package, the most specific name first."""
-    pattern = re.compile(_DISTRIBUTIONS[name], re.IGNORECASE)
-    found: set[_Installed] = set()
+def _installed(names: Sequence[str]) -> dict[str, list[_Installed]]:
+    """Return the distributions that provide each package, the most specific name first."""
+    patterns = {
+        name: re.compile(_DISTRIBUTIONS.get(name, re.escape(name)), re.IGNORECASE) for name in names
+    }
+    found: dict[str, set[_Installed]] = {name: set() for name in names}
     for distribution in metadata.distributions():
         title = distribution.metadata["Name"] or ""
-        if match := pattern.fullmatch(title):
-            major = match.group(1) if pattern.groups else None
-            found.add(_Installed(int(major or 0), title, distribution.version))
-    return sorted(found, reverse=True)
+        for name, pattern in patterns.items():
+            if match := pattern.fullmatch(title):
+                major = match.group(1) if pattern.groups else None
+                found[name].add(_Installed(int(major or 0), title, distribution.version))
+    return {name: sorted(entries, reverse=True) for name, entries in found.items()}
 
 
-def _run_probe(code: str) -> tuple[dict[str, Any], str]:
-    """Run Python code in a process of its own; return its JSON line, or why there is none."""
+def _run_probes(names: Sequence[str]) -> dict[str, tuple[dict[str, Any], str]]:
+    """Import packages in a process of their own; return details and error of those it came to.
+
+    The first one is always among them: where the process ends without a word, that is its error.
+    """
     # -P: a file named torch.py in the working directory must not be taken for the package.
-    command = [sys.executable, "-P", "-W", "ignore", "-c", code]
+    asked = json.dumps({name: _PROBES[name] for name in names})
+    command = [sys.executable, "-P", "-W", "ignore", "-c", _PROBING, asked]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_PROBE_TIMEOUT_S
-        )
+        told, complaint = process.communicate(timeout=_PROBE_TIMEOUT_S)
+        why = _end_of(process.returncode, complaint)
     except subprocess.TimeoutExpired:
-        return {}, f"the import takes longer than {_PROBE_TIMEOUT_S:.0f} s"
-    except OSError as error:
-        return {}, f"no process could be started: {error}"
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        return dict(json.loads(lines[-1])), ""
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if done.returncode < 0:
-        return {}, f"the import crashed with signal {-done.returncode}: {last[:200]}"
-    return {}, last[:300]
+        process.kill()
+        told, _ = process.communicate()
+        why = f"the import takes longer than {_PROBE_TIMEOUT_S:.0f} s"
+    found = {
+        name: (details, error)
+        for name, details, error in (json.loads(line) for line in _json_lines(told))
+    }
+    silent = [name for name in names if name not in found]
+    return found | {name: ({}, why) for name in silent[:1]}
+
+
+def _json_lines(text: str) -> list[str]:
+    """Return the lines a probe printed, and not those of the packages themselves."""
+    return [line for line in text.splitlines() if line.startswith('["') and line.endswith("]")]
+
+
+def _end_of(code: int, complaint: str) -> str:
+    """Say how a process ended that should have told more."""
+    last = (complaint.strip().splitlines() or ["no message"])[-1]
+    return f"the import crashed with signal {-code}: {last[:200]}" if code < 0 else last[:300]
 
 
 def probe_machine() -> Machine:
@@ -176,6 +233,7 @@ def probe_machine() -> Machine:
         cpus=usable_cpus(),
         gpus=gpus,
         driver_cuda=driver_cuda,
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
     )
 
 

@@ -149,3 +149,16 @@ def test_a_rename_that_fails_brings_the_old_directory_back(
         (folder / "new").touch()
     assert names(target) == ["old"]
     assert names(target.parent) == ["target"]
+
+
+def test_a_link_is_followed_and_a_device_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("file")  # which is not there yet
+    artifact.write_bytes(tmp_path / "link", b"1")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"1"
+    reading, writing = os.pipe()
+    artifact.write_bytes(Path(f"/dev/fd/{writing}"), b"2")
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        assert pipe.read() == b"2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]

@@ -13,7 +13,8 @@ from microclip_deploy.config import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+PROGRAM = typer.main.get_command(app)
+COMMANDS = PROGRAM.commands  # type: ignore[attr-defined]
 
 
 def command_lines() -> list[str]:
@@ -33,7 +34,7 @@ def test_commands_and_options_exist(line: str) -> None:
 
 
 def test_every_option_named_in_the_text_exists() -> None:
-    groups = [*COMMANDS.values(), *COMMANDS["bench"].commands.values()]
+    groups = [PROGRAM, *COMMANDS.values(), *COMMANDS["bench"].commands.values()]
     known = {opt for command in groups for p in command.params for opt in p.opts}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert named <= known

@@ -33,6 +33,7 @@ from microclip_deploy.evaluation.chart import epoch_chart
 from microclip_deploy.evaluation.evaluate import evaluate
 from microclip_deploy.model.clip import BackboneSpec, load_clip
 from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.model.text import text_heads
 from microclip_deploy.serving import open_session
 
 RECIPES = {
@@ -72,7 +73,8 @@ def adapt_once(images: Path, out: Path, recipe: str, seed: int) -> None:
     inputs = make_inputs(clip, settings, texts, good=paths)
     with locked(out):
         write_inputs(out, inputs)
-        execute(inputs, Operation(out), clip, validator=label_accuracy(len(paths)))
+        heads, validator = text_heads(clip.text, texts), label_accuracy(len(paths))
+        execute(inputs, Operation(out), clip, heads, validator=validator)
 
 
 def label_accuracy(count: int) -> Validator:

@@ -12,10 +12,11 @@ from microclip_deploy import artifact
 from microclip_deploy.adapt.loader import AdaptImages
 from microclip_deploy.adapt.run_directory import LABELS, RunInputs
 from microclip_deploy.adapt.trainer import Adapted, Operation, StepReport, Validator, adapt
-from microclip_deploy.errors import CheckpointError, printable
+from microclip_deploy.errors import printable
 from microclip_deploy.model.checkpoint import build_model, write_checkpoint
 from microclip_deploy.model.clip import Clip
-from microclip_deploy.model.text import text_heads
+from microclip_deploy.model.text import TextHeads, cut_warning
+from microclip_deploy.model.weights import file_warning
 from microclip_deploy.ncut.spec import saliency_warning
 
 COLLAPSE_SHARE = 0.95
@@ -26,23 +27,25 @@ def execute(
     inputs: RunInputs,
     operation: Operation,
     clip: Clip,
+    heads: TextHeads,
     *,
     validator: Validator | None = None,
     on_step: Callable[[StepReport], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Adapt and write the checkpoint; return the content of its manifest.
 
+    Args:
+        inputs: what the run depends on.
+        operation: how it is carried out.
+        clip: the model that the inputs name.
+        heads: `text_heads` of it and of the inputs' texts.
+        validator: as for `adapt`.
+        on_step: as for `adapt`.
+
     Raises:
-        CheckpointError: the backbone's weights are not the ones the run began with.
         MicroclipError: as `adapt`.
     """
-    if clip.sha256 != inputs.backbone_sha256:
-        raise CheckpointError(
-            f"backbone {clip.spec.model}: its weights changed since the run began; restore them or "
-            "start again with --overwrite"
-        )
     recipe, clip = inputs.recipe, clip._replace(preprocess=inputs.preprocess(clip))
-    heads = text_heads(clip.text, inputs.texts())
     model = build_model(
         clip,
         heads,
@@ -55,6 +58,11 @@ def execute(
     adapted = adapt(model, images, recipe.adapt, operation, validate=validator, on_step=on_step)
     write_labels(operation.directory / LABELS, inputs, adapted)
     content = manifest_content(inputs, adapted.history)
+    doubts = (
+        file_warning(clip.spec.model, clip.spec.pretrained),
+        cut_warning(clip.text, inputs.texts()),
+    )
+    content["warnings"] += [doubt for doubt in doubts if doubt]
     write_checkpoint(operation.directory, model, clip, heads, content)
     return content
 

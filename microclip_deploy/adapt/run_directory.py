@@ -5,9 +5,10 @@ a killed run is resumed from its directory alone.
 """
 
 import shutil
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,11 +18,12 @@ from microclip_deploy.adapt.trainer import STATE, Recipe
 from microclip_deploy.artifact import LOCK, exclusive
 from microclip_deploy.config import validate
 from microclip_deploy.data.classes import ClassTexts
+from microclip_deploy.data.contents import contents
 from microclip_deploy.data.folder import BadFile
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import CheckpointError, DataError, UsageError, printable
 from microclip_deploy.model.checkpoint import WEIGHTS
-from microclip_deploy.model.clip import BackboneSpec, Clip
+from microclip_deploy.model.clip import BackboneSpec, Clip, require_same
 
 INPUTS = "inputs.json"
 CONFIG = "config.json"
@@ -37,6 +39,9 @@ _OURS = (
 )  # fmt: skip
 
 
+OnProgress = Callable[[int, int], None]
+
+
 class RunInputs(BaseModel):
     """Everything the result of a run depends on."""
 
@@ -45,6 +50,9 @@ class RunInputs(BaseModel):
     format: Literal["microclip.inputs/1"] = "microclip.inputs/1"
     backbone: BackboneSpec
     backbone_sha256: str
+    architecture: dict[str, Any] | None = None
+    """What decides the model's answers besides its weights."""
+    backbone_preprocess: Preprocess | None = None
     recipe: Recipe
     classes: tuple[str, ...]
     descriptions: tuple[tuple[str, ...], ...]
@@ -52,6 +60,8 @@ class RunInputs(BaseModel):
     provenance: dict[str, str]
     images: tuple[str, ...]
     """Absolute paths of the images that were found good."""
+    images_sha256: tuple[str, ...] | None = None
+    """Hash of each image's file; None in inputs from before it was recorded."""
     bad_images: tuple[tuple[str, str], ...]
     """Path and reason of the images that are skipped."""
     left_out: dict[str, Any] = {}
@@ -71,18 +81,79 @@ class RunInputs(BaseModel):
         """Return how this run makes network input of files."""
         return clip.preprocess.model_copy(update={"photos": self.recipe.photos})
 
-    def require_images(self) -> None:
-        """Make sure that every image is still there.
+    def require_model(self, clip: Clip) -> None:
+        """Make sure that a model is the one the run began with, wherever it lies now.
 
         Raises:
-            DataError: one is gone; the result depends on each.
+            CheckpointError: its weights, architecture or preprocessing are others.
+        """
+        remedy = "restore what it was when the run began, or start again with --overwrite"
+        require_same(clip, self.backbone_sha256, self.architecture, remedy=remedy)
+        if self.backbone_preprocess not in (None, clip.preprocess):
+            raise CheckpointError(
+                f"backbone {clip.spec.model}: expected the preprocessing "
+                f"{self.backbone_preprocess}, found {clip.preprocess}; {remedy}"
+            )
+
+    def require_images(self, on_progress: OnProgress | None = None) -> None:
+        """Make sure that every image is still there and was not changed.
+
+        Raises:
+            DataError: one is gone or another one now; the result depends on each.
         """
         gone = [path for path in self.images if not Path(path).is_file()]
         if gone:
             raise DataError(
                 f"{len(gone)} images of this run are gone, the first is {printable(gone[0])}; put "
-                "them back, or start again with --overwrite"
+                "them back, say with --images where they are now, or start again with --overwrite"
             )
+        if self.images_sha256 is None:
+            return
+        now = contents([Path(path) for path in self.images], on_progress)
+        pairs = zip(self.images, self.images_sha256, now, strict=True)
+        changed = [path for path, before, after in pairs if before != after]
+        if changed:
+            raise DataError(
+                f"{len(changed)} of {len(self.images)} images of this run were changed since it "
+                f"began, the first is {printable(changed[0])}; put the former ones back, say with "
+                "--images where they are, or start again with --overwrite"
+            )
+
+    def moved_to(self, paths: Sequence[Path], on_progress: OnProgress | None = None) -> Self:
+        """Return the inputs with the same images at other places, found by what they hold.
+
+        Args:
+            paths: files among which each of the run's images is, under any name.
+            on_progress: called with (done, total).
+
+        Raises:
+            UsageError: one is not among them, or the inputs do not tell what the images held.
+        """
+        if self.images_sha256 is None:
+            raise UsageError(
+                "--images: expected the images at the paths of this run, found others; it began "
+                "before their contents were recorded: put them back, or start with --overwrite"
+            )
+        places: dict[str | None, list[str]] = {}
+        for path, held in zip(paths, contents(paths, on_progress), strict=True):
+            places.setdefault(held, []).append(str(path.absolute()))
+        missing = [
+            path
+            for path, held in zip(self.images, self.images_sha256, strict=True)
+            if held not in places
+        ]
+        if missing:
+            raise UsageError(
+                f"--images: expected the {len(self.images)} images of this run, under any names, "
+                f"found all but {len(missing)}, the first was {printable(missing[0])}; give the "
+                "place where they are unchanged, or start again with --overwrite"
+            )
+        # Of copies each stands for one, as long as there are any left.
+        images = [
+            found.pop(0) if len(found := places[held]) > 1 else found[0]
+            for held in self.images_sha256
+        ]
+        return self.model_copy(update={"images": tuple(images)})
 
 
 def make_inputs(
@@ -93,19 +164,44 @@ def make_inputs(
     good: tuple[Path, ...],
     bad: tuple[BadFile, ...] = (),
     val_dir: Path | None = None,
+    on_progress: OnProgress | None = None,
     **noticed: Any,
 ) -> RunInputs:
-    """Gather what a new run depends on; `noticed` are further fields that tell about the images."""
+    """Gather what a new run depends on.
+
+    Args:
+        clip: the model.
+        recipe: all settings.
+        texts: of the classes.
+        good: images.
+        bad: images that are skipped.
+        val_dir: labelled images.
+        on_progress: called with (done, total) images.
+        noticed: further fields that tell about the images.
+
+    Raises:
+        DataError: an image cannot be read any more.
+    """
+    held = contents(good, on_progress)
+    if None in held:
+        raise DataError(
+            f"{printable(good[held.index(None)])}: expected the image that was just checked, found "
+            "none; let nothing change the images and run again"
+        )
     return RunInputs(
         backbone=clip.spec,
         backbone_sha256=clip.sha256,
+        architecture=clip.architecture,
+        backbone_preprocess=clip.preprocess,
         recipe=recipe,
         classes=texts.names,
         descriptions=texts.descriptions,
         templates=texts.templates,
         provenance=texts.provenance,
         images=tuple(str(path.absolute()) for path in good),
+        images_sha256=tuple(map(str, held)),
         bad_images=tuple((printable(file.path), file.reason) for file in bad),
+        copies=len(held) - len(set(held)),
         val_dir=str(val_dir.absolute()) if val_dir else None,
         **noticed,
     )

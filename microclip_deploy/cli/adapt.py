@@ -11,6 +11,7 @@ from torch import Tensor
 from microclip_deploy import artifact
 from microclip_deploy.adapt.run import execute
 from microclip_deploy.adapt.run_directory import (
+    BAD_IMAGES,
     INPUTS,
     RunInputs,
     locked,
@@ -21,24 +22,33 @@ from microclip_deploy.adapt.run_directory import (
     write_inputs,
 )
 from microclip_deploy.adapt.trainer import Operation, Recipe, StepReport, Validator
-from microclip_deploy.cli.commands import gpu_memory, update_report
+from microclip_deploy.cli.commands import gpu_memory, listing_too_many_bad, update_report
 from microclip_deploy.config import merge, parse_override, read_recipe, resolve, validate
-from microclip_deploy.console import bar, counter, tell_left_out, tell_skipped, tell_warnings
+from microclip_deploy.console import (
+    bar,
+    counter,
+    tell_left_out,
+    tell_skipped,
+    tell_warnings,
+    waiting,
+)
 from microclip_deploy.data.classes import DEFAULT_TEMPLATES, class_texts
+from microclip_deploy.data.contents import copies
 from microclip_deploy.data.labelled import LabelledImages
-from microclip_deploy.data.sources import check_images, copies, list_images
+from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import UsageError, printable
 from microclip_deploy.evaluation.evaluate import accuracy
 from microclip_deploy.evaluation.report import REPORT
 from microclip_deploy.model.checkpoint import read_checkpoint
 from microclip_deploy.model.clip import BackboneSpec, Clip, load_clip
 from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.model.text import TextHeads, text_heads
+from microclip_deploy.model.weights import default_tag, file_warning
 from microclip_deploy.processors import usable_cpus
 from microclip_deploy.serving import open_run
 from microclip_deploy.serving.torch_session import TorchSession, resolve_device
 
 DEFAULT_MODEL = "ViT-B-32"
-DEFAULT_TAG = "openai"
 
 
 class Asked(NamedTuple):
@@ -72,28 +82,32 @@ def run_adapt(
         raise UsageError("--resume continues a run and --overwrite replaces it; give one of them")
     started = resume and (out / INPUTS).is_file()
     if not started and (asked.images is None or asked.classes is None):
-        missing = f"no started run in {out}" if resume else "no images or classes"
-        raise UsageError(f"adapt: expected IMAGES and --classes FILE, found {missing}")
+        given = {"IMAGES": asked.images, "--classes FILE": asked.classes}
+        missing = " and no ".join(name for name, value in given.items() if value is None)
+        nothing = f"no started run in {out}, " if resume else ""
+        raise UsageError(f"adapt: expected IMAGES and --classes FILE, found {nothing}no {missing}")
     device = choose_device(device, notes)
     with locked(out), gpu_memory():
         if started:
             inputs, clip = _resumed(out, asked, device, notes)
+            if (out / artifact.MANIFEST).is_file():
+                return _finished(out, device, clip, notes)
+            inputs = _images_again(out, asked.images, inputs, notes)
+            heads = text_heads(clip.text, inputs.texts())
         else:
             require_replaceable(out, overwrite)
-            inputs, clip = _new(asked, device, max_bad, notes)
+            inputs, clip, heads = _new(out, asked, device, max_bad, notes)
             remove_run(out)
             write_inputs(out, inputs)
-        if started and (out / artifact.MANIFEST).is_file():
-            return _finished(out, device, clip, notes)
         operation = Operation(out, _workers(device) if workers is None else workers, save_every)
         validator = _validator(inputs, clip, device)
         with bar(notes, "adapting") as progress:
             step = _stepper(progress.update)
-            content = execute(inputs, operation, clip, validator=validator, on_step=step)
+            content = execute(inputs, operation, clip, heads, validator=validator, on_step=step)
         tell_warnings(content["warnings"], notes)
         with open_run(out, device, clip=clip) as run:
             update_report(out, run, notes)
-    notes.print(f"adapted: {out}", markup=False)
+    notes.print(f"adapted: {printable(out)}", markup=False)
     return content
 
 
@@ -110,7 +124,9 @@ def choose_device(device: str, notes: Console) -> str:
     return device
 
 
-def _new(asked: Asked, device: str, max_bad: str, notes: Console) -> tuple[RunInputs, Clip]:
+def _new(
+    out: Path, asked: Asked, device: str, max_bad: str, notes: Console
+) -> tuple[RunInputs, Clip, TextHeads]:
     """Check everything a new run needs, cheapest first."""
     assert asked.images is not None, "checked by run_adapt"
     assert asked.classes is not None, "checked by run_adapt"
@@ -121,32 +137,39 @@ def _new(asked: Asked, device: str, max_bad: str, notes: Console) -> tuple[RunIn
     tell_left_out(listed.left_out.summary(), notes)
     if asked.val_dir is not None:
         LabelledImages.read(asked.val_dir, texts.names)
-    clip = load_clip(_backbone(asked), device)
-    with bar(notes, "checking images") as progress:
+    backbone = _backbone(asked)
+    doubt = file_warning(backbone.model, backbone.pretrained)
+    with waiting(notes, "loading CLIP"):
+        clip = load_clip(backbone, device)
+    if doubt:
+        notes.print(f"warning: {doubt}", style="yellow", markup=False)
+    heads = text_heads(clip.text, texts)
+    with listing_too_many_bad(out, notes), bar(notes, "checking images", "images") as progress:
         checked = check_images(
             listed.paths, recipe.photos, max_bad=max_bad, on_progress=progress.update
         )
-    tell_skipped(checked.bad, notes)
+    tell_skipped(checked.bad, notes, out / BAD_IMAGES)
     tell_warnings(checked.remarks, notes)
-    again = copies(checked.good)
-    if again:
-        told = f"{len(again)} images are copies of others, such as {printable(again[0])}"
-        notes.print(told, markup=False)
     notes.print(
         f"{len(checked.good)} images, {len(checked.bad)} skipped, {len(texts.names)} classes"
     )
-    inputs = make_inputs(
-        clip,
-        recipe,
-        texts,
-        good=checked.good,
-        bad=checked.bad,
-        val_dir=asked.val_dir,
-        left_out=listed.left_out.to_json(),
-        copies=len(again),
-        remarks=checked.remarks,
-    )
-    return inputs, clip
+    with bar(notes, "hashing images") as progress:
+        inputs = make_inputs(
+            clip,
+            recipe,
+            texts,
+            good=checked.good,
+            bad=checked.bad,
+            val_dir=asked.val_dir,
+            on_progress=progress.update,
+            left_out=listed.left_out.to_json(),
+            remarks=checked.remarks,
+        )
+    again = copies(checked.good, inputs.images_sha256 or ())
+    if again:
+        told = f"{len(again)} images are copies of others, such as {printable(again[0])}"
+        notes.print(told, markup=False)
+    return inputs, clip, heads
 
 
 def _resumed(out: Path, asked: Asked, device: str, notes: Console) -> tuple[RunInputs, Clip]:
@@ -158,12 +181,14 @@ def _resumed(out: Path, asked: Asked, device: str, notes: Console) -> tuple[RunI
             f"--resume: {out} was started with other inputs: {'; '.join(differing)}; drop "
             "these options, or start again with --overwrite"
         )
-    inputs.require_images()
     if asked.val_dir is not None:
         inputs = inputs.model_copy(update={"val_dir": str(asked.val_dir)})
-    notes.print(f"resuming {out}", markup=False)
-    # A model that was moved may be named again: its weights are what counts.
-    return inputs, load_clip(_backbone(asked) if asked.model else inputs.backbone, device)
+    notes.print(f"resuming {printable(out)}", markup=False)
+    # A model that was moved may be named again: what it computes is what counts.
+    given = asked.model or asked.pretrained
+    clip = load_clip(_backbone(asked, inputs.backbone.model) if given else inputs.backbone, device)
+    inputs.require_model(clip)
+    return inputs, clip
 
 
 def _differences(asked: Asked, inputs: RunInputs) -> list[str]:
@@ -185,35 +210,43 @@ def _differences(asked: Asked, inputs: RunInputs) -> list[str]:
         same = texts.descriptions == inputs.descriptions or asked.descriptions is None
         if texts.names != inputs.classes or texts.templates != inputs.templates or not same:
             found.append("class names, descriptions or templates")
-    if asked.images is not None:
-        present = {str(path.absolute()) for path in list_images(asked.images).paths}
-        missing = [path for path in inputs.images if path not in present]
-        if missing:
-            found.append(f"images, {printable(missing[0])} among others is not in {asked.images}")
     return found
+
+
+def _images_again(out: Path, given: Path | None, inputs: RunInputs, notes: Console) -> RunInputs:
+    """Make sure that the images are the ones the run began with, perhaps at another place now."""
+    paths = () if given is None else list_images(given).paths
+    with bar(notes, "checking images") as progress:
+        if given is None or {str(path.absolute()) for path in paths}.issuperset(inputs.images):
+            inputs.require_images(progress.update)
+            return inputs
+        inputs = inputs.moved_to(paths, progress.update)
+    write_inputs(out, inputs)
+    notes.print(f"the images are found again in {given}", markup=False)
+    return inputs
 
 
 def _finished(directory: Path, device: str, clip: Clip, notes: Console) -> dict[str, Any]:
     """Verify a finished run and return its manifest."""
     read_checkpoint(directory)
-    notes.print(f"{directory}: already finished", markup=False)
+    notes.print(f"{printable(directory)}: already finished", markup=False)
     if not (directory / REPORT).is_file():
         with open_run(directory, device, clip=clip) as run:
             update_report(directory, run, notes)
     return dict(artifact.read_json(directory / artifact.MANIFEST))
 
 
-def _backbone(asked: Asked) -> BackboneSpec:
-    model = asked.model or DEFAULT_MODEL
+def _backbone(asked: Asked, default: str = DEFAULT_MODEL) -> BackboneSpec:
+    model = asked.model or default
     located = model == "demo" or model.startswith(("hf-hub:", "local-dir:"))
     if model.startswith("local-dir:"):
         model = f"local-dir:{Path(model.removeprefix('local-dir:')).absolute()}"
     if located and asked.pretrained:
-        raise UsageError(f"--pretrained: --model {model} already names its weights; drop it")
+        raise UsageError(f"--pretrained: --model {model} names its weights itself; leave it out")
     if located:
         return BackboneSpec(model=model)
-    pretrained = asked.pretrained or DEFAULT_TAG
-    if Path(pretrained).is_file():
+    pretrained = asked.pretrained or default_tag(model)
+    if pretrained is not None and Path(pretrained).is_file():
         pretrained = str(Path(pretrained).absolute())
     return BackboneSpec(model=model, pretrained=pretrained)
 

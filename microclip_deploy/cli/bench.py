@@ -1,16 +1,24 @@
 """`microclip-deploy bench`: measurements a user can repeat."""
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from microclip_deploy.artifact import make_directory
 from microclip_deploy.bench import option_text
-from microclip_deploy.cli.options import AsJson, BitDepth, ExportDtype, MaxPixels
+from microclip_deploy.cli import next_steps
+from microclip_deploy.cli.help import SectionedCommand, SectionedGroup, write_parameters
+from microclip_deploy.cli.options import (
+    OUTPUT,
+    AsJson,
+    BitDepth,
+    ExportDtype,
+    MaxPixels,
+    option,
+)
 from microclip_deploy.console import notes, out, print_json
 from microclip_deploy.errors import require
 
@@ -21,21 +29,31 @@ _MODEL = "model"
 """Name of the command that a target stands for."""
 
 
-class _TargetFirst(TyperGroup):
-    """Takes what is no command for the target of `bench model`."""
+class _TargetFirst(SectionedGroup):
+    """Takes what is no command for the target of `bench model`, and shows that one's options."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] != "--help":
+        if args and args[0] not in (*self.commands, "-h", "--help"):
             args = [_MODEL, *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        found = super().shell_complete(ctx, incomplete)
+        return [*found, *self.commands[_MODEL].shell_complete(ctx, incomplete)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        self.format_commands(ctx, formatter)
+        write_parameters(self.commands[_MODEL].get_params(ctx), ctx, formatter)
 
 
 app = typer.Typer(
     help="Measure on this machine: TARGET (a run, an export, or a model name) or what is below.",
     cls=_TargetFirst,
     no_args_is_help=True,
+    subcommand_metavar="TARGET [OPTIONS] | COMMAND [ARGS]...",
     rich_markup_mode=None,
 )
+command = partial(app.command, cls=SectionedCommand)
 
 
 @app.callback()
@@ -58,9 +76,8 @@ def _peers(text: str) -> tuple[str, ...]:
     return option_text.parse_names(text, PEERS)
 
 
-def _parsed(parser: Callable[[str], object], metavar: str, text: str) -> Any:
-    """Return an option whose text a parser reads; its value has the parser's type."""
-    return typer.Option(parser=parser, metavar=metavar, help=text)
+TIMED, HOW_LONG, LIMITS = "What is timed", "How long", "Limits, exit 6 where they are missed"
+"""Sections of --help."""
 
 
 Target = Annotated[
@@ -72,46 +89,80 @@ Target = Annotated[
     ),
 ]
 Backends = Annotated[
-    Any, _parsed(_backends, "NAMES", "Of onnx, torch, trt; all: those that the target has.")
+    Any,
+    option(
+        TIMED, "NAMES", "Of onnx, torch, trt; all: those that the target has.", parser=_backends
+    ),
 ]
 Peers = Annotated[
-    Any, _parsed(_peers, "NAMES", "Of plain, compiled, cls, int8, openvino; or all, none.")
+    Any,
+    option(TIMED, "NAMES", "Of plain, compiled, cls, int8, openvino; or all, none.", parser=_peers),
 ]
-Device = Annotated[Any, _parsed(option_text.parse_device, "DEVICE", "cpu, cuda or cuda:N.")]
-Batches = Annotated[Any, _parsed(option_text.parse_numbers, "NUMBERS", "Images a request.")]
+Device = Annotated[
+    Any, option(TIMED, "DEVICE", "cpu, cuda or cuda:N.", parser=option_text.parse_device)
+]
+Batches = Annotated[
+    Any, option(TIMED, "NUMBERS", "Images a request.", parser=option_text.parse_numbers)
+]
 Concurrency = Annotated[
-    Any, _parsed(option_text.parse_numbers, "NUMBERS", "Requests under way at once.")
+    Any, option(TIMED, "NUMBERS", "Requests under way at once.", parser=option_text.parse_numbers)
 ]
-Warmup = Annotated[Any, _parsed(option_text.parse_seconds, "TIME", "Before each measurement.")]
+Warmup = Annotated[
+    Any, option(HOW_LONG, "TIME", "Before each measurement.", parser=option_text.parse_seconds)
+]
 Duration = Annotated[
-    Any, _parsed(option_text.parse_seconds, "TIME", "Measured at least, in three windows.")
+    Any,
+    option(
+        HOW_LONG, "TIME", "Measured at least, in three windows.", parser=option_text.parse_seconds
+    ),
 ]
 UntilStable = Annotated[
     Any,
-    _parsed(option_text.parse_share, "SHARE", "How near the windows must be; else measured again."),
+    option(
+        HOW_LONG,
+        "SHARE",
+        "How near the windows must be; else measured again.",
+        parser=option_text.parse_share,
+    ),
 ]
-Percentiles = Annotated[Any, _parsed(option_text.parse_percentiles, "NUMBERS", "Shown.")]
+Percentiles = Annotated[
+    Any, option(OUTPUT, "NUMBERS", "Those that are shown.", parser=option_text.parse_percentiles)
+]
 MadeDtype = Annotated[
-    ExportDtype, typer.Option(help="Of the export that is made of a run or a model name.")
+    ExportDtype, option(TIMED, None, "Of the export that is made of a run or a model name.")
 ]
-Photos = Annotated[Path | None, typer.Option(help="Photos of yours in place of made-up ones.")]
+Photos = Annotated[
+    Path | None, option(TIMED, "IMAGES", "Photos of yours in place of made-up ones.")
+]
 Threads = Annotated[
-    int | None, typer.Option(help="Of one operator on a CPU. [default: one a core]", min=1)
+    int | None, option(TIMED, "N", "Of one operator on a CPU. [default: one a core]", min=1)
 ]
-Stages = Annotated[bool, typer.Option(help="Time each stage by itself too.")]
+Stages = Annotated[bool, option(TIMED, None, "Time each stage by itself too.")]
 ReportDirectory = Annotated[
-    Path | None, typer.Option("--out", help="Write a .json, .md and .html report here.")
+    Path | None, option(OUTPUT, "DIR", "Write a .json, .md and .html report here.", "--out")
 ]
-Baseline = Annotated[Path | None, typer.Option(help="Earlier .json to compare with.")]
+Baseline = Annotated[Path | None, option(LIMITS, "FILE", "Earlier .json to compare with.")]
 MaxRegression = Annotated[
-    Any, _parsed(option_text.parse_share, "SHARE", "How much slower than the baseline is allowed.")
+    Any,
+    option(
+        LIMITS,
+        "SHARE",
+        "How much slower than the baseline is allowed.",
+        parser=option_text.parse_share,
+    ),
 ]
 Slo = Annotated[
-    Any, _parsed(option_text.parse_limits, "LIMITS", "Such as p99=10ms, from pixels to logits.")
+    Any,
+    option(
+        LIMITS,
+        "LIMITS",
+        "Such as p99=10ms, from pixels to logits.",
+        parser=option_text.parse_limits,
+    ),
 ]
 
 
-@app.command(_MODEL)
+@command(_MODEL, hidden=True)
 def bench_model(
     target: Target,
     backends: Backends = "all",
@@ -166,11 +217,20 @@ def bench_model(
         baseline=earlier,
     )
     report = replace(measured, percentiles=list(percentiles))
-    _show(report, out_dir, as_json=as_json)
+    written = _show(report, out_dir, as_json=as_json)
     if earlier is not None:
         for line in limits.require_no_regression(report, earlier, max_regression):
             notes.print(line, markup=False)
     limits.require_slo(report, slo or {})
+    if written is None:
+        keep: next_steps.Step = (
+            ("bench", target, "--out", "reports"),
+            "keep the result, to compare another with",
+        )
+    else:
+        again = ("bench", target, "--baseline", written, "--max-regression", "10%")
+        keep = (again, "after a change: fail where it became slower")
+    next_steps.tell(notes, keep)
 
 
 def _require_packages(out_dir: Path | None) -> None:
@@ -184,20 +244,24 @@ def _require_packages(out_dir: Path | None) -> None:
         make_directory(out_dir)
 
 
-def _show(report: "Report", out_dir: Path | None, *, as_json: bool) -> None:
+def _show(report: "Report", out_dir: Path | None, *, as_json: bool) -> Path | None:
+    """Print a report, and write it if there is a folder for it; return the JSON's path."""
     from microclip_deploy.bench.latency import tables
 
     shown = notes if as_json else out
     shown.print(tables.plain(report), markup=False, highlight=False, soft_wrap=True)
     if as_json:
         print_json(tables.as_json(report, samples=False))
-    if out_dir is not None:
-        from microclip_deploy.bench.latency.page import write_report
+    if out_dir is None:
+        return None
+    from microclip_deploy.bench.latency.page import write_report
 
-        notes.print(f"wrote {write_report(report, out_dir)}", markup=False)
+    written = write_report(report, out_dir)
+    notes.print(f"wrote {written}", markup=False)
+    return written
 
 
-@app.command("compare")
+@command("compare")
 def bench_compare(
     before: Annotated[Path, typer.Argument(help=".json of an earlier `bench TARGET --out`.")],
     after: Annotated[Path, typer.Argument(help="A later one.")],
@@ -210,22 +274,23 @@ def bench_compare(
     out.print(shown, markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command("ncut")
+@command("ncut")
 def bench_ncut(
     batches: Annotated[
-        Any, _parsed(option_text.parse_numbers, "NUMBERS", "Images a batch.")
+        Any, option(TIMED, "NUMBERS", "Images a batch.", parser=option_text.parse_numbers)
     ] = "1,32,256",
     tokens: Annotated[
-        Any, _parsed(option_text.parse_numbers, "NUMBERS", "Patch tokens an image.")
+        Any, option(TIMED, "NUMBERS", "Patch tokens an image.", parser=option_text.parse_numbers)
     ] = "49,196,256,576",
     dtype: Annotated[
-        str, typer.Option(help="Of the tokens: float16, bfloat16 or float32.")
+        str, option(TIMED, "DTYPE", "Of the tokens: float16, bfloat16 or float32.")
     ] = "float16",
     device: Annotated[
-        str, typer.Option(help="cuda, or cpu to measure only the solvers of a CPU.")
+        str, option(TIMED, "DEVICE", "cuda, or cpu to measure only the solvers of a CPU.")
     ] = "cuda",
     out_dir: Annotated[
-        Path | None, typer.Option("--out", help="Write DATE-GPU-kernel.json, .md and .svg here.")
+        Path | None,
+        option(OUTPUT, "DIR", "Write DATE-GPU-kernel.json, .md and .svg here.", "--out"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -250,26 +315,25 @@ def bench_ncut(
     shown.print(report.plain(measured), markup=False, soft_wrap=True)
     print_json(measured.model_dump())
     report.require_right(measured)
+    next_steps.tell(notes, next_steps.bench("TARGET", "--batches", "1,8"))
 
 
-@app.command("adapt")
+@command("adapt")
 def bench_adapt(
-    geometry: Annotated[str, typer.Option(help="open_clip model names.")] = "ViT-B-32",
-    batch_size: Annotated[int, typer.Option(help="Images a step.", min=2)] = 16,
-    crops: Annotated[int, typer.Option(help="Of the multi-view prior.", min=1, max=64)] = 8,
-    repeats: Annotated[int, typer.Option(help="Timed steps a side.", min=1)] = 5,
-    workers: Annotated[int, typer.Option(help="Image loading processes.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
+    geometry: Annotated[str, option(TIMED, "NAMES", "open_clip model names.")] = "ViT-B-32",
+    batch_size: Annotated[int, option(TIMED, "N", "Images a step.", min=2)] = 16,
+    crops: Annotated[int, option(TIMED, "N", "Of the multi-view prior.", min=1, max=64)] = 8,
+    repeats: Annotated[int, option(HOW_LONG, "N", "Timed steps a side.", min=1)] = 5,
+    workers: Annotated[int, option(TIMED, "N", "Image loading processes.", min=0)] = 0,
+    device: Annotated[str, option(TIMED, "DEVICE", "auto, cpu or cuda.")] = "cpu",
     plain_peer: Annotated[
-        bool, typer.Option("--plain/--no-plain", help="Time the plain algorithm too.")
+        bool, option(TIMED, None, "Time the plain algorithm too.", "--plain/--no-plain")
     ] = True,
-    images: Annotated[
-        Path | None, typer.Option(help="Photos of yours in place of made-up ones.")
-    ] = None,
+    images: Photos = None,
     max_pixels: MaxPixels = None,
     bit_depth: BitDepth = None,
     out_dir: Annotated[
-        Path | None, typer.Option("--out", help="Write a .json and .md report here.")
+        Path | None, option(OUTPUT, "DIR", "Write a .json and .md report here.", "--out")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -302,3 +366,4 @@ def bench_adapt(
         notes.print(f"wrote {report.write_report(measured, out_dir)}", markup=False)
     if as_json:
         print_json(measured.model_dump())
+    next_steps.tell(notes, next_steps.adapt("--workers", str(workers)))

@@ -1,20 +1,27 @@
 """`microclip-deploy classes`: the classes of an export."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from microclip_deploy.cli.options import AsJson, Descriptions, ExportDirectory, Names
-from microclip_deploy.console import out, print_json
+from microclip_deploy.cli import next_steps
+from microclip_deploy.cli.help import SectionedCommand, SectionedGroup
+from microclip_deploy.cli.options import MODEL, AsJson, Descriptions, ExportDirectory, Names, option
+from microclip_deploy.console import notes, out, print_json
 
 app = typer.Typer(
     help="List, add or remove the classes of an export; its graphs stay as they are.",
     no_args_is_help=True,
     rich_markup_mode=None,
+    cls=SectionedGroup,
 )
 
 
-@app.command("list")
+command = partial(app.command, cls=SectionedCommand)
+
+
+@command("list")
 def list_classes(export: ExportDirectory, as_json: AsJson = False) -> None:
     """Print the classes in the order of the logits."""
     from microclip_deploy.errors import printable
@@ -27,18 +34,20 @@ def list_classes(export: ExportDirectory, as_json: AsJson = False) -> None:
     for row in rows:
         mark = "" if row.adapted else "  (not adapted)"
         out.print(printable(row.name) + mark, markup=False, soft_wrap=True)
+    add = (("classes", "add", export, "NAME"), "another class, in seconds")
+    next_steps.tell(notes, add, next_steps.predict(export))
 
 
-@app.command("add")
+@command("add")
 def add_classes(
     export: ExportDirectory,
     names: Names,
     descriptions: Descriptions = None,
     model: Annotated[
-        str | None, typer.Option(help="Where the CLIP model lies now, if it was moved.")
+        str | None, option(MODEL, "NAME", "Where the CLIP model lies now, if it was moved.")
     ] = None,
     pretrained: Annotated[
-        str | None, typer.Option(help="Where its .safetensors file lies now.")
+        str | None, option(MODEL, "FILE", "Where its .safetensors file lies now.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -57,9 +66,10 @@ def add_classes(
         "so their accuracy is zero-shot; adapt again to change that.",
         soft_wrap=True,
     )
+    next_steps.tell(notes, next_steps.predict(export), next_steps.evaluate(export))
 
 
-@app.command("remove")
+@command("remove")
 def remove_classes(export: ExportDirectory, names: Names, as_json: AsJson = False) -> None:
     """Remove classes for good: what is added again is not adapted."""
     from microclip_deploy.export import class_rows
@@ -69,3 +79,4 @@ def remove_classes(export: ExportDirectory, names: Names, as_json: AsJson = Fals
         print_json({"classes": [row.to_json() for row in rows]})
         return
     out.print(f"{len(rows)} classes remain.", soft_wrap=True)
+    next_steps.tell(notes, next_steps.predict(export), next_steps.evaluate(export))

@@ -3,22 +3,46 @@
 PyTorch is imported where a run directory needs it; an export needs none.
 """
 
+import csv
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from rich.console import Console
 
 from microclip_deploy import artifact
-from microclip_deploy.console import bar, counter, tell_left_out, tell_skipped, tell_warnings
+from microclip_deploy.console import (
+    bar,
+    counter,
+    machine_stdout,
+    tell_left_out,
+    tell_skipped,
+    tell_warnings,
+    waiting,
+)
+from microclip_deploy.data.formats import image_endings
 from microclip_deploy.data.photo import Remarks
-from microclip_deploy.data.sources import list_images, list_sources
-from microclip_deploy.errors import EnvironmentProblem
-from microclip_deploy.evaluation.evaluate import EVALUATION, Evaluation, evaluate
-from microclip_deploy.evaluation.predict import OverlayWriter, open_writer, predict, table
+from microclip_deploy.data.sources import BadFile, TooManyBad, list_images, list_sources
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, printable
+from microclip_deploy.evaluation.evaluate import evaluate
+from microclip_deploy.evaluation.evaluation import EVALUATION, Evaluation, write_answers
+from microclip_deploy.evaluation.overlays import OverlayWriter
+from microclip_deploy.evaluation.predict import FailedImage, Result, predict
+from microclip_deploy.evaluation.records import cell, file_name, open_writer, table
 from microclip_deploy.serving import RunSessions, Session, is_export, open_run, open_session
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Format = Literal["table", "csv", "json", "jsonl"]
+
+_FORMAT_OF: dict[str, Format] = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".txt": "table"}
+"""What `predict --out` writes, by the ending of the file."""
+
+_FILE_WIDTH = 120  # columns of a table in a file
 
 
 @contextmanager
@@ -44,10 +68,12 @@ def run_evaluate(
     device: str = "auto",
     batch_size: int = 64,
     zero_shot: bool = True,
+    limit: int | None = None,
     max_bad: str = "1%",
     max_pixels: int | None = None,
     bit_depth: int | None = None,
     threads: int | None = None,
+    file: Path | None = None,
 ) -> Evaluation:
     """Evaluate a run or an export on labelled images; a run's report gets the outcome.
 
@@ -60,25 +86,36 @@ def run_evaluate(
         device: as for `open_session`.
         batch_size: images a batch.
         zero_shot: as for `evaluate`.
+        limit: as for `evaluate`.
         max_bad: as for `evaluate`.
         max_pixels: as for `evaluate`.
         bit_depth: as for `evaluate`.
         threads: as for `open_session`.
+        file: gets one CSV row an image.
     """
+    if file is not None and file.suffix.lower() != ".csv":
+        raise UsageError(
+            f"--out {printable(file)}: expected a name ending in .csv, found "
+            f"{file.suffix or 'none'}; give another name"
+        )
     with gpu_memory(), ExitStack() as stack:
+        answers = stack.enter_context(result_file(file, (data,))) if file else None
+        stack.enter_context(listing_too_many_bad(file, notes))
         with counter(notes, "looking for images") as found:
             listed = list_images(data, on_found=found)
         tell_left_out(listed.left_out.summary(), notes)
-        run = None
-        if not is_export(directory):
-            run = stack.enter_context(open_run(directory, device, threads=threads))
-        with bar(notes, "evaluating") as progress:
+        with waiting(notes, f"opening {printable(directory)}"):
+            run = None
+            if not is_export(directory):
+                run = stack.enter_context(open_run(directory, device, threads=threads))
+        with bar(notes, "evaluating", "images") as progress:
             measured = evaluate(
                 directory,
                 data,
                 device=device,
                 batch_size=batch_size,
                 zero_shot=zero_shot,
+                limit=limit,
                 max_bad=max_bad,
                 threads=threads,
                 sessions=run,
@@ -88,18 +125,65 @@ def run_evaluate(
                 max_pixels=max_pixels,
                 bit_depth=bit_depth,
             )
-        tell_skipped(measured.bad, notes)
+        if answers is not None:
+            write_answers(answers, measured)
+        tell_skipped(measured.bad, notes, file)
         if run is not None:
-            _keep(directory, measured, run, notes)
+            _keep(directory, measured, run, notes, part=limit is not None)
+    if file is not None:
+        notes.print(f"answers: {printable(file)}", markup=False)
     return measured
 
 
-def _keep(directory: Path, measured: Evaluation, run: RunSessions, notes: Console) -> None:
+def _keep(
+    directory: Path, measured: Evaluation, run: RunSessions, notes: Console, *, part: bool
+) -> None:
+    """Keep an evaluation beside its run, unless it tells less than the one that is kept."""
+    kept = directory / EVALUATION
+    if reason := "--limit measures a part" if part else _less_than_kept(measured, kept):
+        notes.print(f"{printable(kept)} stays as it is: {reason}", markup=False)
+        return
     try:
-        artifact.write_json(directory / EVALUATION, measured.to_json())
+        artifact.write_json(kept, measured.to_json())
         update_report(directory, run, notes)
     except EnvironmentProblem as error:  # a read-only run directory can still be evaluated
         notes.print(f"warning: {error}", style="yellow", markup=False)
+
+
+def _less_than_kept(measured: Evaluation, kept: Path) -> str:
+    """Say what a kept evaluation measured that this one did not; '' where there is nothing."""
+    if not kept.is_file():
+        return ""
+    try:
+        stored = artifact.read_json(kept)
+        images, rows, data = stored["images"], len(stored["rows"]), stored.get("data")
+    except (CheckpointError, KeyError, TypeError):  # nothing that could be lost
+        return ""
+    if data != printable(measured.data):
+        fewer = measured.images < images
+        told = f"it measured {images} images, this evaluation {measured.images}" if fewer else ""
+    else:
+        told = "it measured zero-shot too" if len(measured.rows) < rows else ""
+    return f"{told}; remove it to keep the next one" if told else ""
+
+
+@dataclass
+class _Tally:
+    """What became of the images so far."""
+
+    images: int = 0
+    drawn: int = 0
+    bad: list[BadFile] = field(default_factory=list)
+
+    def counting(self, results: Iterable[Result]) -> Iterator[Result]:
+        """Yield the results and count them."""
+        for result in results:
+            self.images += 1
+            if isinstance(result, FailedImage):
+                self.bad.append(BadFile(result.path, result.reason))
+            else:
+                self.drawn += result.overlay is not None
+            yield result
 
 
 def run_predict(
@@ -109,7 +193,8 @@ def run_predict(
     notes: Console,
     *,
     top_k: int = 5,
-    output_format: Literal["table", "csv", "json", "jsonl"] = "table",
+    output_format: Format | None = None,
+    file: Path | None = None,
     overlay: Path | None = None,
     device: str = "auto",
     batch_size: int = 64,
@@ -117,25 +202,125 @@ def run_predict(
     bit_depth: int | None = None,
     threads: int | None = None,
 ) -> None:
-    """Classify images with a run or an export and print the results as they come."""
+    """Classify images with a run or an export, and print or write the results as they come."""
+    chosen = output_format or _format_of(file)
     overlays = OverlayWriter(overlay) if overlay else None
-    remarks = Remarks()
+    tally, remarks = _Tally(), Remarks()
     own = {"max_pixels": max_pixels, "bit_depth": bit_depth, "threads": threads}
-    with gpu_memory(), open_session(directory, device, **own) as session:
+    with gpu_memory(), ExitStack() as stack:
+        target = stack.enter_context(result_file(file, images)) if file else None
+        with waiting(notes, f"opening {printable(directory)}"):
+            session = stack.enter_context(open_session(directory, device, **own))
         _tell_device(session, notes)
         with counter(notes, "looking for images") as found:
-            listed = list_sources(images, on_found=found)
-        tell_left_out(listed.left_out.summary(), notes)
-        results = predict(session, listed, top_k, batch_size=batch_size, remarks=remarks)
-        if output_format == "table":
-            out.print(table(results, overlays.write if overlays else None))
-        else:
-            with open_writer(output_format, sys.stdout, top_k) as writer:
-                for result in results:
-                    writer.write(result)
-                    if overlays:
-                        overlays.write(result)
+            given = list_sources(images, on_found=found)
+        tell_left_out(given.left_out.summary(), notes)
+        # Rows that scroll by in the terminal itself are progress enough.
+        scrolls = target is None and chosen != "table" and sys.stdout.isatty()
+        shown = Console(quiet=True) if scrolls else notes
+        progress = stack.enter_context(bar(shown, "predicting", "images")).update
+        results = predict(
+            session, given, top_k, batch_size=batch_size, remarks=remarks, progress=progress
+        )
+        if overlays:
+            results = overlays.drawn(results, session.preprocess)
+        results = tally.counting(results)
+        try:
+            shown_table = _write(results, chosen, target, top_k, overlays=overlay is not None)
+        finally:
+            listed = list_bad(file, tally.bad) if file else None
     tell_warnings(remarks.lines(), notes)
+    if shown_table is not None:
+        out.print(shown_table)
+    if file is not None or chosen != "table":
+        tell_skipped(tally.bad, notes, listed)
+    if file is not None:
+        counts = f"{tally.images} images" + (f", {len(tally.bad)} skipped" if tally.bad else "")
+        notes.print(f"predictions: {printable(file)} ({counts})", markup=False)
+    if overlay is not None:
+        notes.print(f"overlays: {printable(overlay)} ({tally.drawn} pictures)", markup=False)
+
+
+def _write(
+    results: Iterable[Result],
+    chosen: Format,
+    target: IO[str] | None,
+    top_k: int,
+    *,
+    overlays: bool,
+) -> "Table | None":
+    """Write the results to a file or to stdout; return a table that is still to be printed."""
+    if chosen == "table":
+        found = table(results)
+        if target is None:
+            return found
+        Console(file=target, width=_FILE_WIDTH).print(found)
+        return None
+    stream = target or machine_stdout()
+    with open_writer(chosen, stream, top_k, overlays=overlays) as writer:
+        for result in results:
+            writer.write(result)
+    return None
+
+
+def _format_of(file: Path | None) -> Format:
+    """Return the format that the ending of a file asks for; a table without a file."""
+    if file is None:
+        return "table"
+    if file.suffix.lower() not in _FORMAT_OF:
+        raise UsageError(
+            f"--out {printable(file)}: expected a name ending in {', '.join(_FORMAT_OF)}, found "
+            f"{file.suffix or 'none'}; give another name, or --format"
+        )
+    return _FORMAT_OF[file.suffix.lower()]
+
+
+@contextmanager
+def result_file(file: Path, sources: Sequence[Path]) -> Iterator[IO[str]]:
+    """Give a text file that takes its name when all is written; its folder is made.
+
+    Raises:
+        EnvironmentProblem: the disk is full or the folder cannot be written.
+        UsageError: it has the name of an image or is one of the sources, which would be lost.
+    """
+    read = any(source.exists() and file.exists() and file.samefile(source) for source in sources)
+    if read or file.suffix.lower() in image_endings():
+        raise UsageError(
+            f"--out {printable(file)}: expected another file than what is read; give another name"
+        )
+    artifact.make_directory(file.parent)
+    with artifact.staged_file(file, "w") as stream:
+        yield stream
+
+
+def list_bad(file: Path, bad: Sequence[BadFile]) -> Path:
+    """Write all files that could not be read beside a result, as CSV: path, reason.
+
+    Where all could be read, the list of an earlier command is removed.
+    """
+    listed = file.with_name(f"{file.stem}.bad-files.csv")
+    if not bad:
+        listed.unlink(missing_ok=True)
+        return listed
+    with artifact.staged_file(listed, "w") as stream:
+        rows = csv.writer(stream, lineterminator="\n")
+        rows.writerow(("path", "reason"))
+        rows.writerows((cell(file_name(path)), cell(reason)) for path, reason in bad)
+    return listed
+
+
+@contextmanager
+def listing_too_many_bad(result: Path | None, notes: Console) -> Iterator[None]:
+    """List all unusable files beside a result that they prevent; the error names the first."""
+    try:
+        yield
+    except TooManyBad as error:
+        if result is not None:
+            listed = printable(list_bad(result, error.bad))
+            notes.print(f"unusable files: {len(error.bad)}, listed in {listed}", markup=False)
+        raise
+    if result is not None:
+        list_bad(result, ())
 
 
 def update_report(directory: Path, run: RunSessions, notes: Console) -> None:
@@ -143,7 +328,7 @@ def update_report(directory: Path, run: RunSessions, notes: Console) -> None:
     from microclip_deploy.evaluation.report import write_report
 
     write_report(directory, sessions=run)
-    notes.print(f"report: {directory / 'report.html'}", markup=False)
+    notes.print(f"report: {printable(directory / 'report.html')}", markup=False)
 
 
 def _tell_device(session: Session, notes: Console) -> None:

@@ -5,31 +5,42 @@ It imports none of the packages it looks at, so it works in the smallest install
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from microclip_deploy.environment import (
+    FAMILIES,
     PACKAGES,
+    PLAIN,
     Machine,
     Package,
     probe_machine,
-    probe_package,
+    probe_packages,
 )
 from microclip_deploy.errors import EXTRA_OF, EnvironmentProblem, UsageError
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 _PURPOSE: Mapping[str, str] = {
-    "adapt": "to adapt, evaluate and predict",
+    "adapt": "to adapt, and to evaluate and predict with a run",
     "export": "to export",
-    "cpu": "to run exported graphs",
-    "gpu": "to run exported graphs on the GPU",
+    "cpu": "to evaluate and predict with an export",
+    "gpu": "to run exports on the GPU",
+    "bench": "to measure with `bench`",
+}
+
+_MODEL = ("torch", "torchvision", "open_clip", "timm")
+"""Packages that open a run."""
+
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "adapt": (*_MODEL, "jinja2", "matplotlib", "tensorboard"),
+    "export": (*_MODEL, "onnx", "onnxscript", "onnxruntime"),
+    "bench": ("onnxruntime", "psutil", "cpuinfo", "pynvml"),
 }
 
 _DRIVER = re.compile(r"libcuda\.|driver|CUDA-capable device", re.IGNORECASE)
 """How CUDA's libraries word that there is no driver, or one that does not fit."""
+
+_IMPOSSIBLE = "not possible without "
 
 NEEDS = ("cupy", "gpu", "trt")
 """What `require` knows."""
@@ -50,6 +61,11 @@ class Use(NamedTuple):
     task: str
     by: str
 
+    @property
+    def possible(self) -> bool:
+        """Say whether nothing is missing for it."""
+        return not self.by.startswith(_IMPOSSIBLE)
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -69,22 +85,30 @@ class Diagnosis:
             "problems": [problem._asdict() for problem in self.problems],
         }
 
-    def tables(self) -> list["Table"]:
-        """Return packages, devices, uses and problems for a terminal."""
-        return [_package_table(self), _machine_table(self), _use_table(self), _problem_table(self)]
+
+def _ignore(done: int, total: int) -> None:
+    """Show no progress."""
 
 
-def diagnose(packages: Sequence[str] = PACKAGES) -> Diagnosis:
+def diagnose(
+    families: Sequence[Sequence[str]] = (*FAMILIES, PLAIN),
+    progress: Callable[[int, int], None] = _ignore,
+) -> Diagnosis:
     """Look at packages and devices; takes seconds, changes nothing and never fails.
 
     Args:
-        packages: which ones to look at; the others count as not installed.
+        families: which packages to look at, each family in a process of its own; all others count
+            as not installed.
+        progress: called with (done, total) families.
     """
-    with ThreadPoolExecutor(4, thread_name_prefix="probe") as pool:
+    found = {name: Package(name) for name in (*PACKAGES, *PLAIN)}
+    with ThreadPoolExecutor(len(families) + 1, thread_name_prefix="probe") as pool:
         machine = pool.submit(probe_machine)
-        found = {package.name: package for package in pool.map(probe_package, packages)}
-        missing = {name: Package(name) for name in PACKAGES if name not in found}
-        return judge(machine.result(), {**found, **missing})
+        looking = [pool.submit(probe_packages, names) for names in families]
+        for done, family in enumerate(as_completed(looking), start=1):
+            found |= {package.name: package for package in family.result()}
+            progress(done, len(looking))
+        return judge(machine.result(), found)
 
 
 def judge(machine: Machine, packages: Mapping[str, Package]) -> Diagnosis:
@@ -92,8 +116,7 @@ def judge(machine: Machine, packages: Mapping[str, Package]) -> Diagnosis:
 
     Args:
         machine: processors, GPUs and driver.
-        packages: one entry for each of torch, torchvision, open_clip, timm, onnx, onnxruntime,
-            tensorrt and cupy.
+        packages: one entry for each of PACKAGES and PLAIN.
     """
     problems = [
         *_broken(machine, packages.values()),
@@ -132,20 +155,21 @@ def _broken(machine: Machine, packages: Iterable[Package]) -> Iterator[Problem]:
     """Report what is installed and cannot be used, or is installed twice."""
     for package in packages:
         titles = package.distributions
-        if _lacks_driver(package):
+        if lacks_driver(package):
             yield _driver_problem(machine, package)
         elif package.error:
             fix = f"pip install --force-reinstall {titles[0]}"
             yield Problem("error", f"{package.name} cannot be imported: {package.error}", fix)
         if package.name == "onnxruntime" and len(titles) > 1:
+            usable = [title for title in titles if machine.gpus or not title.endswith("-gpu")]
             yield Problem(
                 "error",
                 f"{' and '.join(titles)} are both installed and overwrite each other's files",
-                f"pip uninstall -y {' '.join(titles)}; pip install {max(titles)}",
+                f"pip uninstall -y {' '.join(titles)}; pip install {max(usable)}",
             )
 
 
-def _lacks_driver(package: Package) -> bool:
+def lacks_driver(package: Package) -> bool:
     """Say whether a package fails for want of an NVIDIA driver: no other wheel would mend that."""
     return EXTRA_OF[package.name] == "gpu" and bool(_DRIVER.search(package.error))
 
@@ -171,25 +195,38 @@ def _cuda_problems(machine: Machine, packages: Mapping[str, Package]) -> Iterato
             f"packages are built for different CUDA majors ({listed}); one process cannot mix them",
             "; ".join(_install_for(package, wanted) for package in wrong),
         )
+    torch, runtime = packages["torch"], packages["onnxruntime"]
+    reached = bool(torch.details.get("usable"))
     if not machine.gpus:
         return
-    torch, runtime = packages["torch"], packages["onnxruntime"]
-    driver = machine.driver_cuda.split(".")[0]
+    if machine.visible is not None and not reached:
+        what = f"CUDA_VISIBLE_DEVICES={machine.visible!r} hides the GPU from all programs"
+        yield Problem("note", what, "unset CUDA_VISIBLE_DEVICES")
+        return
     if torch.works and torch.cuda_major is None:
         what = f"torch {torch.version} is a CPU build, and the GPU stays idle"
         yield Problem("error", what, "pip install --force-reinstall torch torchvision")
-    elif torch.works and not torch.details.get("usable"):
-        what = f"torch {torch.version} (CUDA {torch.cuda_major}) cannot use the GPU"
-        old = driver.isdigit() and int(driver) < (torch.cuda_major or 0)
-        reason = f"; the driver supports CUDA {machine.driver_cuda} only" if old else ""
-        yield Problem("error", what + reason, "update the NVIDIA driver, then restart the machine")
+    elif torch.works and not reached:
+        yield _unreached(machine, torch)
     if runtime.works and "CUDAExecutionProvider" not in runtime.details.get("in_use", ()):
         if runtime.cuda_major is None:
-            fix = "pip uninstall -y onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]>=1.27'"
+            remove = f"pip uninstall -y {' '.join(runtime.distributions)}"
+            fix = f"{remove}; pip install 'onnxruntime-gpu[cuda,cudnn]>=1.27'"
             yield Problem("note", "onnxruntime is a CPU build, and the GPU stays idle", fix)
         else:
             what = "onnxruntime-gpu falls back to the CPU: its CUDA libraries cannot be loaded"
             yield Problem("error", what, "pip install 'onnxruntime-gpu[cuda,cudnn]>=1.27'")
+
+
+def _unreached(machine: Machine, torch: Package) -> Problem:
+    """Say why PyTorch cannot use the GPU that the driver lists."""
+    what = f"torch {torch.version} (CUDA {torch.cuda_major}) cannot use the GPU"
+    driver = machine.driver_cuda.split(".")[0]
+    if driver.isdigit() and int(driver) < (torch.cuda_major or 0):
+        what += f"; the driver supports CUDA {machine.driver_cuda} only"
+        return Problem("error", what, "update the NVIDIA driver, then restart the machine")
+    fix = "restart the machine; if that does not help, update the NVIDIA driver"
+    return Problem("error", what, fix)
 
 
 def _install_for(package: Package, major: int) -> str:
@@ -203,36 +240,62 @@ def _install_for(package: Package, major: int) -> str:
 def _absent(machine: Machine, packages: Mapping[str, Package]) -> Iterator[Problem]:
     """Report what is not installed; what only a GPU needs, only where there is one."""
     missing: dict[str, list[str]] = {}
-    for name in PACKAGES:
-        extra = EXTRA_OF[name]
+    for name in (*PACKAGES, *PLAIN):
+        extra = _extra_of(name, machine)
         if not packages[name].version and (extra != "gpu" or machine.gpus):
             missing.setdefault(extra, []).append(name)
     for extra, names in missing.items():
         needed = f"{', '.join(names)} not installed: needed {_PURPOSE[extra]}"
-        yield Problem("note", needed, f'pip install "microclip-deploy[{extra}]"')
+        # With one command everything that the purpose needs is there.
+        extras = {extra, *(_extra_of(name, machine) for name in _NEEDED.get(extra, ()))}
+        listed = ",".join(sorted(extras & set(missing)))
+        yield Problem("note", needed, _install(listed, packages["onnxruntime"]))
+
+
+def _extra_of(name: str, machine: Machine) -> str:
+    """Return the extra that installs a package here: `cpu` and `gpu` exclude each other."""
+    return "gpu" if name == "onnxruntime" and machine.gpus else EXTRA_OF[name]
+
+
+def _install(extras: str, runtime: Package) -> str:
+    """Return the commands that install extras; a build of ONNX Runtime for CPUs makes way."""
+    install = f'pip install "microclip-deploy[{extras}]"'
+    if "gpu" in extras and "onnxruntime" in runtime.distributions:
+        return f"pip uninstall -y onnxruntime; {install}"
+    return install
 
 
 def _uses(machine: Machine, packages: Mapping[str, Package]) -> tuple[Use, ...]:
     torch = packages["torch"]
-    lacking = [n for n in ("torch", "torchvision", "open_clip", "timm") if not packages[n].works]
     on_gpu = torch.works and bool(torch.details.get("usable"))
     device = machine.gpus[0].name if on_gpu and machine.gpus else "GPU" if on_gpu else "CPU"
     threads = torch.details.get("threads", machine.cpus)
     place = f"cuda ({device})" if on_gpu else f"cpu ({threads} threads)"
-    model = f"PyTorch {torch.version} on {place}"
-    if lacking:
-        model = f"not possible without {', '.join(lacking)}"
-    exact = "exact solver in float64 on the CPU"
+    pytorch, graphs = f"PyTorch {torch.version} on {place}", _exported(packages)
+    run = _impossible(packages, _MODEL) or pytorch
+    proof = f"ONNX {packages['onnx'].version}, proven with ONNX Runtime"
     return (
-        Use("adapt", model),
-        Use("evaluate, predict", model),
-        Use("NCut", _cut(packages) if on_gpu else exact),
-        Use("exported graphs", _exported(packages)),
+        Use("adapt", _impossible(packages, _NEEDED["adapt"]) or pytorch),
+        Use("evaluate, predict", f"a run: {run}; an export: {graphs}"),
+        Use("export", _impossible(packages, _NEEDED["export"]) or proof),
+        Use("bench", _impossible(packages, _NEEDED["bench"]) or "whatever the target runs on"),
+        Use("NCut", _cut(packages, on_gpu=on_gpu)),
+        Use("exported graphs", graphs),
         Use("exported engines", _engines(machine, packages)),
     )
 
 
-def _cut(packages: Mapping[str, Package]) -> str:
+def _impossible(packages: Mapping[str, Package], needed: Iterable[str]) -> str:
+    """Say what a task cannot do without; '' where all of it works."""
+    lacking = [name for name in needed if not packages[name].works]
+    return _IMPOSSIBLE + ", ".join(lacking) if lacking else ""
+
+
+def _cut(packages: Mapping[str, Package], *, on_gpu: bool) -> str:
+    if not packages["torch"].works:
+        return "inside the exported graphs"
+    if not on_gpu:
+        return "exact solver in float64 on the CPU"
     if packages["cupy"].works:
         return f"CUDA kernel in float32, CuPy {packages['cupy'].version}"
     return "iterative solver in float32 on the GPU; CuPy would bring the kernel"
@@ -240,8 +303,8 @@ def _cut(packages: Mapping[str, Package]) -> str:
 
 def _exported(packages: Mapping[str, Package]) -> str:
     runtime = packages["onnxruntime"]
-    if not runtime.works:
-        return "not possible without onnxruntime"
+    if lacking := _impossible(packages, ("onnxruntime",)):
+        return lacking
     on_gpu = "CUDAExecutionProvider" in runtime.details.get("in_use", ())
     kernels = " with the CUDA kernels" if on_gpu and packages["cupy"].works else ""
     return f"ONNX Runtime {runtime.version} on the {'GPU' if on_gpu else 'CPU'}{kernels}"
@@ -250,9 +313,10 @@ def _exported(packages: Mapping[str, Package]) -> str:
 def _engines(machine: Machine, packages: Mapping[str, Package]) -> str:
     titles = {"tensorrt": "TensorRT", "cupy": "CuPy"}
     lacking = [title for name, title in titles.items() if not packages[name].works]
-    lacking += [] if machine.gpus else ["an NVIDIA GPU"]
+    seen = machine.gpus or packages["torch"].details.get("usable")
+    lacking += [] if seen else ["an NVIDIA GPU"]
     if lacking:
-        return f"not possible without {', '.join(lacking)}"
+        return _IMPOSSIBLE + ", ".join(lacking)
     version = packages["tensorrt"].version
     return f"TensorRT {version} with the CUDA kernels; export --trt builds them"
 
@@ -266,81 +330,22 @@ def _gpu_lacks(found: Diagnosis) -> str:
 
 def _gpu_package_lacks(found: Diagnosis, name: str, title: str) -> str:
     package = found.packages[name]
-    if not found.machine.gpus and (package.works or _lacks_driver(package)):
-        return (
-            f"{title} is installed and no NVIDIA GPU is visible; check that `nvidia-smi` lists one"
-        )
-    return "" if package.works else _lack_of(found, name, title)
+    lack = "" if package.works else _lack_of(found, name, title)
+    if found.machine.gpus or found.packages["torch"].details.get("usable"):
+        return lack
+    look = "no NVIDIA GPU is visible; check that `nvidia-smi` lists one"
+    if package.works or lacks_driver(package):
+        return f"{title} is installed and {look}"
+    return f"{look}. With a GPU: {lack}"
 
 
 def _lack_of(found: Diagnosis, name: str, title: str) -> str:
     package = found.packages[name]
     if not package.version:
-        return f'{title} is not installed; run: pip install "microclip-deploy[{EXTRA_OF[name]}]"'
+        fix = _install(EXTRA_OF[name], found.packages["onnxruntime"])
+        return f"{title} is not installed; run: {fix}"
     fixes = [p.fix for p in found.problems if p.severity == "error" and name in p.what]
     reason = package.error or "it cannot use the GPU"
     return f"{title} {package.version} does not work: {reason}" + "".join(
         f"; run: {fix}" for fix in fixes[:1]
     )
-
-
-def _package_table(found: Diagnosis) -> "Table":
-    from rich.text import Text
-
-    table = _table("packages", "package", "version", "CUDA", "state")
-    for name in PACKAGES:
-        package = found.packages[name]
-        state = "works" if package.works else package.error or "not installed"
-        style = "green" if package.works else "red" if package.error else "dim"
-        if _lacks_driver(package) and not found.machine.gpus:
-            state, style = "no NVIDIA driver", "dim"
-        providers = package.details.get("in_use")
-        if package.works and providers:
-            state += f" ({', '.join(p.removesuffix('ExecutionProvider') for p in providers)})"
-        major = str(package.cuda_major) if package.cuda_major is not None else "-"
-        table.add_row(name, package.version or "-", major, Text(state, style=style))
-    return table
-
-
-def _machine_table(found: Diagnosis) -> "Table":
-    machine = found.machine
-    table = _table("machine", "part", "found")
-    table.add_row("Python", f"{machine.python} on {machine.system}")
-    table.add_row("processors", str(machine.cpus))
-    for gpu in machine.gpus:
-        table.add_row("GPU", f"{gpu.name}, {gpu.memory_mib} MiB, driver {gpu.driver}")
-    if not machine.gpus:
-        table.add_row("GPU", "none visible")
-    if machine.driver_cuda:
-        table.add_row("driver", f"supports up to CUDA {machine.driver_cuda}")
-    return table
-
-
-def _use_table(found: Diagnosis) -> "Table":
-    table = _table("what will be used", "task", "by")
-    for use in found.uses:
-        table.add_row(use.task, use.by)
-    return table
-
-
-def _problem_table(found: Diagnosis) -> "Table":
-    from rich.text import Text
-
-    if not found.problems:
-        table = _table("problems", "what")
-        table.add_row("none found")
-        return table
-    table = _table("problems", "", "what", "how to mend it")
-    for problem in found.problems:
-        style = "red" if problem.severity == "error" else "yellow"
-        table.add_row(Text(problem.severity, style=style), Text(problem.what), Text(problem.fix))
-    return table
-
-
-def _table(title: str, *headings: str) -> "Table":
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from microclip_deploy.cli import next_steps
 from microclip_deploy.cli.options import (
+    MODEL,
+    OUTPUT,
+    PROOF,
     AsJson,
     Batch,
     BitDepth,
@@ -22,6 +24,7 @@ from microclip_deploy.cli.options import (
     Trt,
     VersionCompatible,
     Workspace,
+    option,
 )
 from microclip_deploy.console import notes, out, print_json
 from microclip_deploy.errors import UsageError, require
@@ -32,16 +35,18 @@ if TYPE_CHECKING:
     from microclip_deploy.serving.engines import BuildOptions
 
 Target = Annotated[
-    Path | None, typer.Option("-o", "--out", help="Directory to write; required for a run.")
+    Path | None, option(OUTPUT, "DIR", "Directory to write; required for a run.", "-o", "--out")
 ]
 ExportedDtype = Annotated[
-    Dtype, typer.Option(help="Precision of the encoder; auto measures and keeps the fastest.")
+    Dtype, option(MODEL, None, "Precision of the encoder; auto measures and keeps the fastest.")
 ]
-Atol = Annotated[float | None, typer.Option(help="Largest difference of logits allowed.", min=0)]
+Atol = Annotated[float | None, option(PROOF, "X", "Largest difference of logits allowed.", min=0)]
 MinAgreement = Annotated[
-    float | None, typer.Option(help="Least share of equal top-1 classes.", min=0, max=1)
+    float | None, option(PROOF, "SHARE", "Least share of equal top-1 classes.", min=0, max=1)
 ]
-Overwrite = Annotated[bool, typer.Option(help="Replace the export in --out.")]
+Overwrite = Annotated[
+    bool, option(OUTPUT, None, "Replace the export in --out.", show_default=False)
+]
 
 
 def export(
@@ -99,6 +104,12 @@ def export(
 
         proof = run_build(directory, build, notes, timing_cache=timing_cache, **proving)
         _show(proof, as_json)
+    next_steps.tell(
+        notes,
+        next_steps.predict(directory),
+        next_steps.verify(directory),
+        next_steps.bench(directory, "--batches", "1,8"),
+    )
 
 
 def _inside(export: Path, out_dir: Path | None) -> Path:
@@ -134,7 +145,7 @@ def _print_trtexec(directory: Path, build: "BuildOptions") -> None:
 def verify(
     export_dir: ExportDirectory,
     run: Annotated[
-        Path | None, typer.Option(help="Ask this run's PyTorch model instead of stored answers.")
+        Path | None, option(PROOF, "RUN", "Ask this run's PyTorch model instead of stored answers.")
     ] = None,
     images: ProofImages = None,
     max_pixels: MaxPixels = None,
@@ -151,6 +162,8 @@ def verify(
     proof = run_verify(export_dir, notes, run=run, images=images, device=device, **reading)
     _show(proof, as_json)
     require_proven(proof, export_dir / VERIFIED)
+    bench = next_steps.bench(export_dir, "--batches", "1,8")
+    next_steps.tell(notes, next_steps.predict(export_dir), bench)
 
 
 def require_exporter() -> None:

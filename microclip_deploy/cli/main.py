@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version as package_version
 from pathlib import Path
 from types import FrameType
@@ -14,10 +15,17 @@ from typing import Annotated, Any
 
 import typer
 
+from microclip_deploy.cli import next_steps
 from microclip_deploy.cli.bench import app as bench_app
 from microclip_deploy.cli.classes import app as classes_app
+from microclip_deploy.cli.doctor_text import doctor
 from microclip_deploy.cli.export import export, require_exporter, verify
+from microclip_deploy.cli.help import SectionedCommand, SectionedGroup
 from microclip_deploy.cli.options import (
+    MACHINE,
+    METHOD,
+    OUTPUT,
+    PHOTOS,
     Adapted,
     AsJson,
     BatchSize,
@@ -25,6 +33,7 @@ from microclip_deploy.cli.options import (
     Descriptions,
     Device,
     Images,
+    ImagesAgain,
     MaxBad,
     MaxPixels,
     Model,
@@ -36,12 +45,24 @@ from microclip_deploy.cli.options import (
     Templates,
     Threads,
     ValDir,
+    option,
+    recipe_names,
 )
-from microclip_deploy.console import ReaderGone, checked_stdout, notes, out, print_json
+from microclip_deploy.cli.recipes import recipes
+from microclip_deploy.console import (
+    ReaderGone,
+    checked_stdout,
+    notes,
+    out,
+    print_json,
+    tolerant_stderr,
+    waiting,
+)
 from microclip_deploy.errors import (
     EXTRA_OF,
     Interrupted,
     MicroclipError,
+    UsageError,
     missing_package,
     require,
 )
@@ -52,52 +73,94 @@ EPILOG = (
     "141 the reader of stdout went away."
 )
 
+USE, DEPLOY, LOOK = "From photos to answers", "To a server", "Try and look around"
+"""Sections of the commands."""
+
 app = typer.Typer(
     name="microclip-deploy",
+    cls=SectionedGroup,
     help="Adapt a CLIP ViT to your unlabeled photos, evaluate it, and use it.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.add_typer(classes_app, name="classes")
-app.add_typer(bench_app, name="bench")
+use, deploy, look = (
+    partial(app.command, cls=SectionedCommand, rich_help_panel=section)
+    for section in (USE, DEPLOY, LOOK)
+)
 
 
-@app.command()
+def _print_version(asked: bool) -> None:
+    if asked:
+        out.print(package_version("microclip-deploy"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Take what belongs to no command."""
+
+
+@use()
 def adapt(
     out_dir: Out,
     images: Images = None,
-    classes: Annotated[Path | None, typer.Option(help="Class names, one a line.")] = None,
+    images_again: ImagesAgain = None,
+    classes: Annotated[Path | None, option(PHOTOS, "FILE", "Class names, one a line.")] = None,
     descriptions: Descriptions = None,
     template: Templates = None,
     model: Model = None,
     pretrained: Pretrained = None,
-    recipe: Annotated[str | None, typer.Option(help="Shipped recipe or TOML file.")] = None,
+    recipe: Annotated[
+        str | None,
+        option(
+            METHOD,
+            "NAME|FILE",
+            "Shipped recipe (see `microclip-deploy recipes`) or TOML file.",
+            autocompletion=recipe_names,
+        ),
+    ] = None,
     sets: Sets = None,
-    epochs: Annotated[int | None, typer.Option(help="As --set adapt.epochs=N.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="As --set adapt.batch_size=N.")] = None,
-    lr: Annotated[float | None, typer.Option(help="As --set adapt.lr=X.")] = None,
-    seed: Annotated[int | None, typer.Option(help="As --set adapt.seed=N.")] = None,
+    epochs: Annotated[int | None, option(METHOD, "N", "As --set adapt.epochs=N.")] = None,
+    batch_size: Annotated[int | None, option(METHOD, "N", "As --set adapt.batch_size=N.")] = None,
+    lr: Annotated[float | None, option(METHOD, "X", "As --set adapt.lr=X.")] = None,
+    seed: Annotated[int | None, option(METHOD, "N", "As --set adapt.seed=N.")] = None,
     val_dir: ValDir = None,
     device: Device = "auto",
-    workers: Annotated[int | None, typer.Option(help="Image loading processes.", min=0)] = None,
+    workers: Annotated[int | None, option(MACHINE, "N", "Image loading processes.", min=0)] = None,
     max_bad_images: MaxBad = "1%",
     max_pixels: MaxPixels = None,
     bit_depth: BitDepth = None,
-    save_every: Annotated[int, typer.Option(help="Iterations between saved states.", min=1)] = 200,
-    resume: Annotated[bool, typer.Option(help="Continue the run in --out.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace the run in --out.")] = False,
+    save_every: Annotated[
+        int, option(OUTPUT, "N", "Iterations between saved states.", min=1)
+    ] = 200,
+    resume: Annotated[
+        bool, option(OUTPUT, None, "Continue the run in --out.", show_default=False)
+    ] = False,
+    overwrite: Annotated[
+        bool, option(OUTPUT, None, "Replace the run in --out.", show_default=False)
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Adapt a CLIP ViT to unlabeled images.
 
     Example: microclip-deploy adapt photos/ --classes classes.txt -o runs/birds
     """
-    require("torch", "adapt")
-    from microclip_deploy.cli.adapt import Asked, run_adapt
+    with waiting(notes, "loading PyTorch"):
+        require("torch", "adapt")
+        from microclip_deploy.cli.adapt import Asked, run_adapt
 
+    if images and images_again:
+        raise UsageError("adapt: expected images once, found IMAGES and --images; leave one out")
     shorthand = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
     photos = {"max_pixels": max_pixels, "bit_depth": bit_depth}
     overrides = (
@@ -108,7 +171,7 @@ def adapt(
     texts = (classes, descriptions, tuple(template or ()))
     summary = run_adapt(
         out_dir,
-        Asked(images, *texts, model, pretrained, recipe, overrides, val_dir),
+        Asked(images or images_again, *texts, model, pretrained, recipe, overrides, val_dir),
         notes,
         device=device,
         workers=workers,
@@ -119,30 +182,54 @@ def adapt(
     )
     if as_json:
         print_json(summary)
+    next_steps.tell(
+        notes,
+        next_steps.predict(out_dir, "--top-k", "3"),
+        next_steps.evaluate(out_dir),
+        next_steps.export(out_dir),
+    )
 
 
-@app.command()
+@use()
 def evaluate(
     directory: Adapted,
     data: Annotated[
-        Path, typer.Argument(help="Labelled images: CLASS/image files, or a .csv list.")
+        Path,
+        typer.Argument(
+            metavar="LABELLED", help="Labelled images: CLASS/image files, or a .csv list."
+        ),
     ],
+    limit: Annotated[
+        int | None,
+        option(
+            PHOTOS,
+            "N",
+            "Measure N images only, spread over all; a run keeps no such evaluation.",
+            min=1,
+        ),
+    ] = None,
+    max_bad_images: MaxBad = "1%",
+    zero_shot: Annotated[
+        bool, option(METHOD, None, "Also measure the model before adaptation; runs only.")
+    ] = True,
     device: ServingDevice = "auto",
     batch_size: BatchSize = 64,
-    threads: Threads = None,
-    zero_shot: Annotated[
-        bool, typer.Option(help="Also measure the model before adaptation; runs only.")
-    ] = True,
-    max_bad_images: MaxBad = "1%",
     max_pixels: MaxPixels = None,
     bit_depth: BitDepth = None,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Print every class.")] = False,
+    threads: Threads = None,
+    per_class: Annotated[bool, option(OUTPUT, None, "Print every class.", "--per-class")] = False,
+    out_file: Annotated[
+        Path | None,
+        option(OUTPUT, "FILE.csv", "Also write what was said about each image.", "--out"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure accuracy on labelled images: fused, [CLS], [FG], and zero-shot.
 
     An export holds no model before adaptation, and is measured without zero-shot. Only a run
     needs PyTorch; it keeps the outcome in evaluation.json and in its report.
+
+    Example: microclip-deploy evaluate runs/birds labelled/ --out answers.csv
     """
     from microclip_deploy.cli import commands
 
@@ -153,31 +240,50 @@ def evaluate(
         device=device,
         batch_size=batch_size,
         zero_shot=zero_shot,
+        limit=limit,
         max_bad=max_bad_images,
         max_pixels=max_pixels,
         bit_depth=bit_depth,
         threads=threads,
+        file=out_file,
     )
     if as_json:
         print_json(result.to_json())
     else:
-        for table in result.tables(per_class=per_class):
-            out.print(table)
+        out.print(*result.tables(per_class=per_class), sep="\n")
+    use = next_steps.predict(directory, "--out", "predictions.csv")
+    next_steps.tell(notes, use, next_steps.deployment(directory))
 
 
-@app.command()
+@use()
 def predict(
     directory: Adapted,
     images: Annotated[
         list[Path],
-        typer.Argument(help="Images, folders or lists.", readable=False),  # they get a row
+        typer.Argument(
+            metavar="IMAGES",
+            help="Images, folders or lists.",
+            readable=False,  # they get a row
+        ),
     ],
-    top_k: Annotated[int, typer.Option(help="Classes to show.", min=1)] = 5,
+    top_k: Annotated[int, option(OUTPUT, "K", "Classes to show.", min=1)] = 5,
     output_format: Annotated[
-        OutputFormat, typer.Option("--format", help="How to print.")
-    ] = OutputFormat.table,
+        OutputFormat | None,
+        option(
+            OUTPUT,
+            None,
+            "Of the results. [default: table; with --out what its ending says]",
+            "--format",
+        ),
+    ] = None,
+    out_file: Annotated[
+        Path | None,
+        option(
+            OUTPUT, "FILE", "Write here instead of printing: .csv, .json, .jsonl or .txt.", "--out"
+        ),
+    ] = None,
     overlay: Annotated[
-        Path | None, typer.Option(help="Write saliency overlays (PNG) into this folder.")
+        Path | None, option(OUTPUT, "DIR", "Write saliency overlays (PNG) into this folder.")
     ] = None,
     device: ServingDevice = "auto",
     batch_size: BatchSize = 64,
@@ -185,7 +291,10 @@ def predict(
     bit_depth: BitDepth = None,
     threads: Threads = None,
 ) -> None:
-    """Classify images with an adapted model; only a run needs PyTorch, an export does not."""
+    """Classify images with an adapted model; only a run needs PyTorch, an export does not.
+
+    Example: microclip-deploy predict runs/birds new/ --out predictions.csv
+    """
     from microclip_deploy.cli import commands
 
     commands.run_predict(
@@ -194,7 +303,8 @@ def predict(
         out,
         notes,
         top_k=top_k,
-        output_format=output_format.value,
+        output_format=None if output_format is None else output_format.value,
+        file=out_file,
         overlay=overlay,
         device=device,
         batch_size=batch_size,
@@ -202,28 +312,33 @@ def predict(
         bit_depth=bit_depth,
         threads=threads,
     )
+    look = next_steps.evaluate if overlay else next_steps.overlay
+    next_steps.tell(notes, look(directory), next_steps.deployment(directory))
 
 
-app.command()(export)
-app.command()(verify)
+deploy()(export)
+deploy()(verify)
+app.add_typer(classes_app, name="classes", rich_help_panel=DEPLOY)
+app.add_typer(bench_app, name="bench", rich_help_panel=DEPLOY)
 
 
-@app.command()
+@look()
 def demo(
-    out_dir: Annotated[Path, typer.Option("-o", "--out", help="Folder for images and run.")] = Path(
-        "runs/demo"
-    ),
+    out_dir: Annotated[
+        Path, option(OUTPUT, "DIR", "Folder for images, run and export.", "-o", "--out")
+    ] = Path("runs/demo"),
     write_images: Annotated[
-        Path | None, typer.Option(help="Only write the benchmark's images into this folder.")
+        Path | None, option(OUTPUT, "DIR", "Only write the benchmark's images into this folder.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the adaptation.")] = 0,
+    seed: Annotated[int, option(METHOD, "N", "Seed of the adaptation.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Run the embedded benchmark: adapt, evaluate, predict, export, verify. Three minutes."""
-    require_exporter()
-    from microclip_deploy.cli import demo
-    from microclip_deploy.demo.folders import write_benchmark
+    with waiting(notes, "loading PyTorch"):
+        require_exporter()
+        from microclip_deploy.cli import demo
+        from microclip_deploy.demo.folders import write_benchmark
 
     if write_images is not None:
         write_benchmark(write_images, notes)
@@ -234,42 +349,15 @@ def demo(
     if as_json:
         print_json(result.to_json())
     else:
-        for table in result.tables():
-            out.print(table)
+        out.print(*result.tables(), sep="\n")
+    next_steps.tell(notes, next_steps.adapt(), next_steps.DOCTOR)
 
 
-@app.command()
-def doctor(
-    needs: Annotated[
-        list[str] | None, typer.Option("--require", help="gpu, trt or cupy; exit 4 when missing.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show versions and devices, what will be used for what, and how to fix what is wrong."""
-    from microclip_deploy.cli import doctor as diagnosis
-
-    found = diagnosis.diagnose()
-    if as_json:
-        print_json(found.to_json())
-    else:
-        for table in found.tables():
-            out.print(table)
-    diagnosis.require(found, {part for need in needs or () for part in need.split(",")})
+look()(doctor)
+look()(recipes)
 
 
-@app.command()
-def recipes(as_json: AsJson = False) -> None:
-    """List the shipped recipes."""
-    from microclip_deploy.config import shipped_recipes
-
-    if as_json:
-        print_json(shipped_recipes())
-        return
-    for name in shipped_recipes():
-        out.print(name)
-
-
-@app.command()
+@look()
 def version(as_json: AsJson = False) -> None:
     """Print the version."""
     number = package_version("microclip-deploy")
@@ -283,9 +371,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; our errors are printed without a traceback."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupt)
+    with tolerant_stderr():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         with checked_stdout():
-            app(args=arguments)
+            app(args=arguments, prog_name="microclip-deploy")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except ReaderGone as gone:
@@ -326,5 +419,13 @@ def _overrides(section: str, shorthand: dict[str, Any]) -> list[str]:
 
 
 def run_main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script.
+
+    In a locale of another encoding the interpreter is started again in its UTF-8 mode: names of
+    files and classes, on the command line too, are UTF-8 wherever they come from.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        encoding = getattr(sys.stdout, "encoding", None) or "ascii"  # of the terminal, as it was
+        environment = {"PYTHONIOENCODING": encoding, **os.environ, "PYTHONUTF8": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     sys.exit(main())

@@ -2,9 +2,11 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from microclip_deploy.config import shipped_recipes
 
 
 class Dtype(StrEnum):
@@ -43,7 +45,35 @@ class OutputFormat(StrEnum):
     jsonl = "jsonl"
 
 
-Out = Annotated[Path, typer.Option("-o", "--out", help="Run directory to write.")]
+PHOTOS = "Photos and classes"
+MODEL = "Model"
+METHOD = "Method"
+MACHINE = "Machine"
+OUTPUT = "Output"
+PROOF = "Proof"
+ENGINES = "TensorRT engines"
+"""Sections of --help."""
+
+
+def option(section: str, metavar: str | None, text: str, *names: str, **more: Any) -> Any:
+    """Return an option.
+
+    Args:
+        section: of --help.
+        metavar: what its value is called there; None names its type.
+        text: what it is for.
+        names: if they are not those of the parameter.
+        more: as for `typer.Option`.
+    """
+    return typer.Option(*names, metavar=metavar, help=text, rich_help_panel=section, **more)
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """Return what completes the name of a shipped recipe."""
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
+
+
+Out = Annotated[Path, option(OUTPUT, "DIR", "Run directory.", "-o", "--out")]
 Exportable = Annotated[
     Path,
     typer.Argument(
@@ -62,88 +92,106 @@ Adapted = Annotated[
 ]
 ServingDevice = Annotated[
     str,
-    typer.Option(
-        help="auto, cpu, cuda or cuda:N; for an export also tensorrt and openvino.",
+    option(
+        MACHINE,
+        "DEVICE",
+        "auto, cpu, cuda or cuda:N; for an export also tensorrt and openvino.",
         envvar="MICROCLIP_DEVICE",
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", envvar="MICROCLIP_DEVICE")]
+Device = Annotated[
+    str, option(MACHINE, "DEVICE", "auto, cpu, cuda or cuda:N.", envvar="MICROCLIP_DEVICE")
+]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", help="SECTION.KEY=VALUE of adapt, views, photos or ncut."),
+    option(
+        METHOD,
+        "SECTION.KEY=VALUE",
+        "A setting of adapt, views, photos or ncut; repeatable.",
+        "--set",
+    ),
 ]
-MaxBad = Annotated[str, typer.Option(help="How many may be unusable: 25 or 1%.")]
+MaxBad = Annotated[str, option(PHOTOS, "NUMBER|SHARE", "How many may be unusable: 25 or 1%.")]
 MaxPixels = Annotated[
     int | None,
-    typer.Option(
-        metavar="N",
-        help="Largest photo, width x height. [default: 200 million, or the run's]",
-        min=4,
+    option(
+        PHOTOS, "N", "Largest photo, width x height. [default: 200 million, or the run's]", min=4
     ),
 ]
 BitDepth = Annotated[
     int | None,
-    typer.Option(
-        metavar="BITS",
-        help="Bits that hold data in 16-bit photos: 10 or 12. [default: 16, or the run's]",
+    option(
+        PHOTOS,
+        "BITS",
+        "Bits that hold data in 16-bit photos: 10 or 12. [default: 16, or the run's]",
         min=8,
         max=16,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Images = Annotated[Path | None, typer.Argument(help="Folder of images, or a .csv/.tsv/.txt list.")]
-Descriptions = Annotated[Path | None, typer.Option(help="JSON {class: [sentences]} or JSON Lines.")]
+AsJson = Annotated[bool, option(OUTPUT, None, "One JSON document on stdout.", "--json")]
+Images = Annotated[
+    Path | None,
+    typer.Argument(metavar="IMAGES", help="Folder of images, or a .csv/.tsv/.txt list."),
+]
+ImagesAgain = Annotated[
+    Path | None,
+    option(PHOTOS, "IMAGES", "As IMAGES; with --resume, where they lie now.", "--images"),
+]
+Descriptions = Annotated[
+    Path | None, option(PHOTOS, "FILE", "JSON {class: [sentences]} or JSON Lines.")
+]
 Templates = Annotated[
-    list[str] | None, typer.Option(help="Sentence with {} for the class name; repeatable.")
+    list[str] | None, option(PHOTOS, "TEXT", "Sentence with {} for the class name; repeatable.")
 ]
 Model = Annotated[
     str | None,
-    typer.Option(
-        help="open_clip name, hf-hub:ORG/REPO, local-dir:PATH, or demo. [default: ViT-B-32]"
+    option(
+        MODEL,
+        "NAME",
+        "open_clip name, hf-hub:ORG/REPO, demo, or local-dir:PATH. [default: ViT-B-32]",
     ),
 ]
 Pretrained = Annotated[
-    str | None, typer.Option(help="open_clip tag or .safetensors file. [default: openai]")
+    str | None, option(MODEL, "TAG|FILE", "open_clip tag or .safetensors file. [default: openai]")
 ]
 ValDir = Annotated[
-    Path | None, typer.Option(help="Labelled folder, measured each epoch, never trained on.")
+    Path | None, option(PHOTOS, "DIR", "Labelled folder, measured each epoch, never trained on.")
 ]
 ProofImages = Annotated[
-    Path | None, typer.Option(help="Prove on images of yours too: folder or list.")
+    Path | None, option(PROOF, "IMAGES", "Prove on images of yours too: folder or list.")
 ]
-ProofDevice = Annotated[str, typer.Option(help="Where graphs are run: cpu, cuda or cuda:N.")]
-BatchSize = Annotated[int, typer.Option(help="Images a batch.", min=1)]
+ProofDevice = Annotated[str, option(PROOF, "DEVICE", "Where graphs are run: cpu, cuda or cuda:N.")]
+BatchSize = Annotated[int, option(MACHINE, "N", "Images a batch.", min=1)]
 Threads = Annotated[
     int | None,
-    typer.Option(help="Of the model on a CPU. [default: one a core that may be used]"),
+    option(MACHINE, "N", "Of the model on a CPU. [default: one a core that may be used]"),
 ]
 ExportDirectory = Annotated[Path, typer.Argument(metavar="EXPORT", help="What `export` wrote.")]
 Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Class names.")]
 Trt = Annotated[
-    bool,
-    typer.Option("--trt", help="Also build and prove TensorRT engines for this machine."),
+    bool, option(ENGINES, None, "Also build and prove TensorRT engines for this machine.", "--trt")
 ]
 Batch = Annotated[
-    str | None,
-    typer.Option(metavar="MIN:OPT:MAX", help="Images a batch of the engines. [default: 1:8:64]"),
+    str | None, option(ENGINES, "MIN:OPT:MAX", "Images a batch of the engines. [default: 1:8:64]")
 ]
 Workspace = Annotated[
-    float | None, typer.Option(help="Most scratch memory of an engine, GiB. [default: all]")
+    float | None, option(ENGINES, "GIB", "Most scratch memory of an engine, GiB. [default: all]")
 ]
 OptLevel = Annotated[
     int | None,
-    typer.Option(help="How long TensorRT looks for fast kernels. [default: 3]", min=0, max=5),
+    option(ENGINES, "N", "How long TensorRT looks for fast kernels. [default: 3]", min=0, max=5),
 ]
 TimingCache = Annotated[
     Path | None,
-    typer.Option(help="Folder of TensorRT's measurements. [default: the export's engines]"),
+    option(ENGINES, "DIR", "Folder of TensorRT's measurements. [default: the export's engines]"),
 ]
 VersionCompatible = Annotated[
-    bool, typer.Option("--version-compatible", help="Let newer TensorRT versions load the engines.")
+    bool,
+    option(ENGINES, None, "Let newer TensorRT versions load the engines.", "--version-compatible"),
 ]
 HardwareCompat = Annotated[
-    Hardware | None, typer.Option(help="Other GPUs that may load the engines. [default: none]")
+    Hardware | None, option(ENGINES, None, "Other GPUs that may load the engines. [default: none]")
 ]
 PrintTrtexec = Annotated[
-    bool, typer.Option("--print-trtexec", help="Print trtexec commands instead of building.")
+    bool, option(ENGINES, None, "Print trtexec commands instead of building.", "--print-trtexec")
 ]

@@ -1,33 +1,57 @@
 """Class names and their descriptions, read and checked before anything is computed from them.
 
-    names          a text file with one class per line
+    names          a text file with one class per line, or a JSON list
     descriptions   JSON {class: [sentence, ...]} or JSON Lines {"class", "text", provenance ...}
     templates      sentences with {} for the name, used when there are no descriptions
 
-Text is NFC-normalised and stripped, so that the same name typed on two systems is one class.
-Control characters and bidirectional overrides are refused: these strings reach terminals, reports
-and model cards.
+Files that are no list of names (YAML, tables, numbered lists) are refused: their lines would pass
+as names. Text is cleaned by names.py, so that the same name typed on two systems is one class.
 """
 
-import difflib
-import hashlib
 import json
-import unicodedata
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-from microclip_deploy.errors import DataError, UsageError
+from microclip_deploy.data.names import NameIndex, clean_name, clean_text, name_key
+from microclip_deploy.data.text_file import read_text
+from microclip_deploy.errors import DataError, UsageError, printable
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 """Sentences that stand in for missing descriptions; {} is the class name."""
 
-# Characters that reorder the text around them; the other format characters are part of scripts.
-_BIDI_OVERRIDES = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
 # How many names or provenance values a message or summary lists.
 _SHOWN = 5
+
+_LINE_END = re.compile(r"\r\n?|\n")
+_COLUMN = re.compile(r"\s*[,;|\t]\s*")
+_HEADINGS = frozenset(
+    {"class", "class name", "class_name", "classes", "classname", "categories", "category"}
+    | {"label", "labels", "name", "names"}
+)
+_TABLE_HEADINGS = _HEADINGS | {
+    "class_id",
+    "file",
+    "filename",
+    "id",
+    "idx",
+    "image",
+    "index",
+    "path",
+}
+
+# A number with a mark between it and the name, or with nothing but blanks.
+_NUMBER_FIRST = re.compile(
+    r"(?P<number>\d+)(?P<mark>\s*([,;:|\t)=]|[-=]>)|\.(?!\d)|\s)\s*(-\s+)?(?P<name>\S.*)"
+)
+_NUMBER_LAST = re.compile(r"(?P<name>.*\S)(?P<mark>\s*([,;:|\t=]|[-=]>)|\s)\s*(?P<number>\d+)")
+_WORDNET = re.compile(r"n\d{8}\b.")
+_WANTED_NAMES = "a text file with one class name a line"
+_JSON_REMEDY = (
+    "write {class: [sentences]}, or end the file's name with .jsonl where every line is an object"
+)
+_QUOTES = ('""', "''", "\u201c\u201d")
 
 
 @dataclass(frozen=True)
@@ -45,7 +69,7 @@ class ClassTexts:
     """Everything the text heads are computed from."""
 
     names: tuple[str, ...]
-    """(C >= 2,), unique under casefold."""
+    """(C,), no two with the same `name_key`."""
     descriptions: tuple[tuple[str, ...], ...]
     """(C, at least 1); the filled templates when no descriptions were given."""
     templates: tuple[str, ...]
@@ -55,14 +79,14 @@ class ClassTexts:
 
 
 def read_classes(path: Path | str) -> tuple[str, ...]:
-    """Return the class names of a text file, one per non-empty line, in order.
+    """Return the class names of a text file, one per non-empty line, or of a JSON list, in order.
 
     Raises:
-        DataError: the file cannot be read, holds fewer than two classes, two names that differ at
-            most in case, or a control character.
+        DataError: the file cannot be read, is no list of names, or holds fewer than two classes,
+            two names that a reader cannot tell apart, or a name that `clean_name` refuses.
     """
     path = Path(path)
-    return _names_of(path, _read_file(path).text)
+    return _names_of(path, read_text(path, _WANTED_NAMES).text)
 
 
 def read_descriptions(path: Path | str, names: Sequence[str]) -> Descriptions:
@@ -71,13 +95,13 @@ def read_descriptions(path: Path | str, names: Sequence[str]) -> Descriptions:
     Args:
         path: JSON object {class: sentence or list of sentences}, or, under the ending .jsonl, one
             object per line with the strings `class` and `text`; its other keys are provenance.
-        names: class names; keys are matched without regard to case.
+        names: class names; keys are matched as by `NameIndex`.
 
     Raises:
         DataError: the file cannot be read or parsed, or a class is unknown or has no sentence.
     """
     path = Path(path)
-    content = _read_file(path)
+    content = read_text(path, "JSON with sentences for each class")
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         by_class, provenance = _parse_lines(path, content.text)
     else:
@@ -110,7 +134,7 @@ def class_texts(
     """
     classes_path = Path(classes_path)
     templates = _checked_templates(templates)
-    content = _read_file(classes_path)
+    content = read_text(classes_path, _WANTED_NAMES)
     names = _names_of(classes_path, content.text)
     provenance = {
         "classes.file": classes_path.name,
@@ -125,66 +149,111 @@ def class_texts(
     return ClassTexts(names, read.texts, templates, provenance)
 
 
-class _File(NamedTuple):
-    """The decoded text of a file and the sha256 of the bytes it was decoded from."""
-
-    text: str
-    sha256: str
-
-
-def _read_file(path: Path) -> _File:
-    """Read a UTF-8 file, with or without a byte order mark."""
-    try:
-        content = path.read_bytes()
-        return _File(content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest())
-    except OSError as error:
-        found = (error.strerror or "an error").lower()
-        remedy = "check the path"
-    except UnicodeDecodeError as error:
-        found = f"a byte at {error.start} that is none"
-        remedy = "save the file as UTF-8"
-    raise DataError(f"{path.name}: expected a readable UTF-8 file, found {found}; {remedy}")
-
-
-def clean_name(text: str, place: str) -> str:
-    """Return the text stripped and NFC-normalised; refuse what could garble a terminal."""
-    text = unicodedata.normalize("NFC", text).strip()
-    for character in text:
-        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or (
-            character in _BIDI_OVERRIDES
-        ):
-            raise DataError(
-                f"{place}: expected printable text, found the control character "
-                f"U+{ord(character):04X}; remove it"
-            )
-    return text
-
-
 def _names_of(path: Path, text: str) -> tuple[str, ...]:
     """Return the checked class names in the text of a class file."""
     names: list[str] = []
-    line_of: dict[str, int] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        name = clean_name(line, f"{path.name}, line {number}")
+    first_with: dict[str, tuple[str, str]] = {}
+    for place, entry in _entries(path, text):
+        name = clean_name(entry, f"{path.name}, {place}")
         if not name:
             continue
-        first = line_of.setdefault(name.casefold(), number)
-        if first != number:
+        first, alike = first_with.setdefault(name_key(name), (place, name))
+        if first != place:
+            spelt = f"'{name}'" if name == alike else f"'{alike}' and '{name}'"
             raise DataError(
-                f"{path.name}: expected every class once, found '{name}' in lines {first} and "
-                f"{number}; remove or rename one"
+                f"{path.name}: expected every class once, found {spelt} in {first} and {place}; "
+                "remove or rename one"
             )
         names.append(name)
     if len(names) < 2:
+        commas = ", separated by line ends and not by commas" if re.search("[,;]", text) else ""
         raise DataError(
-            f"{path.name}: expected at least 2 classes, one per line, found {len(names)}; add names"
+            f"{path.name}: expected at least 2 classes, one per line, found {len(names)}; add "
+            f"names{commas}"
         )
     return tuple(names)
 
 
+def _entries(path: Path, text: str) -> list[tuple[str, str]]:
+    """Return (place, name as it was written) of each class."""
+    if text.lstrip().startswith("[") and text.rstrip().endswith("]"):
+        names = _parse_json(text, path.name, 'write ["one class", "another"]')
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DataError(
+                f"{path.name}: expected a JSON list of names, found other values in it; remove them"
+            )
+        return [(f"entry {number}", name) for number, name in enumerate(names, start=1)]
+    lines = [
+        (f"line {number}", line.strip())
+        for number, line in enumerate(_LINE_END.split(text), start=1)
+        if line.strip()
+    ]
+    other = _other_format(path, [line for _, line in lines])
+    if other:
+        raise DataError(
+            f"{path.name}: expected one class name a line and nothing else, found {other}; write "
+            "the names alone, or give a JSON list of names, which are taken as they stand"
+        )
+    return [(place, _unquoted(line)) for place, line in lines]
+
+
+def _other_format(path: Path, lines: Sequence[str]) -> str | None:
+    """Say what the lines are when they are no names."""
+    if not lines:
+        return None
+    heading = [cell.strip("\"'").casefold() for cell in _COLUMN.split(lines[0])]
+    comment = next((line for line in lines if re.search(r"(^|\s)#(\s|$)", line)), None)
+    yaml = path.suffix.lower() in (".yaml", ".yml") or re.fullmatch(r"---|names\s*:.*", lines[0])
+    if lines[0].startswith("{"):
+        return "a JSON object (sentences go to --descriptions)"
+    opened = next((line for line in lines if line.endswith(("{", "[", "("))), None)
+    if opened is not None:
+        return f"the opening '{printable(opened)}', as in a program"
+    if yaml or any(line.startswith("names:") for line in lines):
+        return "YAML"
+    if comment is not None:
+        return f"the comment '{printable(comment)}'"
+    if all(re.match(r"[-*\u2022]\s", line) for line in lines):
+        return "a list with bullets"
+    if heading[0] in _HEADINGS or (len(heading) > 1 and set(heading) & _TABLE_HEADINGS):
+        return f"the heading '{printable(lines[0])}'"
+    if all(_WORDNET.match(line) for line in lines):
+        return f"WordNet's numbers beside the names, such as '{printable(lines[0])}'"
+    if _numbered(lines, _NUMBER_FIRST) or _numbered(lines, _NUMBER_LAST):
+        return f"numbers beside the names, such as '{printable(lines[0])}'"
+    if all("\t" in line for line in lines):
+        return "columns between tabs"
+    return None
+
+
+def _numbered(lines: Sequence[str], pattern: re.Pattern[str]) -> bool:
+    """Say whether every line holds a number beside its name.
+
+    Where only blanks are between them, as in "737 MAX", the numbers must also count from 0 or 1,
+    and beside names that differ: "type 1" and "type 2" are two.
+    """
+    found = [pattern.match(line) for line in lines]
+    matches = [match for match in found if match is not None]
+    if len(matches) < max(2, len(lines)):
+        return False
+    numbers = [int(match["number"]) for match in matches]
+    marked = all(match["mark"].strip() or "\t" in match["mark"] for match in matches)
+    named = len({match["name"] for match in matches}) == len(matches)
+    return marked or (
+        named and numbers in (list(range(len(lines))), list(range(1, len(lines) + 1)))
+    )
+
+
+def _unquoted(line: str) -> str:
+    """Return a line without what is left of a list that it was copied from: quotes and a comma."""
+    name = line.rstrip(" ,;")
+    quoted = len(name) > 1 and name[0] + name[-1] in _QUOTES
+    return name[1:-1] if quoted else name
+
+
 def _checked_templates(templates: Iterable[str]) -> tuple[str, ...]:
     """Return the templates; each must have a place for the name."""
-    templates = tuple(clean_name(template, "template") for template in templates)
+    templates = tuple(clean_text(template, "template") for template in templates)
     wrong = [template for template in templates if "{}" not in template]
     if wrong or not templates:
         raise UsageError(
@@ -206,15 +275,20 @@ def _object_without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object
     return result
 
 
-def _parse_json(text: str, place: str) -> dict[str, object]:
-    """Return the JSON object in the text."""
+def _parse_json(text: str, place: str, remedy: str) -> object:
+    """Return the JSON value in the text."""
     try:
-        value: object = json.loads(text, object_pairs_hook=_object_without_repeats)
+        return json.loads(text, object_pairs_hook=_object_without_repeats)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: expected JSON, found: {error}; correct the file") from error
+        raise DataError(f"{place}: expected JSON, found: {error}; {remedy}") from error
+
+
+def _json_object(text: str, place: str) -> dict[str, object]:
+    """Return the JSON object in the text."""
+    value = _parse_json(text, place, _JSON_REMEDY)
     if not isinstance(value, dict):
         raise DataError(
-            f"{place}: expected a JSON object, found {type(value).__name__}; correct the file"
+            f"{place}: expected a JSON object, found {type(value).__name__}; {_JSON_REMEDY}"
         )
     return value
 
@@ -222,7 +296,7 @@ def _parse_json(text: str, place: str) -> dict[str, object]:
 def _parse_object(path: Path, text: str) -> dict[str, list[str]]:
     """Return the sentences per class key of a JSON file."""
     result: dict[str, list[str]] = {}
-    for key, value in _parse_json(text, path.name).items():
+    for key, value in _json_object(text, path.name).items():
         name = clean_name(key, f"{path.name}, a class name")
         if name in result:
             raise DataError(f"{path.name}: expected every class once, found '{name}' twice; merge")
@@ -236,11 +310,11 @@ def _parse_lines(path: Path, text: str) -> tuple[dict[str, list[str]], dict[str,
     result: dict[str, list[str]] = {}
     # A dict keeps the order of first appearance, so the summary is the same on every run.
     values: dict[str, dict[str, None]] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_LINE_END.split(text), start=1):
         if not line.strip():
             continue
         place = f"{path.name}, line {number}"
-        record = _parse_json(line, place)
+        record = _json_object(line, place)
         name = record.pop("class", None)
         if not isinstance(name, str) or "text" not in record:
             raise DataError(
@@ -262,7 +336,7 @@ def _summary(values: list[str]) -> str:
 
 def _sentence(value: object, place: str) -> str:
     """Return a checked sentence."""
-    sentence = clean_name(value, place) if isinstance(value, str) else ""
+    sentence = clean_text(value, place) if isinstance(value, str) else ""
     if not sentence:
         raise DataError(
             f"{place}: expected a non-empty sentence, found {json.dumps(value)[:80]}; "
@@ -275,21 +349,26 @@ def _in_order_of(
     names: Sequence[str], by_class: dict[str, list[str]], path: Path
 ) -> tuple[tuple[str, ...], ...]:
     """Return the sentences in the order of the names; refuse unknown and missing classes."""
-    known = {name.casefold(): name for name in names}
+    index = NameIndex(names)
     found: dict[str, list[str]] = {}
+    unknown: list[str] = []
     for key, sentences in by_class.items():
-        name = known.get(key.casefold())
-        if name is None:
-            close = difflib.get_close_matches(key.casefold(), known, n=1)
-            hint = f"did you mean '{known[close[0]]}'?" if close else "add it or remove its entry"
+        row = index.find(key)
+        if row is None:
+            unknown.append(key)
+        elif names[row] in found:
             raise DataError(
-                f"{path.name}: expected classes of the class list, found '{key}'; {hint}"
+                f"{path.name}: expected one spelling of class '{names[row]}', found two; keep one"
             )
-        if name in found:
-            raise DataError(
-                f"{path.name}: expected one spelling of class '{name}', found two; keep one"
-            )
-        found[name] = sentences
+        else:
+            found[names[row]] = sentences
+    if unknown:
+        close = index.near(unknown[0])
+        hint = f"did you mean '{close[0]}'?" if close else "add it or remove its entry"
+        more = f" and {len(unknown) - 1} more of its {len(by_class)}" if len(unknown) > 1 else ""
+        raise DataError(
+            f"{path.name}: expected classes of the class list, found '{unknown[0]}'{more}; {hint}"
+        )
     missing = [name for name in names if not found.get(name)]
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""

@@ -1,6 +1,5 @@
 """Labelled images: files with the index of their class, for measuring and nothing else."""
 
-import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microclip_deploy.data.folder import LeftOut
+from microclip_deploy.data.names import NameIndex
 from microclip_deploy.data.sources import ImageSet, list_images
 from microclip_deploy.errors import DataError, printable
 from microclip_deploy.paths import StrPath, as_path
@@ -32,8 +32,8 @@ class LabelledImages:
     ) -> "LabelledImages":
         """List labelled images and match their labels to class names.
 
-        A label matches the class of exactly that name; otherwise the one class that is equal when
-        case, underscores, hyphens and repeated spaces are ignored.
+        A label matches the class of exactly that name; otherwise the one class that `NameIndex`
+        finds without regard to case, underscores, hyphens and look-alike characters.
 
         Args:
             data: folder whose first-level folders are class names, or a .csv/.tsv with `label`.
@@ -47,11 +47,15 @@ class LabelledImages:
         found = listed or list_images(data)
         missing = [path for path, label in zip(found.paths, found.labels, strict=True) if not label]
         if missing:
+            remedy = (
+                "put images into folders named after their class, or give a .csv with the columns "
+                "path and label"
+                if data.is_dir()
+                else "give a .csv with the columns path and label, both filled in every line"
+            )
             raise DataError(
                 f"{printable(data)}: expected a class for every image, found none for "
-                f"{len(missing)} of {len(found.paths)}, such as {printable(missing[0])}; "
-                "put images into folders named after their class, or give a .csv with "
-                "the columns path and label"
+                f"{len(missing)} of {len(found.paths)}, such as {printable(missing[0])}; {remedy}"
             )
         labels = [label or "" for label in found.labels]
         index = _class_indices(Counter(labels), classes)
@@ -61,35 +65,22 @@ class LabelledImages:
 
 def _class_indices(labels: Mapping[str, int], classes: Sequence[str]) -> dict[str, int]:
     """Return the class index of every label; refuse the unknown ones."""
-    exact = {name: i for i, name in enumerate(classes)}
-    loose: dict[str, list[int]] = {}
-    for name, i in exact.items():
-        loose.setdefault(_plain(name), []).append(i)
-    index: dict[str, int] = {}
-    unknown: list[str] = []
-    for label in labels:
-        candidates = [exact[label]] if label in exact else loose.get(_plain(label), [])
-        if len(candidates) == 1:
-            index[label] = candidates[0]
-        else:
-            unknown.append(label)
+    index = NameIndex(classes)
+    found = {label: index.find(label) for label in labels}
+    unknown = [label for label, row in found.items() if row is None]
     if unknown:
-        named = "; ".join(_near(label, labels[label], classes) for label in unknown[:_SHOWN])
+        named = "; ".join(_near(label, labels[label], index) for label in unknown[:_SHOWN])
         more = f"; and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        numbers = "give names in place of numbers" if all(map(str.isdecimal, unknown)) else None
         raise DataError(
             f"labels: expected names of the model's {len(classes)} classes, found {named}{more}; "
-            "rename the folders or labels, or evaluate a model of these classes"
+            f"{numbers or 'rename the folders or labels'}, or evaluate a model of these classes"
         )
-    return index
+    return {label: row for label, row in found.items() if row is not None}
 
 
-def _near(label: str, count: int, classes: Sequence[str]) -> str:
-    by_plain = {_plain(name): name for name in classes}
-    close = difflib.get_close_matches(_plain(label), by_plain, n=3, cutoff=0.6)
+def _near(label: str, count: int, index: NameIndex) -> str:
     images = "1 image" if count == 1 else f"{count} images"
-    hint = f", near {', '.join(repr(by_plain[c]) for c in close)}" if close else ""
+    close = index.near(label, count=3)
+    hint = f", near {', '.join(map(repr, close))}" if close else ""
     return f"{printable(label)!r} ({images}{hint})"
-
-
-def _plain(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())

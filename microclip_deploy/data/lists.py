@@ -18,7 +18,8 @@ def read_list(source: Path) -> list[tuple[str, str | None]]:
 
     A .csv or .tsv file has a header naming a column `path` (or `image`, `file`, `filename`;
     otherwise the first column is taken) and optionally a column `label`. The header may be missing
-    if the first cell ends like an image file. A .txt file holds one path per line.
+    if the first cell ends like an image file. Semicolons and tabs may stand for commas. A .txt file
+    holds one path per line.
 
     Raises:
         DataError: it cannot be read, or holds no path.
@@ -57,7 +58,9 @@ def _text(source: Path) -> str:
 def _table_rows(source: Path, delimiter: str) -> list[tuple[str, str | None]]:
     """Return (path, label) per row of a .csv or .tsv file."""
     try:
-        reader = csv.reader(io.StringIO(_text(source), newline=""), delimiter=delimiter)
+        text = _text(source)
+        separator = _separator(text, usual=delimiter)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
         raise DataError(
@@ -82,3 +85,14 @@ def _table_rows(source: Path, delimiter: str) -> list[tuple[str, str | None]]:
         label = None if label_column is None else "".join(row[label_column : label_column + 1])
         result.append((path, label))
     return result
+
+
+def _separator(text: str, *, usual: str) -> str:
+    """Return what separates a table's cells, as spreadsheets write .csv in several ways."""
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    for separator in (usual, ";", "\t", ","):
+        cells = [cell.strip().casefold() for cell in next(csv.reader([first], delimiter=separator))]
+        named = not {*_PATH_COLUMNS, _LABEL_COLUMN}.isdisjoint(cells)
+        if len(cells) > 1 and (named or Path(cells[0]).suffix in image_endings()):
+            return separator
+    return usual

@@ -10,13 +10,11 @@ Labels are kept beside the paths and are for `evaluate` alone: adaptation is giv
 Every order is deterministic: it depends on the names, never on the file system or on threads.
 """
 
-import hashlib
 import os
 import unicodedata
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -65,6 +63,15 @@ class NoImages(DataError):
     def __init__(self, message: str, left_out: LeftOut) -> None:
         super().__init__(message)
         self.left_out = left_out
+
+
+class TooManyBad(DataError):
+    """No file can be used, or more cannot be than allowed."""
+
+    def __init__(self, message: str, bad: Sequence[BadFile]) -> None:
+        """Take the message, which names the first ones, and all of them."""
+        super().__init__(message)
+        self.bad = tuple(bad)
 
 
 @dataclass(frozen=True)
@@ -216,7 +223,7 @@ def check_images(
         on_progress: called with (done, total) after each file, in this thread.
 
     Raises:
-        DataError: no file can be used, or more are bad than allowed; the first ones are named.
+        TooManyBad: no file can be used, or more are bad than allowed; the first ones are named.
         UsageError: `max_bad` is malformed.
     """
     limit = bad_image_limit(max_bad, len(paths))
@@ -239,28 +246,9 @@ def check_images(
         if on_progress is not None:
             on_progress(index + 1, len(paths))
     if not good or len(bad) > limit:
-        raise DataError(_too_many_bad(bad, len(paths), limit, max_bad))
+        raise TooManyBad(_too_many_bad(bad, len(paths), limit, max_bad), bad)
     usable = tuple(paths[i] for i in good)
     return CheckedImages(usable, tuple(bad), tuple(good), tuple(remarks.lines()))
-
-
-def copies(paths: Iterable[Path]) -> list[Path]:
-    """Return the files whose bytes are those of a file before them, in the order given.
-
-    Only files of equal size are read. What cannot be read any more is no copy.
-    """
-    sizes = [(path, path.stat().st_size) for path in paths if path.is_file()]
-    files = Counter(size for _, size in sizes)
-    seen, found = set[bytes](), list[Path]()
-    for path, size in sizes:
-        if files[size] == 1:
-            continue
-        with suppress(OSError), path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").digest()
-            if digest in seen:
-                found.append(path)
-            seen.add(digest)
-    return found
 
 
 def read_batches(

@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -19,6 +20,7 @@ COLOURS = (
 _DASHES = ("-", "--", ":", "-.")
 _GREY = "#7d8794"
 _LINE_HEIGHT = 0.2  # of a legend, inches
+_LONGEST = 48  # characters of a name beside a matrix
 _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text, in the reader's own font
     "svg.hashsalt": "chart",  # the same chart is the same bytes
@@ -172,6 +174,35 @@ def bar_chart(bars: Mapping[str, tuple[float, float | None, str]], *, width: flo
         return _svg(figure)
 
 
+def matrix_chart(names: Sequence[str], shares: Sequence[Sequence[float]]) -> str:
+    """Draw a square matrix of fractions from 0 to 1, its first row at the top.
+
+    Args:
+        names: of the rows, which are numbered; the columns have their numbers. Long ones are cut.
+        shares: rows.
+
+    Returns:
+        An SVG document.
+    """
+    labels = [printable(name) for name in names]
+    labels = [f"{label[:_LONGEST]}…" if len(label) > _LONGEST else label for label in labels]
+    middles = [index + 0.5 for index in range(len(names))]
+    side, beside = 1.2 + 0.22 * len(names), 1.2 + 0.09 * max(map(len, labels))
+    with _drawing(side + beside, side + 0.4) as (figure, axes):
+        from matplotlib.ticker import PercentFormatter
+
+        drawn = axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1, edgecolors=_GREY, lw=0.3)
+        axes.set_xticks(middles, [str(number) for number in range(1, len(names) + 1)])
+        axes.set_yticks(middles, [f"{label}  {i}" for i, label in enumerate(labels, start=1)])
+        axes.set(xlabel="taken for", aspect="equal")
+        axes.xaxis.set(label_position="top", ticks_position="top")
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        figure.colorbar(drawn, format=PercentFormatter(1), shrink=0.6)
+        return _svg(figure)
+
+
 @contextmanager
 def _drawing(width: float, height: float) -> Iterator[tuple["Figure", "Axes"]]:
     """Give an empty chart of a size in inches, drawn with this module's settings."""
@@ -186,5 +217,8 @@ def _drawing(width: float, height: float) -> Iterator[tuple["Figure", "Axes"]]:
 
 def _svg(figure: "Figure") -> str:
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    with warnings.catch_warnings():
+        # The reader's own fonts draw the text; matplotlib's only measure it.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()

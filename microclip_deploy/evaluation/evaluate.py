@@ -13,7 +13,8 @@ An export holds the adapted model alone, so that its evaluation has no such rows
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,16 @@ from microclip_deploy.data.decode import BadImage
 from microclip_deploy.data.labelled import LabelledImages
 from microclip_deploy.data.photo import Remarks
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.data.sources import BadFile, ImageSet, bad_image_limit, read_batches
-from microclip_deploy.errors import DataError, printable
-from microclip_deploy.evaluation.scores import TOP, Scores, ranks_of, score, scores_of_ranks
+from microclip_deploy.data.sources import (
+    BadFile,
+    ImageSet,
+    TooManyBad,
+    bad_image_limit,
+    read_batches,
+)
+from microclip_deploy.errors import printable
+from microclip_deploy.evaluation.evaluation import EVALUATION, Answer, Evaluation, Row
+from microclip_deploy.evaluation.scores import Scores, ranks_of, score, scores_of_ranks
 from microclip_deploy.ncut.spec import saliency_warning
 from microclip_deploy.paths import StrPath, as_path
 from microclip_deploy.serving import (
@@ -35,12 +43,11 @@ from microclip_deploy.serving import (
     open_run,
     open_session,
 )
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from microclip_deploy.serving.classification import softmax
 
 __all__ = [
     "EVALUATION",
+    "Answer",
     "Evaluation",
     "LabelledImages",
     "Row",
@@ -52,9 +59,6 @@ __all__ = [
     "score",
 ]
 
-EVALUATION = "evaluation.json"
-"""File name of `Evaluation.to_json` beside a checkpoint; the report shows it when it is there."""
-
 _SHOWN = 5  # files an error message lists
 
 
@@ -64,18 +68,6 @@ def _ignore(done: int, total: int) -> None:
 
 def _no_note(session: Session) -> None:
     """Say nothing about the session."""
-
-
-class Row(NamedTuple):
-    """One line of the comparison."""
-
-    model: str
-    """"adapted" or "zero-shot"."""
-    token: str
-    """"fused", "cls" or "fg"."""
-    texts: str
-    """"adapted", "names", "descriptions" or "prior": the class matrix."""
-    scores: Scores
 
 
 @dataclass(frozen=True)
@@ -92,62 +84,10 @@ class SessionAccuracy:
     """Mean share of tokens in the foreground."""
     bad: tuple[BadFile, ...]
     """Images that could not be read and count nowhere."""
+    answers: tuple[Answer, ...] = field(repr=False)
+    """What the fused logits say, image by image."""
     remarks: tuple[str, ...] = ()
-    """What reading the others told."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The outcome of `evaluate`."""
-
-    classes: tuple[str, ...]
-    images: int
-    bad: tuple[BadFile, ...]
-    rows: tuple[Row, ...]
-    complete_graphs: float
-    whole_image_masks: float
-    mask_share: float
-    warnings: tuple[str, ...] = field(default=())
-    left_out: Mapping[str, Any] = field(default_factory=dict)
-    """Files that were not taken for images, as `LeftOut.to_json`."""
-
-    def row(self, model: str, token: str, texts: str) -> Scores | None:
-        """Return the scores of a row, or None if it was not measured."""
-        wanted = (model, token, texts)
-        return next((row.scores for row in self.rows if row[:3] == wanted), None)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values; file names are made printable."""
-        fused = self.row("adapted", "fused", "adapted")
-        assert fused is not None, "the adapted model is always measured"
-        before = self.row("zero-shot", "cls", "names")
-        per_class = [
-            {
-                "class": name,
-                "images": fused.class_images[i],
-                "correct": fused.class_correct[i],
-                "zero_shot_correct": before.class_correct[i] if before else None,
-            }
-            for i, name in enumerate(self.classes)
-        ]
-        return {
-            "images": self.images,
-            "bad": [{"path": printable(f.path), "reason": f.reason} for f in self.bad],
-            "rows": [
-                {"model": r.model, "token": r.token, "texts": r.texts, **r.scores.summary()}
-                for r in self.rows
-            ],
-            "complete_graphs": self.complete_graphs,
-            "whole_image_masks": self.whole_image_masks,
-            "mask_share": self.mask_share,
-            "per_class": per_class,
-            "warnings": list(self.warnings),
-            "left_out": self.left_out,
-        }
-
-    def tables(self, *, per_class: bool = False) -> list["Table"]:
-        """Return the comparison and, if asked for, one line a class, for a terminal."""
-        return [_comparison(self), *([_class_table(self)] if per_class else [])]
+    """What reading the images told."""
 
 
 def evaluate(
@@ -157,6 +97,7 @@ def evaluate(
     device: str = "cpu",
     batch_size: int = 64,
     zero_shot: bool = True,
+    limit: int | None = None,
     max_bad: str = "1%",
     threads: int | None = None,
     sessions: RunSessions | None = None,
@@ -175,6 +116,7 @@ def evaluate(
         batch_size: images a batch.
         zero_shot: also measure the model before adaptation, in the same pass over the images;
             without effect on an export, which does not hold it.
+        limit: measure so many images only, spread evenly over all.
         max_bad: how many images may be unreadable, as for `sources.bad_image_limit`; they are left
             out, and named in `Evaluation.bad`.
         threads: as for `open_session`.
@@ -187,7 +129,7 @@ def evaluate(
 
     Raises:
         DataError: the data, or the checkpoint (CheckpointError), cannot be used, or more images
-            than allowed are unreadable.
+            than allowed are unreadable (TooManyBad).
         EnvironmentProblem: the device, or a package of the backend, is missing.
         UsageError: `max_bad`, `threads` or `device` is malformed.
     """
@@ -200,8 +142,8 @@ def evaluate(
         else:
             adapted = stack.enter_context(open_session(directory, device, threads=threads))
         on_open(adapted)
-        images = LabelledImages.read(data, adapted.classes, listed)
-        limit = bad_image_limit(max_bad, len(images.paths))
+        images = _spread(LabelledImages.read(data, adapted.classes, listed), limit)
+        allowed = bad_image_limit(max_bad, len(images.paths))
         probes = [_Probe(adapted)]
         if zero_shot and sessions:
             heads = {"names": sessions.names, "prior": sessions.prior}
@@ -209,13 +151,24 @@ def evaluate(
         preprocess = adapted.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
         measured = _measure(probes, images, preprocess, batch_size, progress)
     bad = measured[0].bad
-    if len(bad) > limit:
-        raise DataError(
-            f"evaluation images: expected at most {limit} unreadable ones (--max-bad-images "
+    if len(bad) > allowed:
+        raise TooManyBad(
+            f"evaluation images: expected at most {allowed} unreadable ones (--max-bad-images "
             f"{max_bad}), found {len(bad)} of {len(images.paths)}: {_first(bad)}; repair or remove "
-            "them, or raise --max-bad-images"
+            "them, or raise --max-bad-images",
+            bad,
         )
-    return _evaluation(adapted, measured, images.left_out.to_json())
+    return _evaluation(adapted, measured, str(data.absolute()), images.left_out.to_json())
+
+
+def _spread(images: LabelledImages, limit: int | None) -> LabelledImages:
+    """Return `limit` of the images, evenly spread so that every class keeps its share."""
+    total = len(images.paths)
+    if limit is None or limit >= total:
+        return images
+    chosen = [i * total // limit for i in range(limit)]
+    paths = tuple(images.paths[i] for i in chosen)
+    return LabelledImages(paths, images.labels[chosen], images.left_out)
 
 
 def accuracy(session: Session, images: LabelledImages, *, batch_size: int = 64) -> dict[str, float]:
@@ -249,21 +202,27 @@ def accuracy_of_session(
 
 @dataclass
 class _Probe:
-    """A session being measured, and what it has said so far; memory grows by ranks alone."""
+    """A session being measured, and what it has said so far: ranks and best classes, no logits."""
 
     session: Session
     heads: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     """Further class matrices (C, E) for [CLS]."""
     ranks: dict[str, list[NDArray[np.int64]]] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
     complete: int = 0
     whole: int = 0
     mask: float = 0.0
 
-    def add(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+    def add(
+        self, images: NDArray[np.uint8], labels: NDArray[np.int64], paths: Sequence[Path]
+    ) -> None:
         """Let the session classify a batch and tally it."""
         found = self.session.predict(images)
         for name, logits in self._logits(found).items():
             self.ranks.setdefault(name, []).append(ranks_of(logits, labels))
+        best = found.logits.argmax(axis=1).tolist()
+        sure = softmax(found.logits).max(axis=1).tolist()
+        self.answers += map(Answer, paths, labels.tolist(), best, sure)
         self.complete += int(found.complete.sum())
         self.whole += int(found.mask.all(axis=1).sum())
         self.mask += float(found.mask.mean(axis=1).sum())
@@ -278,7 +237,13 @@ class _Probe:
             for name, parts in self.ranks.items()
         }
         return SessionAccuracy(
-            rows, self.complete / count, self.whole / count, self.mask / count, bad, remarks
+            rows,
+            self.complete / count,
+            self.whole / count,
+            self.mask / count,
+            bad,
+            tuple(self.answers),
+            remarks,
         )
 
     def _logits(self, found: Prediction) -> dict[str, NDArray[np.float32]]:
@@ -309,16 +274,18 @@ def _measure(
     remarks = Remarks()
     for batch in read_batches(images.paths, preprocess, batch_size, on_bad=skip, remarks=remarks):
         labels = images.labels[batch.indices]
+        paths = [images.paths[index] for index in batch.indices.tolist()]
         for probe in probes:
-            probe.add(batch.images, labels)
+            probe.add(batch.images, labels, paths)
         seen.append(labels)
         done = int(batch.indices[-1]) + 1
         if done < len(images.paths):
             progress(done, len(images.paths))
     if not seen:
-        raise DataError(
+        raise TooManyBad(
             f"evaluation images: expected readable ones, found none: {_first(bad)}; repair them "
-            "or give others"
+            "or give others",
+            bad,
         )
     progress(len(images.paths), len(images.paths))
     told = tuple(remarks.lines())
@@ -332,7 +299,10 @@ def _first(bad: Sequence[BadFile]) -> str:
 
 
 def _evaluation(
-    session: Session, measured: Sequence[SessionAccuracy], left_out: Mapping[str, Any]
+    session: Session,
+    measured: Sequence[SessionAccuracy],
+    data: str,
+    left_out: Mapping[str, Any],
 ) -> Evaluation:
     adapted = measured[0]
     rows = [
@@ -352,6 +322,8 @@ def _evaluation(
         complete_graphs=adapted.complete_graphs,
         whole_image_masks=adapted.whole_image_masks,
         mask_share=adapted.mask_share,
+        answers=adapted.answers,
+        data=data,
         warnings=_warnings(session, adapted),
         left_out=left_out,
     )
@@ -371,47 +343,3 @@ def _warnings(session: Session, adapted: SessionAccuracy) -> tuple[str, ...]:
             f"such as {names}"
         )
     return tuple(found)
-
-
-def _comparison(result: Evaluation) -> "Table":
-    from rich.table import Table
-    from rich.text import Text
-
-    share = f"{result.complete_graphs:.1%} complete graphs, mean mask {result.mask_share:.1%}"
-    notes = [f"{result.images} images, {len(result.bad)} unreadable; {share}"]
-    notes += [f"warning: {warning}" for warning in result.warnings]
-    table = Table(title="accuracy", caption=Text("\n".join(notes)), caption_justify="left")
-    for heading in ("model", "token", "texts"):
-        table.add_column(heading)
-    for heading in ("top-1 %", f"top-{TOP} %", "mean per class %"):
-        table.add_column(heading, justify="right")
-    for row in result.rows:
-        values = [f"{100 * value:.2f}" for value in row.scores.summary().values()]
-        table.add_row(row.model, row.token, row.texts, *values, style=_row_style(row))
-    return table
-
-
-def _row_style(row: Row) -> str:
-    return (
-        "bold"
-        if row[:3] in (("adapted", "fused", "adapted"), ("zero-shot", "cls", "names"))
-        else ""
-    )
-
-
-def _class_table(result: Evaluation) -> "Table":
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="top-1 by class, adapted fused")
-    table.add_column("class")
-    for heading in ("images", "correct", "%", "zero-shot correct"):
-        table.add_column(heading, justify="right")
-    for line in result.to_json()["per_class"]:
-        images, correct, before = line["images"], line["correct"], line["zero_shot_correct"]
-        share = f"{100 * correct / images:.1f}" if images else "-"
-        name = Text(printable(line["class"]))
-        table.add_row(
-            name, str(images), str(correct), share, "-" if before is None else str(before)
-        )
-    return table

@@ -24,8 +24,9 @@ from microclip_deploy.evaluation.chart import (
     column_chart,
     drawing,
     epoch_chart,
+    matrix_chart,
 )
-from microclip_deploy.evaluation.evaluate import EVALUATION
+from microclip_deploy.evaluation.evaluation import EVALUATION
 from microclip_deploy.evaluation.page import percent
 from microclip_deploy.evaluation.predict import FailedImage, ImagePrediction, predict
 from microclip_deploy.model.checkpoint import SCHEMA
@@ -39,7 +40,8 @@ REPORT = "report.html"
 _TILE = 208  # side of a montage picture, pixels
 _LISTED = 200  # bad images that are listed
 _BARS = 40  # up to this many classes each get a bar
-_EXTREMES = 12  # most and least frequent classes shown beyond that
+_EXTREMES = 12  # most and least frequent classes shown beyond that; confused pairs
+_CONFUSED = 24  # classes in the matrix of confusions
 
 
 class Chart(NamedTuple):
@@ -70,6 +72,17 @@ class LabelCounts(NamedTuple):
     """Count of every class if all were equally frequent."""
     unused: int
     """Classes that no image was labelled with."""
+
+
+class Confusions(NamedTuple):
+    """Which classes an evaluation found confused with one another."""
+
+    matrix: str
+    """SVG of the classes that are confused most."""
+    shown: int
+    """Classes in it."""
+    pairs: tuple[tuple[str, str, int, int], ...]
+    """Class, what it is taken for, images so taken, images of the class; the most first."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +160,7 @@ def render(
         inputs=inputs,
         montage=montage,
         evaluation=evaluation,
+        confusions=_confusions(evaluation),
         charts=_charts(history),
         labels=_label_counts(manifest["classes"], history),
         headline=_headline(manifest, history, evaluation),
@@ -226,6 +240,22 @@ def _created(manifest: Mapping[str, Any]) -> str:
     """Return when the checkpoint was written, to the minute; '' where it does not say."""
     created = str(manifest.get("created_utc", ""))
     return f"{created[:10]} {created[11:16]} UTC" if created else ""
+
+
+def _confusions(evaluation: Mapping[str, Any] | None) -> Confusions | None:
+    """Return the confused classes; None where there are none, or an older evaluation tells none."""
+    found = evaluation.get("confusions") if evaluation else None
+    if not evaluation or not found:
+        return None
+    of = {line["class"]: (line["images"], line["correct"]) for line in evaluation["per_class"]}
+    counts = {(line["class"], line["predicted"]): line["images"] for line in found}
+    # Classes that are confused stand beside each other.
+    names = list(dict.fromkeys(name for pair in counts for name in pair))[:_CONFUSED]
+    counts |= {(name, name): of[name][1] for name in names}
+    rows = [[counts.get((a, b), 0) / max(of[a][0], 1) for b in names] for a in names]
+    pairs = ((line["class"], line["predicted"], line["images"]) for line in found[:_EXTREMES])
+    listed = tuple((*pair, of[pair[0]][0]) for pair in pairs)
+    return Confusions(matrix_chart(names, rows), len(names), listed)
 
 
 def _duration(seconds: float) -> str:

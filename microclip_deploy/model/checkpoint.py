@@ -18,7 +18,7 @@ from microclip_deploy import artifact
 from microclip_deploy.config import validate
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import CheckpointError, UsageError
-from microclip_deploy.model.clip import BackboneSpec, Clip, load_clip
+from microclip_deploy.model.clip import BackboneSpec, Clip, load_clip, require_same
 from microclip_deploy.model.microclip import MicroCLIP, Pooling
 from microclip_deploy.model.text import TextHeads
 from microclip_deploy.ncut.spec import NCutSpec
@@ -30,9 +30,11 @@ HEADS = ("classifier", *(f"text.{name}" for name in TextHeads._fields))
 
 
 class StoredBackbone(BackboneSpec):
-    """Where the frozen weights come from, and their hash."""
+    """Where the frozen weights come from, their hash, and what else decides the answers."""
 
     sha256: str
+    architecture: dict[str, Any] | None = None
+    """None in a checkpoint from before it was recorded."""
 
 
 class StoredFusion(BaseModel):
@@ -108,7 +110,11 @@ def write_checkpoint(
         name for name in (WEIGHTS, "config.json", "history.jsonl") if (directory / name).is_file()
     ]
     described = {
-        "backbone": {**clip.spec.model_dump(), "sha256": clip.sha256},
+        "backbone": {
+            **clip.spec.model_dump(),
+            "sha256": clip.sha256,
+            "architecture": clip.architecture,
+        },
         "preprocess": clip.preprocess.model_dump(),
         "ncut": model.ncut.stored(),
         **content,
@@ -199,16 +205,12 @@ def load_backbone(checkpoint: Checkpoint, device: str = "cpu") -> Clip:
     """Load the CLIP model that was adapted.
 
     Raises:
-        CheckpointError: it cannot be loaded, or has other weights now.
+        CheckpointError: it cannot be loaded, or has other weights or another architecture now.
     """
     stored = checkpoint.manifest.backbone
     clip = load_clip(BackboneSpec(model=stored.model, pretrained=stored.pretrained), device)
-    if clip.sha256 != stored.sha256:
-        raise CheckpointError(
-            f"backbone {stored.model}/{stored.pretrained}: expected weights with sha256 "
-            f"{stored.sha256[:12]}, found {clip.sha256[:12]}; "
-            "adapt again or restore the old weights"
-        )
+    remedy = "adapt again or restore the old weights"
+    require_same(clip, stored.sha256, stored.architecture, remedy=remedy)
     return clip
 
 

@@ -2,34 +2,32 @@
 
 import hashlib
 import json
+import logging
 import threading
 import warnings
-from collections.abc import Sequence
-from contextlib import ContextDecorator
-from importlib import resources
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ContextDecorator, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.errors import CheckpointError, EnvironmentProblem
-from microclip_deploy.model.backbone import WORKING_MODELS, VisionBackbone
-
-DEMO_MODEL = "demo"
-"""Name of the tiny model inside the package."""
-
-# What open_clip raises for weights that are missing, damaged or of another architecture.
-_LOAD_ERRORS = (
-    RuntimeError, ValueError, KeyError, TypeError, AssertionError, OSError, SafetensorError
-)  # fmt: skip
-
-# How open_clip words a failed download; the exceptions behind it differ by hub and version.
-_DOWNLOAD_FAILED = ("Failed to download", "Failed initial config/weights load from HF Hub")
+from microclip_deploy.errors import CheckpointError
+from microclip_deploy.model.architecture import architecture
+from microclip_deploy.model.backbone import VisionBackbone
+from microclip_deploy.model.weights import (
+    LOAD_ERRORS,
+    check_source,
+    first_line,
+    from_cache_or_hub,
+    load_problem,
+    resolve_name,
+)
 
 
 class BackboneSpec(BaseModel):
@@ -95,8 +93,16 @@ class Clip(NamedTuple):
     text: "TextEncoder"
     preprocess: Preprocess
     spec: BackboneSpec
-    sha256: str
+    weights_sha256: str
     """Hash of both towers' names, shapes and values."""
+    architecture: dict[str, Any]
+    """What decides the answers besides the weights."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the weights and of what else decides the answers."""
+        record = json.dumps(self.architecture, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(f"{self.weights_sha256} {record}".encode()).hexdigest()
 
 
 class TextEncoder:
@@ -105,6 +111,8 @@ class TextEncoder:
     def __init__(self, clip: Any, tokenizer: Any) -> None:
         self._clip = clip
         self._tokenizer = tokenizer
+        self.context_length = int(tokenizer.context_length)
+        """How many tokens the tower reads; what comes behind them is cut off."""
 
     @torch.no_grad()
     @exact_float32
@@ -117,6 +125,24 @@ class TextEncoder:
         ]
         return torch.cat(parts).float()
 
+    def tokens(self, text: str) -> tuple[int, ...]:
+        """Return the tokens that the tower reads of a text, padding included."""
+        read: tuple[int, ...] = tuple(self._tokenizer([text])[0].tolist())
+        return read
+
+    def uncut_length(self, text: str) -> int | None:
+        """Return how many tokens a text has that is cut off, or None if it is read to its end."""
+        # No token stands for less than a byte, and no tokenizer adds more than a few of its own.
+        room = self.context_length + len(text.encode()) + 16
+        whole: list[int] = self._tokenizer([text], context_length=room)[0].tolist()
+        read = self.tokens(text)
+        if tuple(whole[: self.context_length]) == read:
+            return None
+        padding = whole[-1]
+        while whole[-1] == padding:
+            whole.pop()
+        return len(whole) + (read[-1] == padding)  # some tokenizers pad with the token that ends
+
 
 def load_clip(spec: BackboneSpec, device: torch.device | str = "cpu") -> Clip:
     """Load a CLIP model with its weights; never a randomly initialised one.
@@ -126,40 +152,89 @@ def load_clip(spec: BackboneSpec, device: torch.device | str = "cpu") -> Clip:
         device: where the towers go; weights are float32.
 
     Raises:
-        EnvironmentProblem: the weights could not be downloaded.
+        EnvironmentProblem: the weights are not on this computer and could not be downloaded.
         CheckpointError: unknown name or tag, missing or damaged weights, an architecture that
             does not match its weights, or a tower microCLIP cannot use.
     """
-    name = resolve_name(spec.model)
-    _check_source(spec, name)
+    check_source(spec.model, spec.pretrained)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="QuickGELU mismatch")
-            clip = open_clip.create_model(
-                name,
-                pretrained=spec.pretrained,
-                device=str(device),
-                force_patch_dropout=0.0,
-                require_pretrained=True,
-                force_quick_gelu=_trained_with_quick_gelu(spec, name),
-            )
-        tokenizer = open_clip.get_tokenizer(name, **_tokenizer_options(name))
+        with _quiet_root():
+            clip, tokenizer = from_cache_or_hub(partial(_create, spec, str(device)), spec.model)
     except UserWarning as warning:
         raise CheckpointError(f"{spec.model}/{spec.pretrained}: {warning}") from warning
-    except _LOAD_ERRORS as error:
-        if any(sign in str(error) for sign in _DOWNLOAD_FAILED):
-            raise EnvironmentProblem(
-                f"model {spec.model}: its weights could not be downloaded: {_first_line(error)}; "
-                "check the network, or download them elsewhere and use --model local-dir:PATH"
-            ) from error
-        raise CheckpointError(
-            f"model {spec.model}: could not be loaded: {_first_line(error)}"
-        ) from error
+    except LOAD_ERRORS as error:
+        raise load_problem(error, spec.model) from error
     clip.eval().requires_grad_(False)
     _check_finite(clip, spec)
-    vision = VisionBackbone(clip.visual)
-    preprocess = _preprocess_of(clip)
-    return Clip(vision, TextEncoder(clip, tokenizer), preprocess, spec, weights_sha256(clip))
+    return Clip(
+        vision=VisionBackbone(clip.visual),
+        text=TextEncoder(clip, tokenizer),
+        preprocess=_preprocess_of(clip),
+        spec=spec,
+        weights_sha256=weights_sha256(clip),
+        architecture=architecture(clip, tokenizer),
+    )
+
+
+def require_same(clip: Clip, sha256: str, stored: Mapping[str, Any] | None, *, remedy: str) -> None:
+    """Make sure that a model computes what another one did.
+
+    Args:
+        clip: the model that was loaded.
+        sha256: the other's; of its weights alone where `stored` is None.
+        stored: the other's architecture; None of models from before it was recorded.
+        remedy: what to do otherwise.
+
+    Raises:
+        CheckpointError: weights or architecture are others.
+    """
+    named = f"backbone {clip.spec.model}/{clip.spec.pretrained}"
+    found = clip.weights_sha256 if stored is None else clip.sha256
+    if found == sha256:
+        return
+    differing = [
+        f"{part} {value}, found {clip.architecture.get(part)}"
+        for part, value in (stored or {}).items()
+        if clip.architecture.get(part) != value
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{named}: another function of the weights: expected {'; '.join(differing)}; name the "
+            f"same --model as before, or {remedy}"
+        )
+    raise CheckpointError(
+        f"{named}: expected weights with sha256 {sha256[:12]}, found {found[:12]}; {remedy}"
+    )
+
+
+def _create(spec: BackboneSpec, device: str) -> tuple[Any, Any]:
+    """Let open_clip make the model and its tokenizer."""
+    name = resolve_name(spec.model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="QuickGELU mismatch")
+        clip = open_clip.create_model(
+            name,
+            pretrained=spec.pretrained,
+            device=device,
+            force_patch_dropout=0.0,
+            require_pretrained=True,
+            force_quick_gelu=_trained_with_quick_gelu(spec, name),
+        )
+    return clip, open_clip.get_tokenizer(name, **_tokenizer_options(name))
+
+
+@contextmanager
+def _quiet_root() -> Iterator[None]:
+    """Keep open_clip from configuring and using the root logger, which is the application's.
+
+    Its calls of logging.info install a handler where there is none; every error it logs it raises.
+    """
+    handler = logging.NullHandler()
+    logging.root.addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.root.removeHandler(handler)
 
 
 def _preprocess_of(clip: Any) -> Preprocess:
@@ -187,15 +262,8 @@ def _preprocess_of(clip: Any) -> Preprocess:
     except ValidationError as error:
         raise CheckpointError(
             f"this model's preprocessing: expected what open_clip's transform knows, found "
-            f"{settings}: {_first_line(error)}; correct preprocess_cfg in open_clip_config.json"
+            f"{settings}: {first_line(error)}; correct preprocess_cfg in open_clip_config.json"
         ) from error
-
-
-def resolve_name(model: str) -> str:
-    """Return open_clip's name of `model`; "demo" is the directory inside this package."""
-    if model == DEMO_MODEL:
-        return f"local-dir:{resources.files('microclip_deploy') / 'demo' / 'model'}"
-    return model
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -205,39 +273,6 @@ def weights_sha256(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _check_source(spec: BackboneSpec, name: str) -> None:
-    """Refuse what would end in random weights or in unpickling a file."""
-    if name.startswith(("hf-hub:", "local-dir:")):
-        directory = Path(name.removeprefix("local-dir:"))
-        if name.startswith("local-dir:") and not list(directory.glob("*.safetensors")):
-            raise CheckpointError(
-                f"model {spec.model}: expected a directory with open_clip_config.json and a "
-                f".safetensors file, found none in {directory}"
-            )
-        return
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if spec.pretrained is None:
-        raise CheckpointError(
-            f"model {spec.model}: expected --pretrained TAG or FILE; "
-            + (
-                f"tags of this model: {', '.join(tags)}"
-                if tags
-                else f"unknown model; {WORKING_MODELS}"
-            )
-        )
-    is_file = Path(spec.pretrained).is_file()
-    if spec.pretrained not in tags and not is_file:
-        raise CheckpointError(
-            f"--pretrained {spec.pretrained}: neither a file nor a tag of {spec.model}; "
-            f"its tags: {', '.join(tags) or 'none'}"
-        )
-    if is_file and not spec.pretrained.endswith(".safetensors"):
-        raise CheckpointError(
-            f"{spec.pretrained}: expected a .safetensors file; other formats can run code when "
-            "they are read; convert it with safetensors.torch.save_file"
-        )
 
 
 def _trained_with_quick_gelu(spec: BackboneSpec, name: str) -> bool:
@@ -267,8 +302,3 @@ def _check_finite(clip: nn.Module, spec: BackboneSpec) -> None:
             raise CheckpointError(
                 f"model {spec.model}: {name} holds NaN or Inf; get an intact copy of the weights"
             )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return " ".join(line.strip() for line in lines[:3]) if lines else type(error).__name__

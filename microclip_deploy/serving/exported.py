@@ -75,6 +75,8 @@ class Parent(BaseModel):
     model: str
     pretrained: str | None
     backbone_sha256: str
+    architecture: Mapping[str, Any] | None = None
+    """What decides that model's answers besides its weights; None in older exports."""
 
 
 class ExportManifest(BaseModel):

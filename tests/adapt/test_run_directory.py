@@ -1,6 +1,7 @@
 """A run directory after kills, mistakes and damage: nothing is lost, and resuming goes on."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from microclip_deploy import artifact
 from microclip_deploy.adapt.run_directory import locked
 from microclip_deploy.cli.main import main
+from microclip_deploy.model.clip import BackboneSpec, load_clip
 
 STOPPED = """
 import os, sys
@@ -179,14 +181,6 @@ def test_resume_names_what_differs(
     assert part in error_of(capsys)
 
 
-@pytest.mark.usefixtures("run")
-def test_resume_with_other_images_is_refused(
-    tmp_path: Path, adapt_arguments: list[str], photos: Path
-) -> None:
-    adapt_arguments[1] = str(shutil.copytree(photos, tmp_path / "others"))
-    assert main([*adapt_arguments, "--resume"]) == 2
-
-
 def test_resume_needs_no_more_than_the_directory(unfinished: Path) -> None:
     expected = bytes_of(unfinished)
     assert main(["adapt", "--resume", "-o", str(unfinished), "--device", "cpu"]) == 0
@@ -208,13 +202,120 @@ def test_a_moved_model_is_accepted_by_its_weights(
     assert bytes_of(unfinished) == expected
 
 
+# ------------------------------------------------------------------------------ images
+
+
+@pytest.fixture
+def moved(unfinished: Path, photos: Path, tmp_path: Path) -> Path:
+    """Return where the images of `unfinished` are now; at their old place is nothing."""
+    rewrite_inputs(unfinished, str(photos), str(tmp_path / "gone"))
+    return shutil.copytree(photos, tmp_path / "moved")
+
+
+def rewrite_inputs(run: Path, old: str, new: str) -> None:
+    inputs = run / "inputs.json"
+    inputs.write_text(inputs.read_text().replace(old, new))
+
+
+def resume(run: Path, *options: str) -> int:
+    return main(["adapt", "--resume", "-o", str(run), "--device", "cpu", *options])
+
+
 def test_images_that_are_gone_are_named(
     unfinished: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inputs = unfinished / "inputs.json"
-    inputs.write_text(inputs.read_text().replace(f"{photos}/red circle/00.png", "/gone/00.png"))
-    assert main(["adapt", "--resume", "-o", str(unfinished)]) == 3
-    assert "00.png" in error_of(capsys)
+    rewrite_inputs(unfinished, f"{photos}/red circle/00.png", "/gone/00.png")
+    assert resume(unfinished) == 3
+    assert "/gone/00.png; put them back, say with --images" in error_of(capsys)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        flip_a_bit,
+        lambda path: shutil.copyfile(path.with_name("01.png"), path),
+        lambda path: path.write_bytes(path.read_bytes() + b"x"),
+        lambda path: path.write_bytes(b""),
+    ],
+    ids=["bit", "another image", "longer", "empty"],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_an_image_that_was_changed_is_named(
+    unfinished: Path,
+    moved: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Path], object],
+    *,
+    given: bool,
+) -> None:
+    rewrite_inputs(unfinished, str(moved.with_name("gone")), str(moved))
+    path = moved / "red circle" / "00.png"
+    before = path.stat()
+    change(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert resume(unfinished, *(["--images", str(moved)] if given else [])) == 3
+    told = error_of(capsys)
+    assert "1 of 24 images of this run were changed since it began" in told
+    assert str(path) in told
+
+
+def test_images_are_found_at_another_place_under_other_names(unfinished: Path, moved: Path) -> None:
+    expected = bytes_of(unfinished)
+    (moved / "red circle").rename(moved / "flat")
+    (moved / "blue stripe" / "03.png").rename(moved / "photo 3.PNG")
+    shutil.copyfile(moved / "flat" / "00.png", moved / "a copy.png")
+    (moved / "broken.png").write_bytes(b"no image")
+    assert resume(unfinished, "--images", str(moved)) == 0
+    assert bytes_of(unfinished) == expected
+    listed = json.loads((unfinished / "inputs.json").read_text())["images"]
+    assert len(set(listed)) == 24
+    assert str(moved / "photo 3.PNG") in listed
+    assert str(moved / "photo 3.PNG") in (unfinished / "pseudo-labels.csv").read_text()
+
+
+@pytest.mark.parametrize("how", ["--images", "IMAGES"])
+def test_a_place_without_one_of_the_images_is_refused(
+    unfinished: Path, moved: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    before = (unfinished / "inputs.json").read_text()
+    flip_a_bit(moved / "red circle" / "00.png")
+    place = [how, str(moved)] if how == "--images" else [str(moved)]
+    assert resume(unfinished, *place) == 2
+    assert "found all but 1, the first was" in error_of(capsys)
+    assert (unfinished / "inputs.json").read_text() == before
+
+
+def test_a_place_given_twice_is_refused(unfinished: Path, photos: Path) -> None:
+    assert resume(unfinished, str(photos), "--images", str(photos)) == 2
+
+
+def test_inputs_of_an_older_version_go_on_where_they_were(
+    unfinished: Path, photos: Path, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    expected, path = bytes_of(unfinished), unfinished / "inputs.json"
+    inputs = json.loads(path.read_text())
+    for name in ("architecture", "backbone_preprocess", "images_sha256"):
+        del inputs[name]
+    clip = load_clip(BackboneSpec(model=f"local-dir:{tiny_model_dir}"))
+    path.write_text(json.dumps({**inputs, "backbone_sha256": clip.weights_sha256}))
+    others = shutil.copytree(photos, tmp_path / "moved")
+    assert resume(unfinished, "--images", str(others)) == 2
+    assert resume(unfinished) == 0
+    assert bytes_of(unfinished) == expected
+
+
+def test_a_finished_run_needs_no_images(
+    run: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite_inputs(run, str(photos), "/gone")
+    assert resume(run) == 0
+    assert "already finished" in error_of(capsys)
 
 
 # ------------------------------------------------------------------------------ the directory

@@ -1,5 +1,6 @@
 """What users do wrong, through the command line: one clear error and the documented exit code."""
 
+import json
 import resource
 import shutil
 from pathlib import Path
@@ -56,6 +57,22 @@ def test_options_that_cannot_work(
     assert_one_error(capsys, part)
 
 
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        (["photos"], "found no --classes FILE"),
+        (["--classes", "c.txt"], "found no IMAGES"),
+        ([], "found no IMAGES and no --classes FILE"),
+        (["photos", "--resume"], "found no started run in run, no --classes FILE"),
+    ],
+)
+def test_what_is_missing_is_named_alone(
+    capsys: pytest.CaptureFixture[str], given: list[str], part: str
+) -> None:
+    assert main(["adapt", "-o", "run", *given]) == 2
+    assert_one_error(capsys, f"{part}\n")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_missing_gpu(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--device", "cuda"]) == 4
@@ -89,6 +106,26 @@ def test_files_that_cannot_work(
     model = ["--model", "ViT-B-32"] if option == "--pretrained" else []
     assert main([*arguments, *model, option, str(tmp_path / name)]) == 3
     assert_one_error(capsys, part)
+
+
+def test_classes_of_one_row_are_refused_before_anything_is_written(
+    tmp_path: Path,
+    arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    words = "drawn " * 20
+    said = {"red circle": words + "red", "green square": words + "green", "blue stripe": "blue"}
+    (tmp_path / "cut.json").write_text(json.dumps(said))
+    assert main([*arguments, "--descriptions", str(tmp_path / "cut.json")]) == 3
+    assert "2 of 6 sentences are longer than the 16 tokens" in caplog.text
+    assert_one_error(capsys, "'red circle' and 'green square'")
+    assert not (tmp_path / "run" / "inputs.json").exists()
+    said["red circle"] = "red " + words
+    (tmp_path / "cut.json").write_text(json.dumps(said))
+    assert main([*arguments, "--descriptions", str(tmp_path / "cut.json")]) == 0
+    warnings = json.loads((tmp_path / "run" / "manifest.json").read_text())["warnings"]
+    assert [text for text in warnings if "2 of 6 sentences are longer" in text]
 
 
 def test_empty_folder(
@@ -179,10 +216,13 @@ def test_damaged_models_never_become_random_ones(
 
 
 def test_weights_of_another_architecture_are_refused(
-    arguments: list[str], tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    arguments: list[str],
+    tiny_model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    weights = str(tiny_model_dir / "open_clip_model.safetensors")
-    assert main([*arguments, "--model", "ViT-S-32-alt", "--pretrained", weights]) == 3
+    weights = shutil.copy(tiny_model_dir / "open_clip_model.safetensors", tmp_path)
+    assert main([*arguments, "--model", "ViT-S-32-alt", "--pretrained", str(weights)]) == 3
     assert_one_error(capsys, "could not be loaded")
 
 

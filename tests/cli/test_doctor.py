@@ -8,14 +8,17 @@ from rich.console import Console
 
 from microclip_deploy import environment
 from microclip_deploy.cli.doctor import Diagnosis, diagnose, judge, require
-from microclip_deploy.environment import PACKAGES, Gpu, Machine, Package, probe_package
+from microclip_deploy.cli.doctor_text import problem_lines, tables
+from microclip_deploy.environment import PACKAGES, PLAIN, Gpu, Machine, Package, probe_packages
 from microclip_deploy.errors import EnvironmentProblem, UsageError
 
 GPU = Gpu("NVIDIA H100", 81559, "580.10")
 
 
-def machine(gpus: tuple[Gpu, ...] = (), driver_cuda: str = "13.0") -> Machine:
-    return Machine("3.12.1", "Linux", 8, gpus, driver_cuda if gpus else "")
+def machine(
+    gpus: tuple[Gpu, ...] = (), driver_cuda: str = "13.0", visible: str | None = None
+) -> Machine:
+    return Machine("3.12.1", "Linux", 8, gpus, driver_cuda if gpus else "", visible)
 
 
 def installed(name: str, version: str = "1.0", **fields: Any) -> Package:
@@ -36,7 +39,7 @@ def packages(**changed: Package) -> Mapping[str, Package]:
         "tensorrt": installed("tensorrt", "11.4", cuda_major=13),
         "cupy": installed("cupy", "14.2", cuda_major=13),
     }  # fmt: skip
-    return {**usable, **changed}
+    return {**usable, **{name: installed(name) for name in PLAIN}, **changed}
 
 
 def on_cpu(**changed: Package) -> Diagnosis:
@@ -65,11 +68,81 @@ def test_a_cpu_machine_needs_no_gpu_packages() -> None:
     assert found.problems == ()
     assert dict(found.uses) == {
         "adapt": "PyTorch 2.15 on cpu (2 threads)",
-        "evaluate, predict": "PyTorch 2.15 on cpu (2 threads)",
+        "evaluate, predict": (
+            "a run: PyTorch 2.15 on cpu (2 threads); an export: ONNX Runtime 1.0 on the CPU"
+        ),
+        "export": "ONNX 1.0, proven with ONNX Runtime",
+        "bench": "whatever the target runs on",
         "NCut": "exact solver in float64 on the CPU",
         "exported graphs": "ONNX Runtime 1.0 on the CPU",
         "exported engines": "not possible without TensorRT, CuPy, an NVIDIA GPU",
     }
+
+
+def bare(*names: str, gpus: tuple[Gpu, ...] = ()) -> Diagnosis:
+    """Judge a machine on which only these packages are installed."""
+    plain = {
+        "torch": installed("torch", "2.15", details={"usable": 0, "threads": 2}),
+        "onnxruntime": installed("onnxruntime", details={"in_use": ["CPUExecutionProvider"]}),
+    }
+    every = {name: plain.get(name, installed(name)) for name in (*PACKAGES, *PLAIN)}
+    return judge(machine(gpus), {n: p if n in names else Package(n) for n, p in every.items()})
+
+
+def test_a_server_that_runs_exports_can_evaluate_and_predict() -> None:
+    found = bare("onnxruntime")
+    uses = dict(found.uses)
+    assert uses["evaluate, predict"] == (
+        "a run: not possible without torch, torchvision, open_clip, timm; "
+        "an export: ONNX Runtime 1.0 on the CPU"
+    )
+    assert uses["NCut"] == "inside the exported graphs"
+    assert uses["export"].startswith("not possible without torch")
+    assert {problem.severity for problem in found.problems} == {"note"}
+    assert {problem.fix for problem in found.problems} == {
+        'pip install "microclip-deploy[adapt]"',
+        'pip install "microclip-deploy[adapt,export]"',
+        'pip install "microclip-deploy[bench]"',
+    }
+
+
+def test_a_base_installation_is_told_what_each_extra_is_for() -> None:
+    found = bare()
+    assert {problem.fix: problem.what.partition(": ")[2] for problem in found.problems} == {
+        'pip install "microclip-deploy[adapt]"': (
+            "needed to adapt, and to evaluate and predict with a run"
+        ),
+        'pip install "microclip-deploy[adapt,cpu,export]"': "needed to export",
+        'pip install "microclip-deploy[cpu]"': "needed to evaluate and predict with an export",
+        'pip install "microclip-deploy[bench,cpu]"': "needed to measure with `bench`",
+    }
+
+
+def test_a_gpu_machine_is_never_told_to_install_both_runtimes() -> None:
+    fixes = [problem.fix for problem in bare(gpus=(GPU,)).problems]
+    assert not any("cpu" in fix for fix in fixes)
+    assert 'pip install "microclip-deploy[gpu]"' in fixes
+    with_cpu_build = [problem.fix for problem in bare("onnxruntime", gpus=(GPU,)).problems]
+    assert 'pip uninstall -y onnxruntime; pip install "microclip-deploy[gpu]"' in with_cpu_build
+
+
+def test_a_package_that_is_only_looked_up_is_missed() -> None:
+    found = on_cpu(tensorboard=Package("tensorboard"), onnxscript=Package("onnxscript"))
+    uses = dict(found.uses)
+    assert uses["adapt"] == "not possible without tensorboard"
+    assert uses["export"] == "not possible without onnxscript"
+
+
+def test_hidden_gpus_are_not_the_drivers_fault() -> None:
+    torch = installed("torch", cuda_major=13, details={"usable": 0})
+    (problem,) = judge(machine((GPU,), visible=""), packages(torch=torch)).problems
+    assert "CUDA_VISIBLE_DEVICES=''" in problem.what
+    assert problem.fix == "unset CUDA_VISIBLE_DEVICES"
+
+
+def test_a_gpu_that_only_pytorch_sees_is_a_gpu() -> None:
+    engines = dict(judge(machine(), packages()).uses)["exported engines"]
+    assert engines.startswith("TensorRT 11.4")
 
 
 DRIVERLESS = (
@@ -101,7 +174,8 @@ def test_requirements_name_all_that_is_missing() -> None:
     message = str(error.value)
     assert error.value.exit_code == 4
     assert "gpu: no NVIDIA GPU" in message
-    assert 'TensorRT is not installed; run: pip install "microclip-deploy[gpu]"' in message
+    install = 'pip uninstall -y onnxruntime; pip install "microclip-deploy[gpu]"'
+    assert f"TensorRT is not installed; run: {install}" in message
     assert "CuPy is not installed" in message
 
 
@@ -144,9 +218,10 @@ def test_two_onnxruntimes_are_an_error() -> None:
     both = ("onnxruntime", "onnxruntime-gpu")
     runtime = installed("onnxruntime", distributions=both)
     found = on_cpu(onnxruntime=runtime)
-    assert found.problems[0].fix == (
-        "pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"
-    )
+    remove = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install "
+    assert found.problems[0].fix == remove + "onnxruntime"
+    on_gpu = judge(machine((GPU,)), packages(onnxruntime=runtime))
+    assert on_gpu.problems[0].fix == remove + "onnxruntime-gpu"
 
 
 def test_what_cannot_be_imported_is_reported() -> None:
@@ -159,7 +234,7 @@ def test_what_cannot_be_imported_is_reported() -> None:
 def test_missing_packages_name_their_extra() -> None:
     found = on_cpu(onnx=Package("onnx"), onnxruntime=Package("onnxruntime"))
     assert [problem.fix for problem in found.problems] == [
-        'pip install "microclip-deploy[export]"',
+        'pip install "microclip-deploy[cpu,export]"',
         'pip install "microclip-deploy[cpu]"',
     ]
     assert dict(found.uses)["exported graphs"] == "not possible without onnxruntime"
@@ -179,19 +254,24 @@ def test_an_import_that_fails_is_reported(
     (tmp_path / "onnx.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(environment, "_PROBE_TIMEOUT_S", timeout_s)
-    found = probe_package("onnx")
+    (tmp_path / "timm.py").touch()
+    found, next_one = probe_packages(("onnx", "timm"))
     assert told in found.error
     assert not found.works
+    assert not next_one.error  # whatever ended the process, it is looked at in another
 
 
 def test_this_machine_is_diagnosed_and_shown() -> None:
-    found = diagnose(("onnxruntime",))
-    assert set(found.packages) == set(PACKAGES)
+    told: list[tuple[int, int]] = []
+    found = diagnose((("onnxruntime",), PLAIN), lambda *done: told.append(done))
+    assert told == [(1, 2), (2, 2)]
+    assert set(found.packages) == {*PACKAGES, *PLAIN}
     assert found.packages["onnxruntime"].works == bool(found.packages["onnxruntime"].version)
     content = json.loads(json.dumps(found.to_json()))
     assert content["machine"]["cpus"] >= 1
     console = Console(width=120)
     with console.capture() as captured:
-        for table in found.tables():
-            console.print(table)
-    assert "onnxruntime" in captured.get()
+        console.print(*tables(found), *problem_lines(found), sep="\n", soft_wrap=True)
+    text = captured.get()
+    assert "onnxruntime" in text
+    assert '    pip install "microclip-deploy[adapt]"\n' in text  # a line that can be copied

@@ -1,7 +1,10 @@
 """What goes wrong around a command: packages, stdout, signals. One line, the right exit code."""
 
+import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +19,7 @@ from rich.console import Console
 from microclip_deploy import console
 from microclip_deploy.cli import main as command_line
 from microclip_deploy.cli.main import main
+from microclip_deploy.config import read_recipe, recipe_text, shipped_recipes
 from microclip_deploy.console import checked_stdout
 from microclip_deploy.errors import DataError, EnvironmentProblem
 from microclip_deploy.serving import open_session
@@ -101,9 +105,14 @@ def test_a_reader_that_is_gone_is_no_error(arguments: list[str], unbuffered: str
 def test_notes_nobody_reads_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with unread() as pipe:
         monkeypatch.setattr(sys, "stderr", pipe)
-        notes = type(console.notes)(stderr=True)
-        notes.print("epoch 1")
-        assert notes.quiet
+        assert main(["predict", "nothing", "photos"]) == 3  # as it would with a reader
+
+
+@needs_full_device
+def test_notes_that_fill_the_disk_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FULL.open("w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert main(["predict", "nothing", "photos"]) == 3
 
 
 def test_a_closed_stdout_is_an_environment_problem() -> None:
@@ -129,6 +138,53 @@ def test_predictions_that_cannot_be_written_end_in_one_error(
     found = capsys.readouterr().err
     assert found.count("error:") == 1
     assert "stdout could not be written" in found
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("output_format", ["csv", "json", "jsonl", "table"])
+def test_predictions_survive_any_encoding(
+    finished_run: Path,
+    photos: Path,
+    tmp_path: Path,
+    encoding: str,
+    output_format: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "日本 – 🐦.png"
+    shutil.copy(photos / "red circle" / "00.png", tmp_path / name)
+    (tmp_path / os.fsdecode(b"bad\xff.png")).touch()
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    monkeypatch.setattr(command_line, "out", Console(width=200))
+    arguments = ["predict", str(finished_run), str(tmp_path), "--device", "cpu"]
+    assert main([*arguments, "--format", output_format]) == 0
+    # What programs read is UTF-8; a terminal gets escapes in place of what it cannot show.
+    text = written.getvalue().decode(encoding if output_format == "table" else "utf-8")
+    shown = name if output_format != "table" or encoding == "utf-8" else r"\u65e5\u672c "
+    assert shown in text
+    assert "empty" in text
+
+
+def test_json_is_utf_8_whatever_the_locale_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    with checked_stdout():
+        console.print_json({"path": "日本" + os.fsdecode(b"\xff")})
+    assert json.loads(written.getvalue().decode("utf-8"))["path"] == "日本\udcff"
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("-Xdev", r"recipe '\u65e5\u672c': expected"),
+        ("-Xutf8=0", "recipe '"),  # wins over the environment; must not start again for ever
+    ],
+)
+def test_names_on_the_command_line_are_utf_8_in_any_locale(option: str, told: str) -> None:
+    legacy = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = shell('"$0" "$1" -m microclip_deploy recipes 日本', option, **legacy)
+    assert done.returncode == 2
+    assert told in done.stderr
 
 
 def test_predictions_nobody_reads_end_quietly(
@@ -194,3 +250,30 @@ def test_an_interrupt_promises_only_what_is_true(
 def test_recipes_are_listed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "--json"]) == 0
     assert "default" in json.loads(capsys.readouterr().out)
+
+
+def test_recipes_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    told = capsys.readouterr()
+    shown = " ".join(told.out.split())
+    assert "microclip-deploy recipes default" in told.err
+    assert "The method's own settings" in shown
+    assert 'changes demo (values there in brackets): adapt.pooling = "mean" ("soap")' in shown
+
+
+def test_a_recipe_is_printed_to_be_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recipes", "demo"]) == 0
+    (tmp_path / "mine.toml").write_text(capsys.readouterr().out)
+    assert read_recipe(str(tmp_path / "mine.toml")) == read_recipe("demo")
+    assert main(["recipes", "demmo"]) == 2
+    assert "did you mean demo?" in capsys.readouterr().err
+
+
+def test_what_recipes_bring_is_what_the_documentation_says() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text("utf-8")
+    measured = set(re.findall(r"^\| [^|]+ \| ([0-9.]+)", table, re.MULTILINE))
+    for name in shipped_recipes():
+        claims = re.findall(r"([0-9.]+) % top-1", recipe_text(name))
+        assert set(claims) <= measured, name

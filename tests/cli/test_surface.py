@@ -16,14 +16,16 @@ SURFACE = {
     "adapt": {
         "--out", "--classes", "--descriptions", "--template", "--model", "--pretrained", "--recipe",
         "--set", "--epochs", "--batch-size", "--lr", "--seed", "--val-dir", "--device", "--workers",
-        "--max-bad-images", "--save-every", "--resume", "--overwrite", "--json", *PHOTOS,
+        "--max-bad-images", "--save-every", "--resume", "--overwrite", "--json", "--images",
+        *PHOTOS,
     },
     "evaluate": {
-        "--device", "--batch-size", "--zero-shot", "--max-bad-images", "--per-class", "--threads",
-        "--json", *PHOTOS,
+        "--device", "--batch-size", "--zero-shot", "--limit", "--max-bad-images", "--per-class",
+        "--out", "--threads", "--json", *PHOTOS,
     },
     "predict": {
-        "--top-k", "--format", "--overlay", "--device", "--batch-size", "--threads", *PHOTOS,
+        "--top-k", "--format", "--out", "--overlay", "--device", "--batch-size", "--threads",
+        *PHOTOS,
     },
     "export": {
         "--out", "--dtype", "--images", "--device", "--atol", "--min-agreement", "--overwrite",
@@ -79,7 +81,48 @@ def test_options_are_the_documented_ones(name: str) -> None:
 @pytest.mark.parametrize("name", SURFACE)
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*name.split(), "--help"]) == 0
-    assert "Usage:" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith("Usage: microclip-deploy")
+    assert main([*name.split(), "-h"]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_help_groups_options_by_what_they_are_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapt", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings == [
+        "Arguments:", "Photos and classes:", "Model:", "Method:", "Machine:", "Output:", "Options:",
+    ]  # fmt: skip
+
+
+def test_help_of_bench_shows_what_a_target_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "TARGET" in shown
+    assert all(name in shown for name in SURFACE["bench model"])
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("pre", ["predict"]),
+        ("predict --fo", ["--format"]),
+        ("predict run --format js", ["json", "jsonl"]),
+        ("bench n", ["ncut"]),
+        ("bench --pe", ["--percentiles", "--peers"]),
+        ("bench exports/birds --pe", ["--percentiles", "--peers"]),
+        ("adapt --recipe de", ["default", "demo"]),
+    ],
+)
+def test_shells_complete(
+    line: str, found: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_MICROCLIP_DEPLOY_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"microclip-deploy {line}")
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split())))
+    assert main([]) == 0
+    assert capsys.readouterr().out.split() == found
 
 
 def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +136,7 @@ def test_unknown_options_are_usage_errors(capsys: pytest.CaptureFixture[str]) ->
     assert "--fast" in capsys.readouterr().err
 
 
-def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["version"]) == 0
+@pytest.mark.parametrize("asked", ["version", "--version"])
+def test_version_is_printed(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([asked]) == 0
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,76 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def test_names_are_stripped_composed_and_kept_in_order(tmp_path: Path) -> None:
-    path = write(tmp_path / "c.txt", "\ufeff  zebra \r\n\n cafe\u0301\n# dog\n日本犬")
-    assert read_classes(path) == ("zebra", "caf\u00e9", "# dog", "日本犬")
+    path = write(tmp_path / "c.txt", "\ufeff  zebra \r\n\n cafe\u0301\r#1 dog\n日本犬")
+    assert read_classes(path) == ("zebra", "caf\u00e9", "#1 dog", "日本犬")
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ("house  sparrow\ncat\u00a0bird", ("house sparrow", "cat bird")),
+        ("\u200bcat\ufeff\nd\u00ado\u200eg", ("cat", "dog")),
+        ("ca\u200ct\ndog\u200d", ("cat", "dog")),
+        ('"cat",\n"loon, arctic",\n', ("cat", "loon, arctic")),
+        ("loon, arctic\nloon, common", ("loon, arctic", "loon, common")),
+        ("'cat';\n\u201cdog\u201d", ("cat", "dog")),
+        ("cat\ndog\n".encode("utf-16"), ("cat", "dog")),
+        ('["0,cat", "# dog",\n "1 star", "2 stars"]', ("0,cat", "# dog", "1 star", "2 stars")),
+        ("737 MAX\n747\nA320", ("737 MAX", "747", "A320")),
+        ("737-800\n747-400", ("737-800", "747-400")),
+        ("2012 Tesla Model S\n2011 Audi A6", ("2012 Tesla Model S", "2011 Audi A6")),
+        ("1.5 mm\n2.5 mm", ("1.5 mm", "2.5 mm")),
+        ("type 1\ntype 2", ("type 1", "type 2")),
+        ("волк\nсова", ("волк", "сова")),
+        ("μTorrent\nβ-carotene", ("μTorrent", "β-carotene")),
+    ],
+    ids=range(15),
+)
+def test_names_are_read_as_they_are_meant(
+    tmp_path: Path, content: str | bytes, names: tuple[str, ...]
+) -> None:
+    assert read_classes(write(tmp_path / "c.txt", content)) == names
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("c.txt", "0,cat\n1,dog", "numbers beside the names, such as '0,cat'"),
+        ("c.txt", "7: cat\n3: dog", "numbers beside the names"),
+        ("c.txt", "0\tcat\n1\tdog", "numbers beside the names"),
+        ("c.txt", "0 cat\n1 dog", "numbers beside the names"),
+        ("c.txt", "1. cat\n2. dog", "numbers beside the names"),
+        ("c.txt", "1) cat\n2) dog", "numbers beside the names"),
+        ("c.txt", "1 - cat\n2 - dog", "numbers beside the names"),
+        ("c.txt", "001.Black_footed_Albatross\n045.Fulmar", "numbers beside the names"),
+        ("c.txt", "1 001.Black_footed_Albatross\n2 002.Laysan", "numbers beside the names"),
+        ("c.csv", "cat,0\ndog,1", "numbers beside the names"),
+        ("c.txt", "cat 0\ndog 1", "numbers beside the names"),
+        ("c.txt", "cat=1\ndog=4", "numbers beside the names"),
+        ("c.txt", "0 -> cat\n9 -> dog", "numbers beside the names"),
+        ("c.txt", "n01440764 tench\nn01443537 goldfish", "WordNet's numbers beside the names"),
+        ("c.txt", 'item {\n  name: "cat"\n}', "the opening 'item {'"),
+        ("c.py", 'classes = [\n  "cat",\n  "dog",\n]', "the opening 'classes = ['"),
+        ("c.csv", "id,name\n0,cat\n1,dog", "the heading 'id,name'"),
+        ("c.csv", '"Class";"note"\ncat;a\ndog;b', "the heading"),
+        ("c.csv", "Name\ncat\ndog", "the heading 'Name'"),
+        ("c.csv", "path,label\na.png,cat\nb.png,dog", "the heading"),
+        ("c.tsv", "cat\tfelis\ndog\tcanis", "columns between tabs"),
+        ("c.txt", "names:\n  0: cat\n  1: dog", "YAML"),
+        ("c.txt", "path: photos\nnc: 2\nnames: [cat, dog]", "YAML"),
+        ("c.yaml", "- cat\n- dog", "YAML"),
+        ("c.txt", "- cat\n- dog", "a list with bullets"),
+        ("c.txt", "# birds\ncat\ndog", "the comment '# birds'"),
+        ("c.txt", "cat  # felis\ndog", "the comment 'cat  # felis'"),
+        ("c.json", '{"cat": ["it purrs"]}', "a JSON object (sentences go to --descriptions)"),
+    ],
+    ids=range(28),
+)
+def test_files_that_are_no_list_of_names_are_refused(
+    tmp_path: Path, name: str, content: str, found: str
+) -> None:
+    with pytest.raises(DataError, match=re.escape(f"found {found}")):
+        read_classes(write(tmp_path / name, content))
 
 
 def test_joiners_that_scripts_need_are_allowed(tmp_path: Path) -> None:
@@ -38,16 +107,25 @@ def test_ten_thousand_classes_are_read(tmp_path: Path) -> None:
     [
         ("", "at least 2 classes, one per line, found 0"),
         ("\n \nonly\n", "found 1; add names"),
-        ("Cat\ndog\n\ncAT\n", "found 'cAT' in lines 1 and 4"),
-        ("Straße\nSTRASSE", "in lines 1 and 2"),
-        ("caf\u00e9\ncafe\u0301", "in lines 1 and 2"),
+        ("Cat\ndog\n\ncAT\n", "found 'Cat' and 'cAT' in line 1 and line 4"),
+        ("Straße\nSTRASSE", "in line 1 and line 2"),
+        ("caf\u00e9\ncafe\u0301", "found 'café' in line 1 and line 2"),
+        ("house  sparrow\nhouse sparrow", "found 'house sparrow' in"),
+        ("finch\n\ufb01nch", "expected every class once"),
+        ("Bewick's wren\nBewick\u2019s wren", "expected every class once"),
+        ("cat\nd\u043eg", r"line 2: .* 'd\u043eg' with U\+043E .* looks like 'o'"),
+        ("cat, dog, bird", "separated by line ends and not by commas"),
+        ("['cat', 'dog']", r'expected JSON.*write \["one class", "another"\]'),
+        ('["cat", 3]', "a JSON list of names, found other values"),
+        ('["cat", "Cat"]', "in entry 1 and entry 2"),
+        ("cat\ndog\n".encode("utf-16-le"), "zero bytes; give a text file saved as UTF-8"),
         ("cat\nd\x1b[31mog\n", r"line 2: .* control character U\+001B"),
         ("cat\nd\u202eog\n", r"U\+202E"),
         ("cat\nd\tog\n", r"U\+0009"),
         ("cat\nd\u2028og\n", r"U\+2028"),
-        (b"cat\ncaf\xe9\n", "a byte at 7 that is none; save the file as UTF-8"),
+        (b"cat\ncaf\xe9\n", "a byte at 7 that is no UTF-8; give a text file saved as UTF-8"),
     ],
-    ids=range(10),
+    ids=range(19),
 )
 def test_unusable_class_files_are_refused(
     tmp_path: Path, content: str | bytes, message: str
@@ -59,12 +137,12 @@ def test_unusable_class_files_are_refused(
 def test_missing_class_file_and_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or directory; check the path"):
         read_classes(tmp_path / "none.txt")
-    with pytest.raises(DataError, match="is a directory"):
+    with pytest.raises(DataError, match="found a folder; give a file"):
         read_classes(tmp_path)
 
 
 def test_json_descriptions_are_ordered_by_the_class_list(tmp_path: Path) -> None:
-    content = json.dumps({"Dog": " it barks ", "cat": ["it purrs", "cafe\u0301 animal"]})
+    content = json.dumps({"Dog": " it  barks ", "cat": ["it purrs", "cafe\u0301 animal"]})
     path = write(tmp_path / "d.json", content)
     read = read_descriptions(path, NAMES)
     assert read.texts == (("it purrs", "caf\u00e9 animal"), ("it barks",))
@@ -101,7 +179,9 @@ def test_json_lines_keep_a_summary_of_their_provenance(tmp_path: Path) -> None:
         ("d.json", '{"cat": "a", "cat ": "b"}', "found 'cat' twice"),
         ("d.json", '{"cat": "a", "CAT": "b"}', "one spelling of class 'cat'"),
         ("d.json", '{"cat": "a", "dog": "b\\u001b"}', r"class 'dog': .* U\+001B"),
-        ("d.json", "[1]", "expected a JSON object, found list"),
+        ("d.json", '{"a": "x", "b": "y", "cat": "z"}', "found 'a' and 1 more of its 3;"),
+        ("d.json", "[1]", r"expected a JSON object, found list; write \{class"),
+        ("d.json", '{"class": "cat"}\n{}', r"end the file's name with \.jsonl"),
         ("d.json", '{"cat": ', "expected JSON, found"),
         ("d.json", "[" * 100_000, "expected JSON, found"),
         ("d.jsonl", '{"class": "cat", "text": "a"}\n{"class": "dog"}', "line 2: expected the str"),
@@ -109,7 +189,7 @@ def test_json_lines_keep_a_summary_of_their_provenance(tmp_path: Path) -> None:
         ("d.jsonl", '{"class": "cat", "text": 7}', "line 1: expected a non-empty sentence"),
         ("d.jsonl", "nonsense", "line 1: expected JSON"),
     ],
-    ids=range(19),
+    ids=range(21),
 )
 def test_unusable_descriptions_are_refused(
     tmp_path: Path, name: str, content: str, message: str

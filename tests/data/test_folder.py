@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from microclip_deploy.data.sources import copies, list_images, list_sources
+from microclip_deploy.data.sources import list_images, list_sources
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(12)
 
@@ -86,10 +85,3 @@ def test_sources_hold_what_shows_something_although_it_is_not_read(tmp_path: Pat
 def test_a_photo_is_known_by_its_content_where_its_ending_needs_a_plugin(tmp_path: Path) -> None:
     fill(tmp_path, "renamed.heic")
     assert list_images(tmp_path).paths == (tmp_path / "renamed.heic",)
-
-
-def test_copies_are_those_with_the_bytes_of_one_before(tmp_path: Path) -> None:
-    names = [tmp_path / f"{name}.png" for name in "abcd"]
-    for path, shade in zip(names, (1, 2, 1, 1), strict=True):
-        Image.new("L", (4, 4), shade).save(path)
-    assert copies([*names, tmp_path / "gone.png"]) == [names[2], names[3]]

@@ -129,9 +129,15 @@ def test_a_single_file_is_a_source_whatever_its_ending(tmp_path: Path, name: str
         ("a.csv", '\ufeffpath\r\n"a, ""b""\n.png"\r\n\r\n', ['a, "b"\n.png'], [None]),
         ("a.tsv", "filename\tlabel\na,b.png\tcaf\u0065\u0301\n", ["a,b.png"], ["caf\u00e9"]),
         ("a.csv", "path,label\n1.png\n", ["1.png"], [None]),
+        ("a.csv", "path;label\n1.png;cat, big\n", ["1.png"], ["cat, big"]),
+        ("a.csv", "\n1.png;cat\n", ["1.png"], [None]),
+        ("a.csv", "label\tpath\ncat\t1.png\n", ["1.png"], ["cat"]),
+        ("a.tsv", "path,label\n1.png,cat\n", ["1.png"], ["cat"]),
+        ("a.csv", "path\na;b.png\n", ["a;b.png"], [None]),
+        ("a.csv", "a;b.png\n", ["a;b.png"], [None]),
         ("a.txt", "\ufeffé.png\r\n\n  b c.png \n", ["é.png", "b c.png"], [None, None]),
     ],
-    ids=range(8),
+    ids=range(14),
 )
 def test_lists_are_read_relative_to_their_folder(
     tmp_path: Path, name: str, text: str, paths: list[str], labels: list[str | None]

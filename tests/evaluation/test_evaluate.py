@@ -11,8 +11,10 @@ from rich.console import Console
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, UsageError, VerificationError
 from microclip_deploy.evaluation.evaluate import (
+    Answer,
     Evaluation,
     LabelledImages,
+    Row,
     accuracy,
     accuracy_of_session,
     evaluate,
@@ -98,7 +100,13 @@ def test_training_gets_plain_numbers(photos: Path) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "classes", "label"),
-    [("Red_Circle", CLASSES, 0), ("a_b", ("A b", "a_b"), 1)],  # an exact name wins
+    [
+        ("Red_Circle", CLASSES, 0),
+        ("Red\u00a0\u200bCircle", CLASSES, 0),
+        ("Bewick\u2019s  wren", ("robin", "Bewick's wren"), 1),
+        ("a_b", ("A b", "a_b"), 1),  # an exact name wins
+        ("a b", ("A b", "a_b"), 0),  # and case counts for less than an underscore
+    ],
 )
 def test_labels_match_regardless_of_case_and_underscores(
     photos: Path, tmp_path: Path, folder: str, classes: tuple[str, ...], label: int
@@ -112,6 +120,7 @@ def test_labels_match_regardless_of_case_and_underscores(
     [
         ("a b", ("A-b", "a_b"), "'a b'"),
         ("red circel", CLASSES, r"'red circel' \(8 images, near 'red circle'\)"),
+        ("0", CLASSES, "give names in place of numbers"),
     ],
 )
 def test_ambiguous_and_unknown_labels_are_named(
@@ -192,6 +201,55 @@ def test_tables_show_every_row_and_class(evaluation: Evaluation) -> None:
     text = captured.get()
     assert text.count("zero-shot") >= 5
     assert all(name in text for name in CLASSES)
+
+
+def made_up(*pairs: tuple[int, int], classes: int = 30) -> Evaluation:
+    """Return an evaluation of images with these labels and predictions."""
+    labels, predicted = np.array(pairs).T
+    fused = score(np.eye(classes)[predicted], labels)
+    answers = tuple(Answer(Path(f"{i}.png"), *pair, 0.5) for i, pair in enumerate(pairs))
+    return Evaluation(
+        classes=tuple(f"class {i}" for i in range(classes)),
+        images=len(pairs),
+        bad=(),
+        rows=(Row("adapted", "fused", "adapted", fused),),
+        complete_graphs=0.0,
+        whole_image_masks=0.0,
+        mask_share=0.5,
+        answers=answers,
+    )
+
+
+def shown(found: Evaluation) -> str:
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(*found.tables(per_class=True))
+    return captured.get()
+
+
+def test_confused_classes_are_told_the_most_images_first() -> None:
+    found = made_up((2, 0), (1, 0), (1, 0), (0, 0), (2, 1), (2, 2))
+    assert found.confusions == ((1, 0, 2), (2, 0, 1), (2, 1, 1))
+    assert found.to_json()["confusions"][0] == {
+        "class": "class 1", "predicted": "class 0", "images": 2,
+    }  # fmt: skip
+    text = shown(found)
+    assert "most confused classes" in text
+    assert "2 of 2" in text
+    assert text.count("1 of 3") == 2
+
+
+def test_classes_without_images_are_folded() -> None:
+    text = shown(made_up((1, 1), (2, 2)))
+    assert "and 28 classes without images" in text
+    assert "class 3" not in text
+    assert "confused" not in text
+
+
+def test_only_the_most_confused_pairs_are_shown() -> None:
+    found = made_up(*((label, label - 1) for label in range(1, 30)))
+    assert "and 19 more pairs, in --json" in shown(found)
+    assert len(found.to_json()["confusions"]) == 29
 
 
 @pytest.fixture

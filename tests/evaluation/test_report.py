@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,31 @@ def test_an_evaluation_gives_the_headline(finished_run: Path, photos: Path, tmp_
     before, after = measured["rows"][3]["top1"], measured["rows"][0]["top1"]
     assert f"{100 * before:.1f} → {100 * after:.1f} %" in text
     assert "Mean per class" in text
+
+
+@pytest.mark.parametrize("classes", [3, 200])
+def test_confused_classes_are_drawn_and_listed(
+    manifest: dict[str, Any], history: list[dict[str, Any]], classes: int
+) -> None:
+    names = [f"{HOSTILE} $x$ 日本 {'long ' * 30}{i}" for i in range(classes)]
+    evaluation: dict[str, Any] = {
+        "rows": [],
+        "warnings": [],
+        "bad": [],
+        "whole_image_masks": 0.0,
+        "mask_share": 0.5,
+        "images": 4 * classes,
+        "per_class": [
+            {"class": n, "images": 4, "correct": 3, "zero_shot_correct": 1} for n in names
+        ],
+        "confusions": [{"class": a, "predicted": b, "images": 1} for a, b in pairwise(names)],
+    }
+    text = render(manifest, history, None, Montage((), ""), evaluation)
+    assert "Which classes are confused" in text
+    assert text.count("1 of 4") == min(classes - 1, 12)
+    assert "<script" not in text
+    evaluation["confusions"] = []
+    assert "are confused" not in render(manifest, history, None, Montage((), ""), evaluation)
 
 
 def test_validation_is_drawn(manifest: dict[str, Any], history: list[dict[str, Any]]) -> None:

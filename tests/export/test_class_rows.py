@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -137,6 +138,9 @@ def test_removing_keeps_the_other_rows_and_marks(export: Path) -> None:
         (["add", "grey\ndot"], 3, "U+000A"),
         (["add", "grey \u202edot"], 3, "U+202E"),
         (["add", "grey dot", "--descriptions", "missing.json"], 3, "missing.json"),
+        (["add", "red &#99;ircle"], 3, "found the same as for 'red circle' in the export"),
+        (["add", "gre\u0443 dot"], 3, "which looks like 'y'"),
+        (["add", "&amp;", "&"], 3, "the tokenizer reads their sentences alike"),
         (["remove", "red circel"], 2, "did you mean 'red circle'"),
         (["remove", "Red Circle"], 2, "did you mean 'red circle'"),
         (["remove", "zzz"], 2, "`classes list` shows them"),
@@ -161,6 +165,15 @@ def test_the_same_name_typed_on_another_system_is_no_new_class(export: Path) -> 
     with pytest.raises(UsageError, match="in the export"):
         add_classes(export, ["cafe\u0301"])
     assert len(remove_classes(export, ["cafe\u0301"])) == 3
+
+
+def test_a_class_with_the_row_of_another_is_refused(export: Path, tmp_path: Path) -> None:
+    path = tmp_path / "descriptions.json"
+    path.write_text(json.dumps({"grey dot": "It is grey."}))
+    add_classes(export, ["grey dot"], path)
+    path.write_text(json.dumps({"silver dot": "It is grey."}))
+    with pytest.raises(DataError, match=r"'silver dot': .* same as for 'grey dot' in the export"):
+        add_classes(export, ["silver dot"], path)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +257,27 @@ def test_another_clip_is_refused(export: Path) -> None:
     with pytest.raises(CheckpointError, match="expected weights with sha256 ffffffffffff, found"):
         add_classes(export, ["grey dot"])
     assert len(list_classes(export)) == 3
+
+
+def test_the_same_weights_with_another_activation_are_refused(
+    export: Path, tiny_model_dir: Path, tmp_path: Path, error_line: "ErrorLine"
+) -> None:
+    directory = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    config = directory / "open_clip_config.json"
+    config.write_text(config.read_text().replace('"embed_dim"', '"quick_gelu": true, "embed_dim"'))
+    assert classes(["add", "grey dot"], export, "--model", f"local-dir:{directory}") == 3
+    assert "text activations ['GELU'], found ['QuickGELU']" in error_line()
+    assert len(list_classes(export)) == 3
+
+
+def test_an_export_of_an_older_version_names_its_weights_alone(
+    export: Path, tiny_model_dir: Path
+) -> None:
+    clip = load_clip(BackboneSpec(model=f"local-dir:{tiny_model_dir}"))
+    parent = {**read_export(export).stored["parent"], "backbone_sha256": clip.weights_sha256}
+    del parent["architecture"]
+    declare(export, parent=parent)
+    assert len(add_classes(export, ["grey dot"])) == 4
 
 
 @pytest.mark.parametrize("name", [FULL, CLASSIFIER, artifact.MANIFEST])

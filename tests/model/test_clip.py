@@ -1,6 +1,7 @@
 """What a model brings is honoured or refused, and the process gets its own settings back."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.model.clip import BackboneSpec, exact_float32, load_clip
+from microclip_deploy.model.clip import BackboneSpec, Clip, exact_float32, load_clip, require_same
 
 READ = {
     "fp32_precision": "[each.fp32_precision for each in (matmul, cudnn.conv, cudnn.rnn)]",
@@ -61,7 +62,7 @@ def test_threads_that_overlap_leave_tf32_as_it_was() -> None:
 def test_loading_a_model_leaves_the_process_alone(tiny_model_dir: Path) -> None:
     code = (
         "import sys, torch\n"
-        "from microclip_deploy.model.clip import BackboneSpec, exact_float32, load_clip\n"
+        "from microclip_deploy.model.clip import BackboneSpec, Clip, exact_float32, load_clip\n"
         "torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True\n"
         "clip = load_clip(BackboneSpec(model=sys.argv[1]))\n"
         "clip.text(['a photo'])\n"
@@ -104,3 +105,48 @@ def test_preprocessing_that_is_not_known_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=r"preprocessing: .*fill_color"):
         load_clip(configured(resize_mode="longest", fill_color=300))
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tiny_model_dir: Path) -> Clip:
+    return load_clip(BackboneSpec(model=f"local-dir:{tiny_model_dir}"))
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "part"),
+    [
+        (None, {"quick_gelu": True}, "vision activations ['GELU'], found ['QuickGELU']"),
+        ("vision_cfg", {"head_width": 16}, "vision heads [2], found [4]"),
+        ("text_cfg", {"heads": 4}, "text heads [1], found [4]"),
+        ("text_cfg", {"norm_kwargs": {"eps": 1e-3}}, "text eps [1e-05], found [0.001]"),
+        ("text_cfg", {"no_causal_mask": True}, "text is causal True, found False"),
+        ("text_cfg", {"pool_type": "last"}, "text pooling argmax, found last"),
+        ("text_cfg", {"tokenizer_kwargs": {"clean": "canonicalize"}}, "tokens "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_same_weights_in_another_function_are_another_model(
+    tiny_clip: Clip,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    section: str | None,
+    settings: dict[str, object],
+    part: str,
+) -> None:
+    directory = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    path = directory / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    model = config["model_cfg"]
+    (model[section] if section else model).update(settings)
+    path.write_text(json.dumps(config))
+    other = load_clip(BackboneSpec(model=f"local-dir:{directory}"))
+    assert other.weights_sha256 == tiny_clip.weights_sha256
+    assert other.sha256 != tiny_clip.sha256
+    with pytest.raises(CheckpointError, match=re.escape(part)):
+        require_same(other, tiny_clip.sha256, tiny_clip.architecture, remedy="")
+    require_same(other, tiny_clip.weights_sha256, None, remedy="")  # stored by older versions
+
+
+def test_other_weights_in_the_same_function_are_another_model(tiny_clip: Clip) -> None:
+    with pytest.raises(CheckpointError, match=r"sha256 000000000000, found .*; restore them"):
+        require_same(tiny_clip, "0" * 64, tiny_clip.architecture, remedy="restore them")

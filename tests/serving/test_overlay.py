@@ -1,9 +1,13 @@
+from typing import Literal
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError
-from microclip_deploy.serving.overlay import attention_map, overlay
+from microclip_deploy.serving.overlay import attention_map, overlay, photo_overlay
 
 
 def grey_image(side: int = 64) -> NDArray[np.uint8]:
@@ -68,3 +72,28 @@ def test_shapes_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(DataError, match="expected"):
         overlay(image, mask, attention)
+
+
+def preprocess(resize_mode: Literal["shortest", "longest", "squash"] = "shortest") -> Preprocess:
+    return Preprocess(size=32, mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode=resize_mode)
+
+
+def seen_share(resize_mode: Literal["shortest", "longest", "squash"]) -> float:
+    """Return the share of a bright wide photo that stays bright under a mask of everything."""
+    photo = Image.new("RGB", (400, 200), (200, 200, 200))
+    box = preprocess(resize_mode).seen(photo.size)
+    picture = np.asarray(photo_overlay(photo, box, np.ones(16, np.bool_)))
+    assert picture.shape == (200, 400, 3)
+    return float((picture[100] == 200).all(axis=1).mean())
+
+
+def test_a_photo_is_dimmed_where_the_view_cut_it_off() -> None:
+    assert seen_share("shortest") == pytest.approx(0.5, abs=0.02)
+    assert seen_share("longest") == seen_share("squash") == 1
+
+
+def test_a_photo_is_drawn_on_as_its_view_is() -> None:
+    view, attention = grey_image(), np.arange(17, dtype=np.float32)
+    photo = Image.fromarray(view).resize((128, 128))
+    drawn = photo_overlay(photo, (0, 0, 128, 128), centre_mask(), attention)
+    assert drawn.tobytes() == overlay(view, centre_mask(), attention, 2).tobytes()

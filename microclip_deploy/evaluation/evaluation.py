@@ -1,0 +1,212 @@
+"""The outcome of an evaluation: as JSON, as tables for a terminal, and image by image as CSV."""
+
+import csv
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from microclip_deploy.data.sources import BadFile
+from microclip_deploy.errors import printable
+from microclip_deploy.evaluation.records import cell, file_name
+from microclip_deploy.evaluation.scores import TOP, Scores
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+EVALUATION = "evaluation.json"
+"""File name of `Evaluation.to_json` beside a checkpoint; the report shows it when it is there."""
+
+_PAIRS = 10  # confused pairs that are shown
+
+
+class Row(NamedTuple):
+    """One line of the comparison."""
+
+    model: str
+    """"adapted" or "zero-shot"."""
+    token: str
+    """"fused", "cls" or "fg"."""
+    texts: str
+    """"adapted", "names", "descriptions" or "prior": the class matrix."""
+    scores: Scores
+
+
+class Answer(NamedTuple):
+    """What the adapted model's fused logits say about one labelled image."""
+
+    path: Path
+    label: int
+    """Index of the right class."""
+    predicted: int
+    """Index of the best class."""
+    probability: float
+    """Of the best class: softmax over all classes; not calibrated."""
+
+
+class Confusion(NamedTuple):
+    """Images of one class that are taken for another."""
+
+    label: int
+    predicted: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome of `evaluate`."""
+
+    classes: tuple[str, ...]
+    images: int
+    bad: tuple[BadFile, ...]
+    rows: tuple[Row, ...]
+    complete_graphs: float
+    whole_image_masks: float
+    mask_share: float
+    answers: tuple[Answer, ...] = field(repr=False)
+    """One an image that could be read."""
+    data: str = ""
+    """Absolute path of the labelled images."""
+    warnings: tuple[str, ...] = field(default=())
+    left_out: Mapping[str, Any] = field(default_factory=dict)
+    """Files that were not taken for images, as `LeftOut.to_json`."""
+
+    def row(self, model: str, token: str, texts: str) -> Scores | None:
+        """Return the scores of a row, or None if it was not measured."""
+        wanted = (model, token, texts)
+        return next((row.scores for row in self.rows if row[:3] == wanted), None)
+
+    @cached_property
+    def confusions(self) -> tuple[Confusion, ...]:
+        """Return which classes were taken for which, the most images first."""
+        pairs = Counter((a.label, a.predicted) for a in self.answers if a.label != a.predicted)
+        order = sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))
+        return tuple(Confusion(*pair, images) for pair, images in order)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; file names are made printable."""
+        fused = self.row("adapted", "fused", "adapted")
+        assert fused is not None, "the adapted model is always measured"
+        before = self.row("zero-shot", "cls", "names")
+        per_class = [
+            {
+                "class": name,
+                "images": fused.class_images[i],
+                "correct": fused.class_correct[i],
+                "zero_shot_correct": before.class_correct[i] if before else None,
+            }
+            for i, name in enumerate(self.classes)
+        ]
+        confusions = [
+            {"class": self.classes[c.label], "predicted": self.classes[c.predicted], "images": c[2]}
+            for c in self.confusions
+        ]
+        return {
+            "data": printable(self.data),
+            "images": self.images,
+            "bad": [{"path": printable(f.path), "reason": f.reason} for f in self.bad],
+            "rows": [
+                {"model": r.model, "token": r.token, "texts": r.texts, **r.scores.summary()}
+                for r in self.rows
+            ],
+            "complete_graphs": self.complete_graphs,
+            "whole_image_masks": self.whole_image_masks,
+            "mask_share": self.mask_share,
+            "per_class": per_class,
+            "confusions": confusions,
+            "warnings": list(self.warnings),
+            "left_out": self.left_out,
+        }
+
+    def tables(self, *, per_class: bool = False) -> list["Table"]:
+        """Return what a terminal shows.
+
+        Args:
+            per_class: also one line a class.
+
+        Returns:
+            The comparison, the most confused classes if any are, and the classes if asked for.
+        """
+        confused = [_confusion_table(self)] if self.confusions else []
+        return [_comparison(self), *confused, *([_class_table(self)] if per_class else [])]
+
+
+def write_answers(stream: IO[str], result: Evaluation) -> None:
+    """Write one CSV row an image: path, label, prediction, probability, correct, error.
+
+    Images that could not be read come last, with the reason as their error. Cells are as in
+    `records.CsvWriter`.
+    """
+    rows = csv.writer(stream, lineterminator="\n")
+    rows.writerow(("path", "label", "prediction", "probability", "correct", "error"))
+    for image, label, predicted, probability in result.answers:
+        names = [cell(result.classes[label]), cell(result.classes[predicted])]
+        right = int(label == predicted)
+        rows.writerow([cell(file_name(image)), *names, f"{probability:.6f}", right, ""])
+    for image, reason in result.bad:
+        rows.writerow([cell(file_name(image)), "", "", "", "", cell(reason)])
+
+
+def _comparison(result: Evaluation) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    share = f"{result.complete_graphs:.1%} complete graphs, mean mask {result.mask_share:.1%}"
+    notes = [f"{result.images} images, {len(result.bad)} unreadable; {share}"]
+    notes += [f"warning: {warning}" for warning in result.warnings]
+    table = Table(title="accuracy", caption=Text("\n".join(notes)), caption_justify="left")
+    for heading in ("model", "token", "texts"):
+        table.add_column(heading)
+    for heading in ("top-1 %", f"top-{TOP} %", "mean per class %"):
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        values = [f"{100 * value:.2f}" for value in row.scores.summary().values()]
+        table.add_row(row.model, row.token, row.texts, *values, style=_row_style(row))
+    return table
+
+
+def _row_style(row: Row) -> str:
+    return (
+        "bold"
+        if row[:3] in (("adapted", "fused", "adapted"), ("zero-shot", "cls", "names"))
+        else ""
+    )
+
+
+def _confusion_table(result: Evaluation) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    more = len(result.confusions) - _PAIRS
+    caption = f"and {more} more pairs, in --json" if more > 0 else None
+    table = Table(title="most confused classes", caption=caption, caption_justify="left")
+    table.add_column("class", overflow="fold")
+    table.add_column("taken for", overflow="fold")
+    table.add_column("images", justify="right")
+    of = Counter(answer.label for answer in result.answers)
+    for label, predicted, images in result.confusions[:_PAIRS]:
+        names = (Text(printable(result.classes[c])) for c in (label, predicted))
+        table.add_row(*names, f"{images} of {of[label]}")
+    return table
+
+
+def _class_table(result: Evaluation) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = result.to_json()["per_class"]
+    absent = sum(line["images"] == 0 for line in lines)
+    caption = f"and {absent} classes without images" if absent else None
+    table = Table(title="top-1 by class, adapted fused", caption=caption, caption_justify="left")
+    table.add_column("class", overflow="fold")
+    for heading in ("images", "correct", "%", "zero-shot correct"):
+        table.add_column(heading, justify="right")
+    for line in lines:
+        images, correct, before = line["images"], line["correct"], line["zero_shot_correct"]
+        if images:
+            share = f"{100 * correct / images:.1f}"
+            counts = (str(images), str(correct), share, "-" if before is None else str(before))
+            table.add_row(Text(printable(line["class"])), *counts)
+    return table
