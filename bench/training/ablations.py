@@ -100,8 +100,8 @@ def measure_once(images: Path, out: Path) -> dict[str, Any]:
     result = {
         **{name: row.top1 for name, row in scores.items() if row is not None},
         "mask_ink_iou": overlap,
-        "mask_share": evaluation.mask_share,
-        "complete_graphs": evaluation.complete_graphs,
+        "mask_share": evaluation.masks.share,
+        "complete_graphs": evaluation.masks.complete,
         "seconds": sum(epoch["seconds"] for epoch in history),
         "pseudo_labels": [epoch["validation"]["pseudo_label_accuracy"] for epoch in history],
     }

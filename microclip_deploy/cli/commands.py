@@ -73,6 +73,7 @@ def run_evaluate(
     max_pixels: int | None = None,
     bit_depth: int | None = None,
     threads: int | None = None,
+    masks: Path | None = None,
     file: Path | None = None,
 ) -> Evaluation:
     """Evaluate a run or an export on labelled images; a run's report gets the outcome.
@@ -91,6 +92,7 @@ def run_evaluate(
         max_pixels: as for `evaluate`.
         bit_depth: as for `evaluate`.
         threads: as for `open_session`.
+        masks: as for `evaluate`.
         file: gets one CSV row an image.
     """
     if file is not None and file.suffix.lower() != ".csv":
@@ -117,6 +119,7 @@ def run_evaluate(
                 zero_shot=zero_shot,
                 limit=limit,
                 max_bad=max_bad,
+                masks=masks,
                 threads=threads,
                 sessions=run,
                 progress=progress.update,

@@ -209,6 +209,10 @@ def evaluate(
         ),
     ] = None,
     max_bad_images: MaxBad = "1%",
+    masks: Annotated[
+        Path | None,
+        option(PHOTOS, "DIR", "True masks, named as the images: how much masks overlap with them."),
+    ] = None,
     zero_shot: Annotated[
         bool, option(METHOD, None, "Also measure the model before adaptation; runs only.")
     ] = True,
@@ -245,6 +249,7 @@ def evaluate(
         max_pixels=max_pixels,
         bit_depth=bit_depth,
         threads=threads,
+        masks=masks,
         file=out_file,
     )
     if as_json:

@@ -32,6 +32,7 @@ from microclip_deploy.data.sources import (
 )
 from microclip_deploy.errors import printable
 from microclip_deploy.evaluation.evaluation import EVALUATION, Answer, Evaluation, Row
+from microclip_deploy.evaluation.masks import MaskFacts, MaskTally, TrueMasks
 from microclip_deploy.evaluation.scores import Scores, ranks_of, score, scores_of_ranks
 from microclip_deploy.ncut.spec import saliency_warning
 from microclip_deploy.paths import StrPath, as_path
@@ -76,12 +77,7 @@ class SessionAccuracy:
 
     rows: Mapping[str, Scores]
     """"fused", "cls", "fg" and the names of further class matrices, which [CLS] is compared to."""
-    complete_graphs: float
-    """Share of images whose graph joins every pair of tokens."""
-    whole_image_masks: float
-    """Share of images whose mask is the whole image; every undefined cut is among them."""
-    mask_share: float
-    """Mean share of tokens in the foreground."""
+    masks: MaskFacts
     bad: tuple[BadFile, ...]
     """Images that could not be read and count nowhere."""
     answers: tuple[Answer, ...] = field(repr=False)
@@ -106,6 +102,7 @@ def evaluate(
     listed: ImageSet | None = None,
     max_pixels: int | None = None,
     bit_depth: int | None = None,
+    masks: StrPath | None = None,
 ) -> Evaluation:
     """Measure a run or an export on labelled images; a run beside the model before adaptation.
 
@@ -126,6 +123,7 @@ def evaluate(
         listed: as for `LabelledImages.read`.
         max_pixels: as in `PhotoConfig`, in place of the run's.
         bit_depth: likewise.
+        masks: folder of true masks, as for `TrueMasks.find`.
 
     Raises:
         DataError: the data, or the checkpoint (CheckpointError), cannot be used, or more images
@@ -144,7 +142,8 @@ def evaluate(
         on_open(adapted)
         images = _spread(LabelledImages.read(data, adapted.classes, listed), limit)
         allowed = bad_image_limit(max_bad, len(images.paths))
-        probes = [_Probe(adapted)]
+        known = TrueMasks.find(as_path(masks, "masks"), images.paths) if masks else None
+        probes = [_Probe(adapted, true_masks=known)]
         if zero_shot and sessions:
             heads = {"names": sessions.names, "prior": sessions.prior}
             probes.append(_Probe(sessions.initial, heads))
@@ -209,42 +208,42 @@ class _Probe:
     """Further class matrices (C, E) for [CLS]."""
     ranks: dict[str, list[NDArray[np.int64]]] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
-    complete: int = 0
-    whole: int = 0
-    mask: float = 0.0
+    masks: MaskTally = field(default_factory=MaskTally)
+    true_masks: TrueMasks | None = None
 
     def add(
         self, images: NDArray[np.uint8], labels: NDArray[np.int64], paths: Sequence[Path]
     ) -> None:
         """Let the session classify a batch and tally it."""
         found = self.session.predict(images)
-        for name, logits in self._logits(found).items():
+        by_token = self._logits(found)
+        for name, logits in by_token.items():
             self.ranks.setdefault(name, []).append(ranks_of(logits, labels))
         best = found.logits.argmax(axis=1).tolist()
         sure = softmax(found.logits).max(axis=1).tolist()
         self.answers += map(Answer, paths, labels.tolist(), best, sure)
-        self.complete += int(found.complete.sum())
-        self.whole += int(found.mask.all(axis=1).sum())
-        self.mask += float(found.mask.mean(axis=1).sum())
+        cls_best, fg_best = (by_token[token].argmax(axis=1) for token in ("cls", "fg"))
+        self.masks.add(found.mask, found.complete, cls_best == fg_best)
+        if self.true_masks is not None:
+            self._compare(found.mask, paths, self.true_masks)
+
+    def _compare(self, mask: NDArray[np.bool_], paths: Sequence[Path], true: TrueMasks) -> None:
+        """Hold masks against those true ones that are known."""
+        for row, path in zip(mask, paths, strict=True):
+            truth = true.read(path, self.session.preprocess, len(row))
+            if truth is not None:
+                self.masks.compare(row[None], truth[None])
 
     def result(
         self, labels: NDArray[np.int64], bad: tuple[BadFile, ...], remarks: tuple[str, ...]
     ) -> SessionAccuracy:
         """Return the scores over all batches; `labels` are those of the readable images."""
-        classes, count = len(self.session.classes), len(labels)
+        classes = len(self.session.classes)
         rows = {
             name: scores_of_ranks(np.concatenate(parts), labels, classes)
             for name, parts in self.ranks.items()
         }
-        return SessionAccuracy(
-            rows,
-            self.complete / count,
-            self.whole / count,
-            self.mask / count,
-            bad,
-            tuple(self.answers),
-            remarks,
-        )
+        return SessionAccuracy(rows, self.masks.result(), bad, tuple(self.answers), remarks)
 
     def _logits(self, found: Prediction) -> dict[str, NDArray[np.float32]]:
         classifier = self.session.classifier()
@@ -319,9 +318,7 @@ def _evaluation(
         images=adapted.rows["fused"].images,
         bad=adapted.bad,
         rows=tuple(rows),
-        complete_graphs=adapted.complete_graphs,
-        whole_image_masks=adapted.whole_image_masks,
-        mask_share=adapted.mask_share,
+        masks=adapted.masks,
         answers=adapted.answers,
         data=data,
         warnings=_warnings(session, adapted),
@@ -330,8 +327,8 @@ def _evaluation(
 
 
 def _warnings(session: Session, adapted: SessionAccuracy) -> tuple[str, ...]:
-    saliency = saliency_warning(adapted.complete_graphs)
-    found = [saliency] if saliency else []
+    masks = adapted.masks
+    found = [each for each in (saliency_warning(masks.complete), masks.warning()) if each]
     found += adapted.remarks
     if adapted.bad:
         found.append(f"images left out because they could not be read: {len(adapted.bad)}")

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from microclip_deploy.data.sources import BadFile
 from microclip_deploy.errors import printable
+from microclip_deploy.evaluation.masks import MaskFacts
 from microclip_deploy.evaluation.records import cell, file_name
 from microclip_deploy.evaluation.scores import TOP, Scores
 
@@ -62,9 +63,7 @@ class Evaluation:
     images: int
     bad: tuple[BadFile, ...]
     rows: tuple[Row, ...]
-    complete_graphs: float
-    whole_image_masks: float
-    mask_share: float
+    masks: MaskFacts
     answers: tuple[Answer, ...] = field(repr=False)
     """One an image that could be read."""
     data: str = ""
@@ -111,9 +110,10 @@ class Evaluation:
                 {"model": r.model, "token": r.token, "texts": r.texts, **r.scores.summary()}
                 for r in self.rows
             ],
-            "complete_graphs": self.complete_graphs,
-            "whole_image_masks": self.whole_image_masks,
-            "mask_share": self.mask_share,
+            "complete_graphs": self.masks.complete,
+            "whole_image_masks": self.masks.whole,
+            "mask_share": self.masks.share,
+            "masks": self.masks.to_json(),
             "per_class": per_class,
             "confusions": confusions,
             "warnings": list(self.warnings),
@@ -153,8 +153,7 @@ def _comparison(result: Evaluation) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    share = f"{result.complete_graphs:.1%} complete graphs, mean mask {result.mask_share:.1%}"
-    notes = [f"{result.images} images, {len(result.bad)} unreadable; {share}"]
+    notes = [f"{result.images} images, {len(result.bad)} unreadable", *result.masks.lines()]
     notes += [f"warning: {warning}" for warning in result.warnings]
     table = Table(title="accuracy", caption=Text("\n".join(notes)), caption_justify="left")
     for heading in ("model", "token", "texts"):

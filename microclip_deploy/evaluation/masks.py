@@ -33,6 +33,8 @@ class MaskFacts:
     """Mean share of the image's border tokens that are in the foreground, where it is not whole."""
     hugging: float
     """Share of these images whose mask holds more of the border than of what lies inside."""
+    agreement: float
+    """Share of images for which [CLS] alone and [FG] alone name the same class."""
     true_masks: int = 0
     """Images whose true mask is known."""
     overlap: float | None = None
@@ -44,16 +46,15 @@ class MaskFacts:
 
     def lines(self) -> list[str]:
         """Return what a terminal shows."""
-        told = (
+        told = [
             f"masks: {self.share:.1%} of the image, {self.border:.1%} of its border; "
-            f"{self.hugging:.1%} hug the border, {self.complete:.1%} of the graphs are complete"
-        )
-        if self.overlap is None:
-            return [told]
-        return [
-            told,
-            f"overlap with {self.true_masks} true masks (IoU): {100 * self.overlap:.1f} %",
+            f"{self.hugging:.1%} hug the border, {self.complete:.1%} of the graphs are complete",
+            f"[CLS] and [FG] name the same class in {self.agreement:.1%} of the images",
         ]
+        if self.overlap is not None:
+            iou = f"{100 * self.overlap:.1f} %"
+            told.append(f"overlap with {self.true_masks} true masks (IoU): {iou}")
+        return told
 
     def warning(self) -> str | None:
         """Return advice where most masks seem to show the background."""
@@ -74,13 +75,21 @@ class MaskTally:
     complete: int = 0
     whole: int = 0
     hugging: int = 0
+    agreeing: int = 0
     true_masks: int = 0
     share: float = 0.0
     border: float = 0.0
     overlap: float = 0.0
 
-    def add(self, mask: Bools, complete: Bools) -> None:
-        """Count masks bool (B, N) and flags bool (B,)."""
+    def add(self, mask: Bools, complete: Bools, agree: Bools) -> None:
+        """Count images.
+
+        Args:
+            mask: bool (B, N).
+            complete: bool (B,), the graph joins every pair.
+            agree: bool (B,), [CLS] and [FG] name the same class.
+        """
+        self.agreeing += int(agree.sum())
         whole = mask.all(axis=1)
         self.images += len(mask)
         self.complete += int(complete.sum())
@@ -106,6 +115,7 @@ class MaskTally:
             complete=self.complete / self.images,
             border=self.border / told,
             hugging=self.hugging / told,
+            agreement=self.agreeing / self.images,
             true_masks=self.true_masks,
             overlap=self.overlap / self.true_masks if self.true_masks else None,
         )

@@ -27,6 +27,7 @@ from microclip_deploy.evaluation.chart import (
     matrix_chart,
 )
 from microclip_deploy.evaluation.evaluation import EVALUATION
+from microclip_deploy.evaluation.masks import MaskFacts
 from microclip_deploy.evaluation.page import percent
 from microclip_deploy.evaluation.predict import FailedImage, ImagePrediction, predict
 from microclip_deploy.model.checkpoint import SCHEMA
@@ -160,6 +161,7 @@ def render(
         inputs=inputs,
         montage=montage,
         evaluation=evaluation,
+        mask_lines=_mask_lines(evaluation),
         confusions=_confusions(evaluation),
         charts=_charts(history),
         labels=_label_counts(manifest["classes"], history),
@@ -240,6 +242,12 @@ def _created(manifest: Mapping[str, Any]) -> str:
     """Return when the checkpoint was written, to the minute; '' where it does not say."""
     created = str(manifest.get("created_utc", ""))
     return f"{created[:10]} {created[11:16]} UTC" if created else ""
+
+
+def _mask_lines(evaluation: Mapping[str, Any] | None) -> list[str]:
+    """Return what an evaluation tells of the masks; nothing where an older one tells none."""
+    masks = evaluation.get("masks") if evaluation else None
+    return MaskFacts(**masks).lines() if masks else []
 
 
 def _confusions(evaluation: Mapping[str, Any] | None) -> Confusions | None:

@@ -20,8 +20,8 @@ SURFACE = {
         *PHOTOS,
     },
     "evaluate": {
-        "--device", "--batch-size", "--zero-shot", "--limit", "--max-bad-images", "--per-class",
-        "--out", "--threads", "--json", *PHOTOS,
+        "--device", "--batch-size", "--zero-shot", "--limit", "--masks", "--max-bad-images",
+        "--per-class", "--out", "--threads", "--json", *PHOTOS,
     },
     "predict": {
         "--top-k", "--format", "--out", "--overlay", "--device", "--batch-size", "--threads",

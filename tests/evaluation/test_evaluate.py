@@ -20,6 +20,7 @@ from microclip_deploy.evaluation.evaluate import (
     evaluate,
     score,
 )
+from microclip_deploy.evaluation.masks import MaskFacts
 from microclip_deploy.serving import Prediction, Session, open_session
 from microclip_deploy.serving.session import Facts
 
@@ -84,7 +85,7 @@ def test_a_session_is_measured_by_branch(photos: Path) -> None:
     found = accuracy_of_session(ColourSession(), images, batch_size=5)
     assert found.rows["fused"].top1 == found.rows["cls"].top1 == 1.0
     assert found.rows["fg"].top1 == pytest.approx(1 / 3)
-    assert found.mask_share == 0.25
+    assert found.masks.share == 0.25
 
 
 def test_training_gets_plain_numbers(photos: Path) -> None:
@@ -213,9 +214,7 @@ def made_up(*pairs: tuple[int, int], classes: int = 30) -> Evaluation:
         images=len(pairs),
         bad=(),
         rows=(Row("adapted", "fused", "adapted", fused),),
-        complete_graphs=0.0,
-        whole_image_masks=0.0,
-        mask_share=0.5,
+        masks=MaskFacts(share=0.5, whole=0, complete=0, border=0.5, hugging=0, agreement=1),
         answers=answers,
     )
 
@@ -291,5 +290,5 @@ def test_many_complete_graphs_warn_with_the_remedy(
         lambda *_, **__: ColourSession(complete=True),
     )
     found = evaluate(finished_run, photos, zero_shot=False)
-    assert found.complete_graphs == 1.0
+    assert found.masks.complete == 1.0
     assert "--set ncut.affinity=centered_cosine" in found.warnings[0]

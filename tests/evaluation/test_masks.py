@@ -17,7 +17,8 @@ CENTRE[1:3, 1:3] = True
 
 def tally(*masks: np.ndarray) -> MaskTally:
     found = MaskTally()
-    found.add(np.stack([mask.ravel() for mask in masks]), np.zeros(len(masks), bool))
+    none = np.zeros(len(masks), bool)
+    found.add(np.stack([mask.ravel() for mask in masks]), none, ~none)
     return found
 
 
@@ -38,7 +39,7 @@ def test_overlap_is_intersection_over_union() -> None:
     found.compare(CENTRE.reshape(1, 16), CENTRE.reshape(1, 16))
     facts = found.result()
     assert (facts.true_masks, facts.overlap) == (1, 1)
-    assert "overlap with 1 true masks (IoU): 100.0 %" in facts.lines()[1]
+    assert "overlap with 1 true masks (IoU): 100.0 %" in facts.lines()[2]
 
 
 @pytest.mark.parametrize("kind", ["grey", "ones", "alpha", "palette", "16 bit"])
