@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from microclip_deploy.artifact import make_directory
 from microclip_deploy.bench import option_text
-from microclip_deploy.cli.options import AsJson, ExportDtype
+from microclip_deploy.cli.options import AsJson, ExportDtype, Pretrained
 from microclip_deploy.console import notes, out, print_json
 from microclip_deploy.errors import require
 
@@ -294,3 +294,62 @@ def bench_adapt(
         notes.print(f"wrote {report.write_report(measured, out_dir)}", markup=False)
     if as_json:
         print_json(measured.model_dump())
+
+
+@app.command("saliency")
+def bench_saliency(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="open_clip name, hf-hub:ORG/REPO, local-dir:PATH, or demo.",
+            show_default=False,
+        ),
+    ],
+    pretrained: Pretrained = None,
+    cutouts: Annotated[
+        Path | None, typer.Option(help="Photos with transparency: folder or list.")
+    ] = None,
+    backgrounds: Annotated[
+        Path | None, typer.Option(help="Photos that they are pasted on: folder or list.")
+    ] = None,
+    photos: Annotated[
+        Path | None, typer.Option(help="Ordinary photos, without a true mask: folder or list.")
+    ] = None,
+    sizes: Annotated[
+        Any, _parsed(option_text.parse_numbers, "NUMBERS", "Of the ordinary photos, pixels.")
+    ] = "112,224,336",
+    out_dir: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write DATE-cpu-saliency.json, .md, .svg and .jpg here."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hold every rule of the cut against true masks: cut-outs pasted on photos, by object size.
+
+    Example: microclip-deploy bench saliency ViT-B-32 --pretrained openai --cutouts stamps.txt
+    --backgrounds /usr/share/backgrounds/mate/nature
+    """
+    require("torch", "adapt")
+    require("psutil", "bench")
+    from microclip_deploy.bench.saliency import report, run
+    from microclip_deploy.model.clip import BackboneSpec
+
+    if out_dir is not None:  # before minutes of measuring
+        require("matplotlib", "bench")
+        make_directory(out_dir)
+    measured = run.run_saliency_bench(
+        BackboneSpec(model=model, pretrained=pretrained),
+        notes,
+        cutouts=cutouts,
+        backgrounds=backgrounds,
+        photos=photos,
+        sizes=sizes,
+    )
+    if out_dir is not None:
+        path = report.write_report(measured.report, measured.pictures, out_dir)
+        notes.print(f"wrote {path}", markup=False)
+    shown = notes if as_json else out
+    shown.print(report.plain(measured.report), markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        print_json(measured.report.model_dump())

@@ -16,7 +16,7 @@ from microclip_deploy.ncut.steps import (
     WELL_POSED_MARGIN,
     Fiedler,
     Saliency,
-    _bipartition,
+    bipartition,
     _laplacian,
     _level,
     _one_thread,
@@ -79,7 +79,7 @@ def exact_cut(edges: Bools, spec: NCutSpec) -> Verdict:
     simple = third - second > spec.gap_tolerance * third
     fiedler = Fiedler(vectors[:, :, 1], simple, torch.zeros_like(second))
     tokens = torch.zeros((*edges.shape[:2], 1))
-    found = _bipartition(tokens, joined, fiedler, spec.tie_tolerance, spec)
+    found = bipartition(tokens, joined, fiedler, spec.tie_tolerance, spec)
     tie = torch.abs(found.vector.amax(1) + found.vector.amin(1))
     near = torch.abs(found.vector - _level(xp, found.vector, spec)).amin(1)
     margins = torch.minimum(tie, near) > WELL_POSED_MARGIN
