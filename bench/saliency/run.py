@@ -28,7 +28,7 @@ from microclip_deploy.bench.saliency.rules import (
     cut_all,
 )
 from microclip_deploy.bench.saliency.sheet import sheet
-from microclip_deploy.console import bar
+from microclip_deploy.console import bar, tell_skipped
 from microclip_deploy.data.decode import BadImage, read_image
 from microclip_deploy.data.sources import list_images, read_batches
 from microclip_deploy.errors import DataError, printable
@@ -42,8 +42,8 @@ BETTER_SIDE = "otsu, better side"
 
 
 INSTALL = (
-    "Debian and Ubuntu have such: sudo apt install tuxpaint-stamps-default mate-backgrounds (GPL-2 "
-    "or later); docs/benchmarks.md says which of their pictures to take"
+    "Debian and Ubuntu have such: sudo apt install tuxpaint-stamps-default mate-backgrounds (GPL-2); "
+    "docs/benchmarks.md says which of their pictures to take"
 )
 
 
@@ -141,10 +141,14 @@ def _see_photos(
     preprocess = clip.preprocess.model_copy(update={"size": size})
     paths = list_images(source).paths
     views: list[NDArray[np.uint8]] = []
+    bad: list[tuple[Path, str]] = []
+
+    def skip(_index: int, error: BadImage) -> None:
+        bad.append((error.path, error.reason))
 
     def batches() -> Iterable[NDArray[np.uint8]]:
         with bar(notes, f"photos, {size} px") as progress:
-            for batch in read_batches(paths, preprocess, BATCH, on_bad=lambda *_: None):
+            for batch in read_batches(paths, preprocess, BATCH, on_bad=skip):
                 views.append(batch.images)
                 yield batch.images
                 progress.update(int(batch.indices[-1]) + 1, len(paths))
@@ -155,6 +159,7 @@ def _see_photos(
                 )
 
     seen = cut_all(tower, preprocess, batches())
+    tell_skipped(bad, notes)
     return np.concatenate(views), seen
 
 

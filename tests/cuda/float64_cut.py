@@ -16,11 +16,11 @@ from microclip_deploy.ncut.steps import (
     WELL_POSED_MARGIN,
     Fiedler,
     Saliency,
-    bipartition,
     _laplacian,
     _level,
     _one_thread,
     _pairs_joined,
+    bipartition,
 )
 from tests.cuda.kernels_on_cpu import Facts, cut_edges
 

@@ -17,9 +17,9 @@ from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import (
     Fiedler,
     Saliency,
-    bipartition,
     _laplacian,
     adjacency,
+    bipartition,
     fiedler_exact,
     fiedler_iterative,
     saliency_exact,
