@@ -40,10 +40,9 @@ EVERYTHING = "every token"
 BETTER_SIDE = "otsu, better side"
 """Whichever side overlaps more with the true mask: no rule for the side can beat it."""
 
-
 INSTALL = (
-    "Debian and Ubuntu have such: sudo apt install tuxpaint-stamps-default mate-backgrounds (GPL-2); "
-    "docs/benchmarks.md says which of their pictures to take"
+    "Debian and Ubuntu have such: sudo apt install tuxpaint-stamps-default mate-backgrounds "
+    "(GPL-2); docs/benchmarks.md says which of their pictures to take"
 )
 
 
