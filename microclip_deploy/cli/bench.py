@@ -17,6 +17,7 @@ from microclip_deploy.cli.options import (
     BitDepth,
     ExportDtype,
     MaxPixels,
+    Pretrained,
     option,
 )
 from microclip_deploy.console import notes, out, print_json
@@ -367,3 +368,66 @@ def bench_adapt(
     if as_json:
         print_json(measured.model_dump())
     next_steps.tell(notes, next_steps.adapt("--workers", str(workers)))
+
+
+@command("saliency")
+def bench_saliency(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="open_clip name, hf-hub:ORG/REPO, local-dir:PATH, or demo.",
+            show_default=False,
+        ),
+    ],
+    pretrained: Pretrained = None,
+    cutouts: Annotated[
+        Path | None, option(TIMED, "FOLDER|LIST", "Photos with transparency.")
+    ] = None,
+    backgrounds: Annotated[
+        Path | None, option(TIMED, "FOLDER|LIST", "Photos that they are pasted on.")
+    ] = None,
+    photos: Annotated[
+        Path | None, option(TIMED, "FOLDER|LIST", "Ordinary photos, without a true mask.")
+    ] = None,
+    sizes: Annotated[
+        Any,
+        option(
+            TIMED, "NUMBERS", "Of the ordinary photos, pixels.", parser=option_text.parse_numbers
+        ),
+    ] = "112,224,336",
+    out_dir: Annotated[
+        Path | None,
+        option(OUTPUT, "DIR", "Write DATE-cpu-saliency.json, .md, .svg and .jpg here.", "--out"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hold every rule of the cut against true masks: cut-outs pasted on photos, by object size.
+
+    Example: microclip-deploy bench saliency ViT-B-32 --pretrained openai --cutouts stamps.txt
+    --backgrounds /usr/share/backgrounds/mate/nature
+    """
+    require("torch", "adapt")
+    require("psutil", "bench")
+    from microclip_deploy.bench.saliency import report, run
+    from microclip_deploy.model.clip import BackboneSpec
+
+    if out_dir is not None:  # before minutes of measuring
+        require("matplotlib", "bench")
+        make_directory(out_dir)
+    measured = run.run_saliency_bench(
+        BackboneSpec(model=model, pretrained=pretrained),
+        notes,
+        cutouts=cutouts,
+        backgrounds=backgrounds,
+        photos=photos,
+        sizes=sizes,
+    )
+    if out_dir is not None:
+        path = report.write_report(measured.report, measured.pictures, out_dir)
+        notes.print(f"wrote {path}", markup=False)
+    shown = notes if as_json else out
+    shown.print(report.plain(measured.report), markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        print_json(measured.report.model_dump())
+    next_steps.tell(notes, next_steps.adapt("--recipe", "object"))

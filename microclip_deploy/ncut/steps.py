@@ -85,14 +85,14 @@ def saliency_exact(tokens: Array, spec: NCutSpec, agreement: Array | None = None
     """
     edges = adjacency(tokens, spec)
     fiedler = fiedler_exact(edges, spec)
-    return _bipartition(tokens, edges, fiedler, spec.tie_tolerance, spec, agreement)
+    return bipartition(tokens, edges, fiedler, spec.tie_tolerance, spec, agreement)
 
 
 def saliency_iterative(tokens: Array, spec: NCutSpec, agreement: Array | None = None) -> Saliency:
     """As `saliency_exact`, by float32 matrix products only."""
     edges = adjacency(tokens, spec)
     fiedler = fiedler_iterative(edges, spec)
-    return _bipartition(tokens, edges, fiedler, spec.tie_tolerance_iterative, spec, agreement)
+    return bipartition(tokens, edges, fiedler, spec.tie_tolerance_iterative, spec, agreement)
 
 
 def agreement_with(direction: Array, tokens: Array) -> Array:
@@ -267,7 +267,7 @@ def _dominant(xp: Any, filter_: Array, identity: Array, spec: NCutSpec) -> Fiedl
     return Fiedler(column / xp.clip(norm, min=1e-30), simple, residual)
 
 
-def _bipartition(
+def bipartition(
     tokens: Array,
     edges: Array,
     fiedler: Fiedler,

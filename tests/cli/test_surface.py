@@ -48,6 +48,9 @@ SURFACE = {
         "--geometry", "--batch-size", "--crops", "--repeats", "--workers", "--device", "--plain",
         "--images", "--out", "--json", *PHOTOS,
     },
+    "bench saliency": {
+        "--pretrained", "--cutouts", "--backgrounds", "--photos", "--sizes", "--out", "--json",
+    },
     "bench ncut": {"--batches", "--tokens", "--dtype", "--device", "--out", "--json"},
     "demo": {"--out", "--write-images", "--seed", "--device", "--json"},
     "doctor": {"--require", "--json"},

@@ -16,11 +16,11 @@ from microclip_deploy.ncut.steps import (
     WELL_POSED_MARGIN,
     Fiedler,
     Saliency,
-    _bipartition,
     _laplacian,
     _level,
     _one_thread,
     _pairs_joined,
+    bipartition,
 )
 from tests.cuda.kernels_on_cpu import Facts, cut_edges
 
@@ -79,7 +79,7 @@ def exact_cut(edges: Bools, spec: NCutSpec) -> Verdict:
     simple = third - second > spec.gap_tolerance * third
     fiedler = Fiedler(vectors[:, :, 1], simple, torch.zeros_like(second))
     tokens = torch.zeros((*edges.shape[:2], 1))
-    found = _bipartition(tokens, joined, fiedler, spec.tie_tolerance, spec)
+    found = bipartition(tokens, joined, fiedler, spec.tie_tolerance, spec)
     tie = torch.abs(found.vector.amax(1) + found.vector.amin(1))
     near = torch.abs(found.vector - _level(xp, found.vector, spec)).amin(1)
     margins = torch.minimum(tie, near) > WELL_POSED_MARGIN

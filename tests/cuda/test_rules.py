@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from microclip_deploy.cuda.layout import Device, KernelLayout
 from microclip_deploy.errors import UsageError
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import _bipartition, determined, fiedler_exact
+from microclip_deploy.ncut.steps import bipartition, determined, fiedler_exact
 from tests.cuda.kernels_on_cpu import cut_edges, require_compiler
 from tests.ncut.graphs import FAMILIES, Bools
 
@@ -44,7 +44,7 @@ def test_masks_are_those_of_the_definition(count: int, threshold: Any, side: Any
     layout = KernelLayout(count, 16, "float32", spec, HOPPER)
     found, facts = cut_edges(layout, edges, agreement=agreement)
     tokens = np.zeros((*edges.shape[:2], 1))
-    exact = _bipartition(
+    exact = bipartition(
         tokens, edges, fiedler_exact(edges, spec), spec.tie_tolerance, spec, agreement
     )
     binding = determined(edges, spec, agreement)

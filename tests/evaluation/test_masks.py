@@ -33,8 +33,9 @@ def test_masks_that_hug_the_border_are_counted_and_warned_of() -> None:
 
 
 def test_overlap_is_intersection_over_union() -> None:
-    mask, truth = np.array([[1, 1, 0, 0], [0, 0, 0, 0]], bool), np.array([[0, 1, 1, 1]], bool)
-    np.testing.assert_array_equal(overlap(mask, truth), [0.25, 0])
+    masks = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], bool)
+    truth = np.array([[1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 0]], bool)
+    np.testing.assert_array_equal(overlap(masks, truth), [1, 0.25, 0, 0.25])
     found = tally(CENTRE)
     found.compare(CENTRE.reshape(1, 16), CENTRE.reshape(1, 16))
     facts = found.result()

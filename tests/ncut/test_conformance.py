@@ -17,9 +17,9 @@ from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import (
     Fiedler,
     Saliency,
-    _bipartition,
     _laplacian,
     adjacency,
+    bipartition,
     fiedler_exact,
     fiedler_iterative,
     saliency_exact,
@@ -183,7 +183,7 @@ def graphs_in_parts(count: int) -> Any:
 def cut(solver: Callable[..., Fiedler], edges: Any, tie: float) -> Saliency:
     """Cut given graphs; there are no tokens."""
     tokens = np.zeros((*edges.shape[:2], 1), dtype=np.float32)
-    return _bipartition(tokens, edges, solver(edges, SPEC), tie, SPEC)
+    return bipartition(tokens, edges, solver(edges, SPEC), tie, SPEC)
 
 
 @pytest.mark.parametrize("count", [49, 196])

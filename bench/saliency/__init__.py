@@ -1,0 +1,1 @@
+"""How well each rule of the cut finds the object, on composites whose true mask is known."""
