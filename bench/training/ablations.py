@@ -46,6 +46,7 @@ RECIPES = {
     "ablation-single-head": "one learnable head, confidence threshold",
     "ablation-cosine": "affinity cosine",
     "ablation-centered-cosine": "affinity centered cosine",
+    "ablation-object": "saliency of the recipe object",
 }
 """Recipe name -> row title."""
 
