@@ -22,8 +22,9 @@ from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.head import LOGIT_SCALE
 from microclip_deploy.model.backbone import BlockWeights, TowerWeights
 from microclip_deploy.model.microclip import MicroCLIP
+from microclip_deploy.ncut.foreground import agreement_with
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import agreement_with, saliency_iterative
+from microclip_deploy.ncut.steps import saliency_iterative
 
 # Pixels enter as (x - 128) / 64, which fp16 and bf16 hold exactly; folding the normalisation of raw
 # 0..255 values would cancel digits.

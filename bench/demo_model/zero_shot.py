@@ -19,8 +19,8 @@ from microclip_deploy.demo.render import Domain, PrintStyle, image_generator, re
 from microclip_deploy.model.backbone import VisionBackbone
 from microclip_deploy.model.saliency import saliency
 from microclip_deploy.model.soap import SOAP
+from microclip_deploy.ncut.foreground import Saliency
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import Saliency
 
 TEMPLATES = ("{}", "a photo of {}", "the {}", "a picture of {}")
 _BATCH = 256

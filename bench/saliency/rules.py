@@ -16,8 +16,9 @@ from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import UsageError
 from microclip_deploy.model.backbone import VisionBackbone
 from microclip_deploy.model.soap import SOAP
+from microclip_deploy.ncut.foreground import agreement_with, bipartition
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import adjacency, agreement_with, bipartition, fiedler_exact
+from microclip_deploy.ncut.steps import adjacency, fiedler_exact
 
 AFFINITIES, _THRESHOLDS, _SIDES = (
     get_args(NCutSpec.model_fields[name].annotation) for name in ("affinity", "threshold", "side")

@@ -12,8 +12,9 @@ import numpy as np
 from microclip_deploy.cuda.arrays import Array, Empty, readable
 from microclip_deploy.cuda.source import TOKEN_TYPES, CudaSource, Launch, TokenType
 from microclip_deploy.errors import UsageError
+from microclip_deploy.ncut.foreground import square_side
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import MIN_TOKENS, square_side
+from microclip_deploy.ncut.steps import MIN_TOKENS
 
 MAX_TOKENS = 1024
 """A block has a thread for every token."""

@@ -18,8 +18,8 @@ from microclip_deploy.cuda.arrays import Array, current, empty_like, type_name
 from microclip_deploy.cuda.layout import Cut, Device, KernelLayout, Workspace, check_shape
 from microclip_deploy.cuda.source import TokenType
 from microclip_deploy.errors import UsageError
+from microclip_deploy.ncut.foreground import Saliency, require_agreement
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import Saliency, require_agreement
 
 
 def saliency_cuda(tokens: Array, spec: NCutSpec, agreement: Array | None = None) -> Saliency:

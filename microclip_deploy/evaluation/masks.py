@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, printable
-from microclip_deploy.ncut.steps import on_border
+from microclip_deploy.ncut.foreground import on_border
 
 Bools = NDArray[np.bool_]
 

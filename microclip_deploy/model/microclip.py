@@ -16,8 +16,8 @@ from microclip_deploy.model.saliency import saliency
 from microclip_deploy.model.soap import SOAP, TokenMean
 from microclip_deploy.model.text import TextHeads
 from microclip_deploy.model.token_fusion import fused_logits
+from microclip_deploy.ncut.foreground import Saliency, agreement_with
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import Saliency, agreement_with
 
 Pooling = Literal["soap", "mean"]
 

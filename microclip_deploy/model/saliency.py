@@ -5,8 +5,9 @@ from functools import lru_cache
 
 from array_api_compat import device, is_cupy_array, is_torch_array
 
+from microclip_deploy.ncut.foreground import Array, Saliency
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import Array, Saliency, saliency_exact, saliency_iterative
+from microclip_deploy.ncut.steps import saliency_exact, saliency_iterative
 
 _log = logging.getLogger(__name__)
 

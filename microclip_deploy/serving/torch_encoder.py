@@ -11,7 +11,7 @@ from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.model.backbone import VisionBackbone
 from microclip_deploy.model.clip import exact_float32
 from microclip_deploy.model.microclip import MicroCLIP
-from microclip_deploy.ncut.steps import agreement_with
+from microclip_deploy.ncut.foreground import agreement_with
 from microclip_deploy.serving.cuda_pipeline import (
     CudaPipeline,
     Launches,

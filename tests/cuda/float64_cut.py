@@ -10,18 +10,9 @@ from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from microclip_deploy.cuda.layout import KernelLayout
+from microclip_deploy.ncut.foreground import Fiedler, Saliency, bipartition, margin, pairs_joined
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import (
-    WELL_POSED_GAP,
-    WELL_POSED_MARGIN,
-    Fiedler,
-    Saliency,
-    _laplacian,
-    _level,
-    _one_thread,
-    _pairs_joined,
-    bipartition,
-)
+from microclip_deploy.ncut.steps import WELL_POSED_GAP, WELL_POSED_MARGIN, _laplacian, _one_thread
 from tests.cuda.kernels_on_cpu import Facts, cut_edges
 
 Bools = NDArray[np.bool_]
@@ -80,11 +71,9 @@ def exact_cut(edges: Bools, spec: NCutSpec) -> Verdict:
     fiedler = Fiedler(vectors[:, :, 1], simple, torch.zeros_like(second))
     tokens = torch.zeros((*edges.shape[:2], 1))
     found = bipartition(tokens, joined, fiedler, spec.tie_tolerance, spec)
-    tie = torch.abs(found.vector.amax(1) + found.vector.amin(1))
-    near = torch.abs(found.vector - _level(xp, found.vector, spec)).amin(1)
-    margins = torch.minimum(tie, near) > WELL_POSED_MARGIN
+    margins = margin(found.vector, spec) > WELL_POSED_MARGIN
     posed = margins & (torch.minimum(second - first, third - second) > WELL_POSED_GAP * largest)
-    no_pair = _pairs_joined(xp, joined) == 0
+    no_pair = pairs_joined(xp, joined) == 0
     return Verdict(
         found.mask.numpy(),
         found.degenerate.numpy(),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import microclip_deploy
 from microclip_deploy.cuda.layout import KernelLayout
 from microclip_deploy.cuda.source import CudaSource, Launch
-from microclip_deploy.ncut.steps import Saliency
+from microclip_deploy.ncut.foreground import Saliency
 
 HERE = Path(__file__).parent / "on_cpu"
 SOURCES = Path(microclip_deploy.__file__).parent / "cuda"

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from microclip_deploy.cuda.layout import Device, KernelLayout, check_shape
 from microclip_deploy.cuda.source import TOKEN_TYPES, TokenType
 from microclip_deploy.errors import UsageError
+from microclip_deploy.ncut.foreground import Saliency
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import Saliency, adjacency, similarities
+from microclip_deploy.ncut.steps import adjacency, similarities
 from tests.cuda.float64_cut import compare
 from tests.cuda.kernels_on_cpu import (
     Facts,

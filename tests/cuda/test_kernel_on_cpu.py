@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from microclip_deploy.cuda.layout import Device, KernelLayout
 from microclip_deploy.cuda.source import TOKEN_TYPES, TokenType
+from microclip_deploy.ncut.foreground import Saliency
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import Saliency, saliency_exact
+from microclip_deploy.ncut.steps import saliency_exact
 from tests.cuda.kernels_on_cpu import (
     Facts,
     affinity,

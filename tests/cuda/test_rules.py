@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from microclip_deploy.cuda.layout import Device, KernelLayout
 from microclip_deploy.errors import UsageError
+from microclip_deploy.ncut.foreground import bipartition
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import bipartition, determined, fiedler_exact
+from microclip_deploy.ncut.steps import determined, fiedler_exact
 from tests.cuda.kernels_on_cpu import cut_edges, require_compiler
 from tests.ncut.graphs import FAMILIES, Bools
 

@@ -13,13 +13,11 @@ import torch
 
 from microclip_deploy.errors import UsageError
 from microclip_deploy.model.saliency import saliency
+from microclip_deploy.ncut.foreground import Fiedler, Saliency, bipartition
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.ncut.steps import (
-    Fiedler,
-    Saliency,
     _laplacian,
     adjacency,
-    bipartition,
     fiedler_exact,
     fiedler_iterative,
     saliency_exact,

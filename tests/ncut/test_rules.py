@@ -11,15 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from microclip_deploy.errors import UsageError
+from microclip_deploy.ncut.foreground import Saliency, agreement_with
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import (
-    Saliency,
-    adjacency,
-    agreement_with,
-    determined,
-    saliency_exact,
-    saliency_iterative,
-)
+from microclip_deploy.ncut.steps import adjacency, determined, saliency_exact, saliency_iterative
 from tests.ncut.test_conformance import case
 
 Floats = NDArray[np.float32]

@@ -16,8 +16,9 @@ from microclip_deploy.bench.saliency.report import Report, markdown
 from microclip_deploy.cli.main import main
 from microclip_deploy.errors import DataError, UsageError
 from microclip_deploy.model.clip import BackboneSpec, load_clip
+from microclip_deploy.ncut.foreground import agreement_with
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import agreement_with, saliency_exact
+from microclip_deploy.ncut.steps import saliency_exact
 
 COMMITTED = Path(__file__).parents[3] / "bench" / "results" / "2026-11-29-cpu-saliency.json"
 
