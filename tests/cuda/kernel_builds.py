@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +86,10 @@ def jobs() -> Iterator[Job]:
             cut = _layout(count, "float16", device)
             name = f"cut N={count}"
             yield Job(name, cut.cut_source(), capability, {"ncut_cut": cut.cut_bytes()})
+            if count == 256:
+                rule = replace(cut, spec=NCutSpec(threshold="otsu", side="object"))
+                dynamic = {"ncut_cut": rule.cut_bytes()}
+                yield Job(f"{name} object", rule.cut_source(), capability, dynamic)
         yield from _affinity_jobs(device)
         yield from _head_jobs(capability)
 
