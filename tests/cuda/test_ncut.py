@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from microclip_deploy.cuda.source import TOKEN_TYPES, TokenType
 from microclip_deploy.errors import UsageError
+from microclip_deploy.ncut.foreground import agreement_with
 from microclip_deploy.ncut.spec import NCutSpec
+from microclip_deploy.ncut.steps import adjacency, saliency_exact, well_posed
 from tests.cuda.kernels_on_cpu import affinity, cut_bits, packed, require_compiler
 from tests.ncut.graphs import FAMILIES, Bools
 
@@ -98,6 +100,17 @@ def test_golden_masks(token: TokenType, size: int) -> None:
         same = cuda.saliency_cuda(to_cupy(tokens), SPEC)
         assert isinstance(same.mask, cupy.ndarray)
         assert_same_bits(on_host(same), on_host(found))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_object_rule_chooses_the_side_of_the_definition(size: int) -> None:
+    tokens, spec = golden(size, "float32"), NCutSpec(threshold="otsu", side="object")
+    agreement = agreement_with(tokens.mean(dim=1) + tokens[:, 0], tokens)
+    on_cpu = [part.cpu().numpy() for part in (tokens, agreement)]
+    expected = saliency_exact(on_cpu[0], spec, on_cpu[1]).mask
+    posed = well_posed(adjacency(on_cpu[0], spec), spec, on_cpu[1])
+    found = cuda.saliency_cuda(tokens, spec, agreement).mask.cpu().numpy()
+    np.testing.assert_array_equal(found[posed], expected[posed])
 
 
 def assert_golden(mask: Bools, degenerate: Bools, size: int) -> None:
