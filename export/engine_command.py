@@ -171,7 +171,7 @@ def _build_plans(
 ) -> EngineManifest:
     """Build and write the plans; return what is known of them before they are proven."""
     from microclip_deploy.export.to_tensorrt import build_plan
-    from microclip_deploy.serving.tensorrt_engine import LOG
+    from microclip_deploy.serving.tensorrt_library import LOG
 
     count = len(export.classifier)
     classes = Span(least=2, opt=count, most=max(MOST_CLASSES, 2 * count))

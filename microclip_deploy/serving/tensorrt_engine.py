@@ -6,49 +6,16 @@ calls that TensorRT 10 and 11 share are used.
 
 import json
 import platform
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import cupy
-import tensorrt as trt
 
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem
 from microclip_deploy.serving.cuda_pipeline import cuda_errors
 from microclip_deploy.serving.engines import Target
-
-_KEPT_LINES = 20_000
-
-
-class Log(trt.ILogger):  # type: ignore[misc]  # the bindings have no types
-    """Keeps what TensorRT says, but for its most talkative level.
-
-    One a process, because TensorRT keeps the first one that it is given.
-    """
-
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self._lines: deque[tuple[str, str]] = deque(maxlen=_KEPT_LINES)
-
-    def log(self, severity: Any, msg: str) -> None:
-        """Take a message; called from TensorRT's own threads."""
-        if severity != trt.ILogger.Severity.VERBOSE:
-            self._lines.append((severity.name, msg))
-
-    def taken(self) -> list[str]:
-        """Return the lines so far and forget them."""
-        lines = [f"{severity}: {message}" for severity, message in self._lines]
-        self._lines.clear()
-        return lines
-
-    def last_error(self) -> str:
-        """Return what TensorRT complained of last, in one line."""
-        told = [message for severity, message in self._lines if "ERROR" in severity]
-        return " ".join(told[-1].split())[:400] if told else "TensorRT gives no reason"
-
-
-LOG = Log()
+from microclip_deploy.serving.tensorrt_library import FLAVOUR, LOG, NAME, trt
 
 
 class Engine:
@@ -76,7 +43,7 @@ class Engine:
             self._engine = self._runtime.deserialize_cuda_engine(plan)
             if self._engine is None:
                 raise CheckpointError(
-                    f"{name}: expected a plan that TensorRT {trt.__version__} can load, found: "
+                    f"{name}: expected a plan that {NAME} can load, found: "
                     f"{LOG.last_error()}; rebuild it with export --trt"
                 )
             # Not of a pool, so that it goes with the engine; none at all would have no address.
@@ -188,6 +155,7 @@ def target(device_id: int) -> Target:
     with cuda_errors(f"cuda:{device_id}"):
         facts = cupy.cuda.runtime.getDeviceProperties(device_id)
     return Target(
+        flavour=FLAVOUR,
         tensorrt=trt.__version__,
         gpu=facts["name"].decode(),
         compute_capability=f"{facts['major']}.{facts['minor']}",

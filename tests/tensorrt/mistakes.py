@@ -18,6 +18,7 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = "export/to_tensorrt.py"
+LIBRARY = "microclip_deploy/serving/tensorrt_library.py"
 RUN = "microclip_deploy/serving/tensorrt_engine.py"
 ENCODER = "microclip_deploy/serving/tensorrt_encoder.py"
 CAPTURE = "microclip_deploy/serving/cuda_pipeline.py"
@@ -27,6 +28,7 @@ OPTIONS = ("-x", "-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:unrai
 
 MODULES = {
     CAPTURE: "microclip_deploy.serving.cuda_pipeline",
+    LIBRARY: "microclip_deploy.serving.tensorrt_library",
     RUN: "microclip_deploy.serving.tensorrt_engine",
     ENCODER: "microclip_deploy.serving.tensorrt_encoder",
     BUILD: "microclip_deploy.export.to_tensorrt",
@@ -64,10 +66,10 @@ MISTAKES = (
     Mistake(BUILD, "network_source(graph), str(graph))", "network_source(graph), graph)"),
     Mistake(BUILD, "if tensor.name not in inputs", "if tensor.name"),
     Mistake(BUILD, "    if not parser.parse(", "    if None is parser.parse("),
-    Mistake(BUILD, "e.desc()", "e.description()"),
+    Mistake(BUILD, "error.desc()", "error.description()"),
     Mistake(BUILD, "layer.get_input(0).dtype.name", "layer.precision.name"),
     Mistake(BUILD, "config.max_aux_streams = 0", "config.max_aux_streams = 0.0"),
-    Mistake(RUN, "        trt.ILogger.__init__(self)\n", ""),
+    Mistake(LIBRARY, "        trt.ILogger.__init__(self)\n", ""),
     Mistake(RUN, "if self._engine is None:", "if False:"),
     Mistake(RUN, "if context is None:", "if False:"),
     Mistake(RUN, "device_memory_size_v2", "device_memory_size"),
