@@ -183,7 +183,8 @@ def _network(builder: Any, graph: Path) -> Any:
         reasons = "; ".join(_refusals(parser))
         raise GraphRefused(
             f"{graph}: expected a graph that {NAME} can read, found: "
-            f"{reasons or LOG.last_error()}; export again with this version, or update TensorRT"
+            f"{reasons or LOG.last_error()}; export again with this version, in fp32, fp16 or "
+            "bf16, or update TensorRT"
         )
     return network
 

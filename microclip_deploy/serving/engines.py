@@ -36,6 +36,8 @@ ENGINES = "engines"
 
 BACKBONE_PLAN = "backbone.plan"
 FULL_PLAN = "full.plan"
+KERNELS = "backbone.kernels"
+"""What TensorRT for RTX compiled of the backbone's plan for one GPU, in the folder of its proof."""
 PLAN_OF: Mapping[str, str] = {BACKBONE: BACKBONE_PLAN, FULL: FULL_PLAN}
 
 Hardware = Literal["none", "ampere+", "same-cc"]
@@ -70,8 +72,12 @@ class Target(BaseModel):
         if self.capabilities:
             numbers = (f"-sm{each.replace('.', '')}" for each in self.capabilities)
             return f"rtx{self.tensorrt}{''.join(numbers)}"
-        gpu = "".join(c if c.isalnum() else "-" for c in self.gpu.lower()).strip("-")
-        return f"trt{self.tensorrt}-sm{self.compute_capability.replace('.', '')}-{gpu}"
+        return f"trt{self.tensorrt}-sm{self.compute_capability.replace('.', '')}-{self.gpu_slug}"
+
+    @property
+    def gpu_slug(self) -> str:
+        """Return the GPU as a part of file names."""
+        return "".join(c if c.isalnum() else "-" for c in self.gpu.lower()).strip("-")
 
     def __str__(self) -> str:
         if self.capabilities:
@@ -239,10 +245,25 @@ class Engines(NamedTuple):
             )
         return data
 
+    def kernels(self, here: Target) -> bytes:
+        """Read the kernels that a proof compiled for a GPU; empty where there are none.
+
+        Raises:
+            CheckpointError: as `plan`.
+        """
+        name = f"{here.gpu_slug}/{KERNELS}"
+        return self.plan(name) if name in self.stored["files"] else b""
+
 
 def has_engines(export: Path) -> bool:
     """Say whether engines were ever built for an export, for whatever machine."""
     return any((export / ENGINES).glob(f"*/{artifact.MANIFEST}"))
+
+
+def has_unproven(export: Path) -> bool:
+    """Say whether engines were built for an export that no GPU has proven."""
+    manifests = (export / ENGINES).glob(f"*/{artifact.MANIFEST}")
+    return any(artifact.read_json(path).get("proven") == [] for path in manifests)
 
 
 def find_engines(export: Export, here: Target) -> Engines:

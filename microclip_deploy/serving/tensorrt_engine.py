@@ -15,6 +15,7 @@ import cupy
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem
 from microclip_deploy.serving.cuda_pipeline import cuda_errors
 from microclip_deploy.serving.engines import Target
+from microclip_deploy.serving.flavour import RTX
 from microclip_deploy.serving.tensorrt_library import FLAVOUR, LOG, NAME, trt
 
 
@@ -24,13 +25,16 @@ class Engine:
     The contexts share the memory of activations, because they never run at the same time.
     """
 
-    def __init__(self, plan: bytes, stream: cupy.cuda.Stream, name: str) -> None:
+    def __init__(
+        self, plan: bytes, stream: cupy.cuda.Stream, name: str, kernels: bytes = b""
+    ) -> None:
         """Load a plan whose origin was checked: loading runs what it holds.
 
         Args:
             plan: bytes that this TensorRT built for this GPU.
             stream: on a device that works; without one TensorRT's runtime would crash.
             name: of the plan, for messages.
+            kernels: what `kernels` returned earlier on this GPU, of checked origin.
 
         Raises:
             CheckpointError: TensorRT refuses the plan.
@@ -49,6 +53,7 @@ class Engine:
             # Not of a pool, so that it goes with the engine; none at all would have no address.
             size = max(self._engine.device_memory_size_v2, 256)
             self._activations = cupy.cuda.Memory(size)
+            self._runtime_config = self._configured(kernels) if FLAVOUR == RTX else None
         names = map(self._engine.get_tensor_name, range(self._engine.num_io_tensors))
         self.tensors: tuple[str, ...] = tuple(names)
 
@@ -87,8 +92,8 @@ class Engine:
 
     def _context(self, profile: int) -> Any:
         """Return an execution context of a profile, on the shared memory."""
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(strategy)
+        how = self._runtime_config or trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(how)
         if context is None:
             raise EnvironmentProblem(
                 f"{self.name}: no execution context: {LOG.last_error()}; lower the batch size, or "
@@ -98,6 +103,28 @@ class Engine:
         chosen = context.set_optimization_profile_async(profile, self._stream.ptr)
         self._require(chosen, f"profile {profile}")
         return context
+
+    def _configured(self, kernels: bytes) -> Any:
+        """Return how TensorRT for RTX runs a plan, whose kernels it compiles for this GPU."""
+        config = self._engine.create_runtime_config()
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        config.set_execution_context_allocation_strategy(strategy)
+        # Compiled before the first run returns, never behind a capture's back; LAZY does that.
+        specialization = trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # the caller captures
+        cache = config.create_runtime_cache()
+        if kernels:
+            cache.deserialize(kernels)  # refused where another driver compiled them: compiled anew
+        self._require(config.set_runtime_cache(cache), "a cache of kernels")
+        return config
+
+    def kernels(self) -> bytes:
+        """Return the kernels that were compiled for this GPU; TensorRT's are in the plan itself."""
+        if self._runtime_config is None:
+            return b""
+        with self._on_device():
+            return bytes(self._runtime_config.get_runtime_cache().serialize())
 
     def _set_shapes(self, context: Any, buffers: Mapping[str, cupy.ndarray]) -> None:
         for name in self.tensors:

@@ -1,9 +1,11 @@
 """What NVIDIA's builder makes of the tiny model; test_to_tensorrt.py runs this in its own process.
 
-TensorRT for RTX, on the CPU. EXPORT_fp32 and so on are the exports' directories.
+TensorRT for RTX, on the CPU. EXPORT_FP32 and so on are the exports' directories.
 """
 
+import json
 import os
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +16,8 @@ from typing import Any, NamedTuple
 import onnx
 import pytest
 
+from microclip_deploy.artifact import sha256_file
+from microclip_deploy.cli.main import main
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
 from microclip_deploy.export.layer_listing import fused_attention, types_of
 from microclip_deploy.export.to_tensorrt import (
@@ -22,8 +26,8 @@ from microclip_deploy.export.to_tensorrt import (
     build_plan,
     network_source,
 )
-from microclip_deploy.serving.engines import BuildOptions, Span
-from microclip_deploy.serving.tensorrt_library import LOG, trt
+from microclip_deploy.serving.engines import ENGINES, BuildOptions, Span, read_engines
+from microclip_deploy.serving.tensorrt_library import FLAVOUR, LOG, trt
 
 CLASSES = Span(least=2, opt=5, most=4096)
 OPTIONS = BuildOptions()
@@ -43,8 +47,12 @@ class Told(NamedTuple):
     progress: Sequence[tuple[int, int, str]]
 
 
+def export_of(precision: str) -> Path:
+    return Path(os.environ[f"EXPORT_{precision.upper()}"])
+
+
 def path_of(precision: str, graph: str) -> Path:
-    return Path(os.environ[f"EXPORT_{precision}"]) / f"{graph}.onnx"
+    return export_of(precision) / f"{graph}.onnx"
 
 
 def build(graph: Path, options: BuildOptions = OPTIONS, **changed: Any) -> Built:
@@ -206,3 +214,56 @@ def test_an_error_of_the_display_cancels_a_build() -> None:
     with pytest.raises(ValueError, match="the terminal is gone"):
         build(path_of("fp32", "backbone"), progress=broken)
     assert any("BuildCanceled" in line for line in LOG.taken())
+
+
+# ---- the command
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    return shutil.copytree(export_of("fp16"), tmp_path / "export")
+
+
+def test_engines_are_built_ahead_and_wait_for_a_proof(
+    export: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(export), "--trt", "--batch", "1:1:1", "--compute", "8.9"]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "(fp16, built, not proven)" in told
+    assert f"on such a machine: microclip-deploy verify {export}" in told
+    (folder,) = (export / ENGINES).iterdir()
+    assert folder.name == f"rtx{trt.__version__}-sm89"
+    manifest = read_engines(folder).manifest
+    assert (manifest.target.flavour, manifest.proven) == (FLAVOUR, ())
+    assert {plan.graph_sha256 for plan in manifest.plans.values()} == {
+        sha256_file(path_of("fp16", name)) for name in ("backbone", "full")
+    }
+    assert main(["predict", str(export), str(export), "--device", "tensorrt"]) == 4
+
+
+def test_a_check_tells_and_keeps_nothing(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(export.rglob("*"))
+    options = ["--batch", "1:1:1", "--compute", "8.9", "--json"]
+    assert main(["export", str(export), "--trt", "--check", *options]) == 0
+    backbone, full = json.loads(capsys.readouterr().out)
+    assert (backbone["graph"], full["graph"]) == ("backbone.onnx", "full.onnx")
+    assert backbone["fused_attention"] == full["fused_attention"] == BLOCKS
+    assert full["plan_bytes"] > backbone["plan_bytes"] > 1_000_000
+    assert {row["precision"] for row in backbone["layers"]} >= {"Half", "Float"}
+    assert sorted(export.rglob("*")) == before
+
+
+def test_a_check_of_what_is_refused_names_the_operators(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["export", str(export_of("int8")), "--trt", "--check"]) == 5
+    told = capsys.readouterr().err
+    assert told.count("DynamicQuantizeLinear") == told.count("MatMulInteger") == 2  # both graphs
+
+
+def test_capabilities_that_do_not_exist_leave_nothing(
+    export: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(export), "--trt", "--compute", "9.0"]) == 2
+    assert "other GPUs, such as those of data centres" in capsys.readouterr().err
+    assert list((export / ENGINES).iterdir()) == []

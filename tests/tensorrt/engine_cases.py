@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import tensorrt as trt
 from onnx import TensorProto, helper, numpy_helper
 
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem
@@ -36,6 +35,7 @@ from microclip_deploy.serving.engines import (
     Target,
 )
 from microclip_deploy.serving.exported import GraphSpec, TensorSpec
+from microclip_deploy.serving.tensorrt_library import trt
 from tests.tensorrt.fake import Call, Fake, HostMemory, Scenario, install
 
 PLAN = b"a plan"

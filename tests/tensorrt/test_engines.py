@@ -16,6 +16,10 @@ def test_the_product_runs_on_every_version(trt_folder: Path) -> None:
     run_cases(trt_folder, HERE / "engine_cases.py")
 
 
+def test_plans_of_tensorrt_for_rtx_run_with_kernels_of_their_gpu(rtx_folder: Path) -> None:
+    run_cases(rtx_folder, HERE / "rtx_cases.py")
+
+
 @pytest.mark.slow
 def test_planted_mistakes_are_caught(bindings_of: BindingsOf) -> None:
     unnoticed = list(range(len(MISTAKES)))
