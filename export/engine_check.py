@@ -68,7 +68,7 @@ def run_check(directory: Path, options: BuildOptions, notes: Console) -> list[Ch
     checked, refused = [], []
     for graph in PLAN_OF:
         try:
-            checked.append(_check(directory / graph, options, class_span(export), notes))
+            checked.append(check_graph(directory / graph, options, class_span(export), notes))
         except GraphRefused as error:
             refused.append(str(error))
     if refused:
@@ -95,7 +95,14 @@ def table(checked: Sequence[Checked]) -> Table:
     return shown
 
 
-def _check(graph: Path, options: BuildOptions, classes: Span, notes: Console) -> Checked:
+def check_graph(graph: Path, options: BuildOptions, classes: Span, notes: Console) -> Checked:
+    """Build one graph.
+
+    Raises:
+        GraphRefused: the parser does not take it.
+        CheckpointError: no ONNX graph.
+        EnvironmentProblem: the build fails.
+    """
     from microclip_deploy.export.to_tensorrt import build_plan
     from microclip_deploy.serving.tensorrt_library import LOG, NAME
 

@@ -98,13 +98,14 @@ def _prove_in_place(
     artifact.make_directory(folder)
     plans = {plan: engines.plan(plan) for plan in manifest.plans}
     tolerance = stored_tolerance(export)
-    known = manifest.model_copy(update={"target": here})
-    proof = prove_plans(folder, plans, export, known, stream, photos, tolerance, notes)
+    on_this_gpu = manifest.model_copy(update={"target": here})
+    proof = prove_plans(folder, plans, export, on_this_gpu, stream, photos, tolerance, notes)
     require_proven(proof, folder / PARITY, REMEDY)
     names = (*map(layers_of, plans), PARITY, KERNELS)
     added = [f"{folder.name}/{name}" for name in names if (folder / name).is_file()]
     proven = sorted({*(manifest.proven or ()), here.gpu})
-    artifact.rewrite_manifest(directory, {**engines.stored, "proven": proven}, added)
+    stored = {**engines.stored, "proven": proven, "agreement": proof.agreement}
+    artifact.rewrite_manifest(directory, stored, added)
     notes.print(f"engines: {directory} ({proof.precision}, proven on {here.gpu})", markup=False)
     return proof
 

@@ -238,6 +238,8 @@ def test_engines_are_built_ahead_and_wait_for_a_proof(
     assert {plan.graph_sha256 for plan in manifest.plans.values()} == {
         sha256_file(path_of("fp16", name)) for name in ("backbone", "full")
     }
+    assert main(["verify", str(export)]) == 0
+    assert "engines: still not proven" in capsys.readouterr().err
     assert main(["predict", str(export), str(export), "--device", "tensorrt"]) == 4
 
 

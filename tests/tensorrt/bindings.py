@@ -98,7 +98,7 @@ def _kept(
     return target
 
 
-def run(folder: Path, *arguments: str) -> str:
+def run(folder: Path, *arguments: str, limit_s: float = RUN_S) -> str:
     """Return what Python prints, run in the repository with the folder's `tensorrt`."""
     path = os.pathsep.join((str(folder), str(_ROOT)))
     found = subprocess.run(
@@ -107,7 +107,7 @@ def run(folder: Path, *arguments: str) -> str:
         env={**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
-        timeout=RUN_S,
+        timeout=limit_s,
         check=False,
     )
     told = f"exit status {found.returncode}\n{found.stdout}{found.stderr}"
