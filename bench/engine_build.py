@@ -17,11 +17,9 @@ import typer
 
 from microclip_deploy.artifact import write_json
 from microclip_deploy.bench.card import environment
-from microclip_deploy.bench.geometry import random_geometry
 from microclip_deploy.bench.memory import peak_rss_bytes
 from microclip_deploy.console import notes
 from microclip_deploy.export.engine_check import check_graph
-from microclip_deploy.export.to_onnx import write_graphs
 from microclip_deploy.serving.engines import PLAN_OF, BuildOptions, Span
 from microclip_deploy.serving.exported import Precision
 
@@ -30,6 +28,10 @@ CLASSES = Span(least=2, opt=100, most=4096)
 
 def rows(name: str, precisions: list[str]) -> Iterator[dict[str, Any]]:
     """Write and build the graphs of a geometry in each precision."""
+    # PyTorch, which processes that build must not hold.
+    from microclip_deploy.bench.geometry import random_geometry
+    from microclip_deploy.export.to_onnx import write_graphs
+
     for precision in cast(list[Precision], precisions):
         with tempfile.TemporaryDirectory() as folder:
             geometry = random_geometry(name)

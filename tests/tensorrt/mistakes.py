@@ -1,10 +1,11 @@
-"""Slips of a pen in the product's TensorRT code, each tried on the cases of engine_cases.py.
+"""Slips of a pen in the product's TensorRT code, each tried on engine_cases.py or rtx_cases.py.
 
-Run in a process of its own, with a version's bindings and the numbers of mistakes; prints the
-numbers of those that no case noticed, as JSON.
+Run in a process of its own, with the bindings of a version or of TensorRT for RTX, and the numbers
+of mistakes; prints the numbers of those that no case noticed, as JSON.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from microclip_deploy.serving.flavour import RTX, flavour_here
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -89,6 +92,20 @@ MISTAKES = (
     Mistake(CAPTURE, "    stream.synchronize()\n    stream.begin", "    stream.begin"),
 )
 
+RTX_MISTAKES = (
+    Mistake(RUN, "set_execution_context_allocation_strategy(strategy)", "__class__"),
+    Mistake(RUN, "specialization.EAGER", "specialization.LAZY"),
+    Mistake(RUN, "CudaGraphStrategy.DISABLED", "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE"),
+    Mistake(RUN, "config.set_runtime_cache(cache)", "True"),
+    Mistake(RUN, "        if kernels:\n", "        if True:\n"),
+    Mistake(RUN, "cache.deserialize(kernels)", "cache.deserialize(str(kernels))"),
+    Mistake(RUN, "self._runtime_config or trt", "trt"),
+    Mistake(RUN, "get_runtime_cache().serialize()", "get_runtime_cache()"),
+)
+"""Of what TensorRT for RTX wants otherwise; the real builder tries the rest."""
+
+ALL = (*MISTAKES, *RTX_MISTAKES)
+
 
 def source_of(mistake: Mistake) -> str:
     """Return the file with the mistake in it."""
@@ -99,10 +116,12 @@ def source_of(mistake: Mistake) -> str:
 
 def unnoticed(numbers: Iterable[int]) -> list[int]:
     """Return the numbers of those mistakes with which every case passes."""
-    import tests.tensorrt.engine_cases as cases  # imports the modules
+    name = "rtx_cases" if flavour_here() == RTX else "engine_cases"
+    cases = importlib.import_module(f"tests.tensorrt.{name}")  # imports the modules
 
+    assert cases.__file__
     assert _pass(cases.__file__), "the product itself fails"
-    return [n for n in numbers if _loads(MISTAKES[n]) and _pass(cases.__file__)]
+    return [n for n in numbers if _loads(ALL[n]) and _pass(cases.__file__)]
 
 
 def _loads(mistake: Mistake) -> bool:
