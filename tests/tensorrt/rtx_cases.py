@@ -6,7 +6,7 @@ No plan of it was ever loaded: this shows that the calls exist, are well formed 
 import pytest
 
 from microclip_deploy.errors import CheckpointError
-from microclip_deploy.serving.tensorrt_engine import Engine
+from microclip_deploy.serving import tensorrt_engine
 from microclip_deploy.serving.tensorrt_library import trt
 from tests.tensorrt import engine_cases
 from tests.tensorrt.engine_cases import PLAN, Stream, buffers, calls, engine_answers, names
@@ -19,7 +19,7 @@ COMPILED = {"IRuntimeCache.serialize": HostMemory(b"compiled")}
 
 def test_kernels_are_compiled_before_a_capture_and_the_caller_captures() -> None:
     _, log = install(engine_answers(**COMPILED))
-    engine = Engine(PLAN, Stream(log), "backbone.plan")
+    engine = tensorrt_engine.Engine(PLAN, Stream(log), "backbone.plan")
     for _ in range(2):
         engine.bind(1, buffers())()
     managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -44,7 +44,7 @@ def test_kernels_are_compiled_before_a_capture_and_the_caller_captures() -> None
 @pytest.mark.parametrize("fits", [True, False])
 def test_kernels_of_an_earlier_proof_are_used_where_they_fit(fits: bool) -> None:
     _, log = install(engine_answers(**COMPILED, **{"IRuntimeCache.deserialize": fits}))
-    engine = Engine(PLAN, Stream(log), "backbone.plan", b"earlier")
+    engine = tensorrt_engine.Engine(PLAN, Stream(log), "backbone.plan", b"earlier")
     assert calls(log, "IRuntimeCache.deserialize") == [(b"earlier",)]
     engine.bind(1, buffers())()
 
@@ -52,4 +52,4 @@ def test_kernels_of_an_earlier_proof_are_used_where_they_fit(fits: bool) -> None
 def test_a_cache_that_is_refused_is_told() -> None:
     install(engine_answers(**{"IRuntimeConfig.set_runtime_cache": False}))
     with pytest.raises(CheckpointError, match="takes a cache of kernels"):
-        Engine(PLAN, Stream([]), "backbone.plan")
+        tensorrt_engine.Engine(PLAN, Stream([]), "backbone.plan")
