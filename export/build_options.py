@@ -62,7 +62,9 @@ def _parse_span(text: str) -> dict[str, int]:
 def _parse_capabilities(text: str) -> tuple[str, ...]:
     found = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     if not all(re.fullmatch(r"\d{1,2}\.\d", part) for part in found):
-        raise UsageError(f"--compute: expected compute capabilities such as 8.6,8.9, found {text}")
+        raise UsageError(
+            f"--compute: expected compute capabilities such as 8.6,8.9, found '{text}'"
+        )
     return found
 
 

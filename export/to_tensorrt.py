@@ -165,8 +165,8 @@ def _build(
         raise monitor.failure
     if plan is None:
         raise EnvironmentProblem(
-            f"{graph.name}: {NAME} built no engine: {LOG.last_error()}; lower "
-            "--workspace or the largest batch where memory is short, or try another TensorRT"
+            f"{graph.name}: {NAME} built no engine: {LOG.last_error()}; give another "
+            "--workspace, or a smaller largest --batch where memory is short"
         )
     if FLAVOUR != RTX:
         artifact.write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))

@@ -15,6 +15,9 @@ RTX: Flavour = "TensorRT for RTX"
 MODULES: Mapping[Flavour, str] = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx_bindings"}
 """The Python module of each; that of RTX is there with or without NVIDIA's package of packages."""
 
+EXTRA_OF: Mapping[Flavour, str] = {TENSORRT: "gpu", RTX: "rtx"}
+"""The extra of this package that installs it."""
+
 
 def flavour_here() -> Flavour | None:
     """Return the library to use: of two, TensorRT where there is a GPU for it; None of none."""

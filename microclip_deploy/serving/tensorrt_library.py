@@ -4,10 +4,17 @@ import importlib
 from collections import deque
 from typing import Any
 
-from microclip_deploy.serving.flavour import MODULES, TENSORRT, Flavour, flavour_here
+from microclip_deploy.errors import EnvironmentProblem
+from microclip_deploy.serving.flavour import EXTRA_OF, MODULES, TENSORRT, Flavour, flavour_here
 
 FLAVOUR: Flavour = flavour_here() or TENSORRT
-trt: Any = importlib.import_module(MODULES[FLAVOUR])  # the bindings have no types
+try:
+    trt: Any = importlib.import_module(MODULES[FLAVOUR])  # the bindings have no types
+except ImportError as error:
+    raise EnvironmentProblem(
+        f"{FLAVOUR}: expected its Python module and its library, found: {error}; reinstall it: "
+        f'pip install --force-reinstall "microclip-deploy[{EXTRA_OF[FLAVOUR]}]"'
+    ) from error
 NAME = f"{FLAVOUR} {trt.__version__}"
 
 _KEPT_LINES = 20_000

@@ -1,6 +1,7 @@
 """NVIDIA's own parser and builder take the graphs: TensorRT for RTX, which needs no GPU."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,21 @@ def test_the_graphs_are_built(
     for precision in ("fp32", "fp16", "bf16", "int8"):
         monkeypatch.setenv(f"EXPORT_{precision.upper()}", str(write(precision)))
     run_cases(rtx_folder, HERE / "builder_cases.py")
+
+
+def test_bindings_without_their_library_are_told(rtx_folder: Path, tmp_path: Path) -> None:
+    bindings = "tensorrt_rtx_bindings"
+    shutil.copytree(rtx_folder / bindings, tmp_path / bindings)
+    script = """
+from microclip_deploy.errors import EnvironmentProblem
+try:
+    import microclip_deploy.serving.tensorrt_library
+except EnvironmentProblem as problem:
+    print(problem)
+"""
+    told = run(tmp_path, "-c", script)
+    assert "TensorRT for RTX: expected its Python module and its library, found: lib" in told
+    assert '"microclip-deploy[rtx]"' in told
 
 
 @pytest.mark.slow
