@@ -1,5 +1,6 @@
 """The options of `export --trt`: from the command line, back to it, and to trtexec's."""
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from microclip_deploy.config import validate
 from microclip_deploy.errors import UsageError
 from microclip_deploy.serving.engines import PLAN_OF, BuildOptions, Hardware, Span
 from microclip_deploy.serving.exported import Export
+from microclip_deploy.serving.flavour import RTX, TENSORRT, Flavour
 
 _FIELDS: Mapping[str, str] = {
     "--batch": "batch",
@@ -16,8 +18,12 @@ _FIELDS: Mapping[str, str] = {
     "--opt-level": "opt_level",
     "--version-compatible": "version_compatible",
     "--hardware-compat": "hardware",
+    "--compute": "compute",
 }
 """Option of the command -> field of BuildOptions."""
+
+_ONLY_TENSORRT = ("--version-compatible", "--hardware-compat")
+_ONLY_RTX = ("--compute",)
 
 _HARDWARE: Mapping[Hardware, str] = {"ampere+": "ampere+", "same-cc": "sameComputeCapability"}
 """Our names -> trtexec's."""
@@ -38,6 +44,8 @@ def parse_options(trt: bool, given: Mapping[str, Any]) -> BuildOptions | None:
         fields = {_FIELDS[each]: value for each, value in chosen.items() if each in _FIELDS}
         if "batch" in fields:
             fields["batch"] = _parse_span(fields["batch"])
+        if "compute" in fields:
+            fields["compute"] = _parse_capabilities(fields["compute"])
         return validate(BuildOptions, fields)
     if chosen:
         raise UsageError(f"{', '.join(chosen)}: expected --trt with it, found none; add --trt")
@@ -51,6 +59,34 @@ def _parse_span(text: str) -> dict[str, int]:
     return dict(zip(Span.model_fields, map(int, parts), strict=True))
 
 
+def _parse_capabilities(text: str) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if not all(re.fullmatch(r"\d{1,2}\.\d", part) for part in found):
+        raise UsageError(
+            f"--compute: expected compute capabilities such as 8.6,8.9, found '{text}'"
+        )
+    return found
+
+
+def require_known(options: BuildOptions, flavour: Flavour, timing_cache: Path | None) -> None:
+    """Refuse options that only the other library knows.
+
+    Raises:
+        UsageError: names them and the library that is used.
+    """
+    others = _ONLY_TENSORRT if flavour == RTX else _ONLY_RTX
+    given = [option for option in others if _FIELDS[option] in options.model_fields_set]
+    if flavour == RTX and timing_cache is not None:
+        given.append("--timing-cache")
+    if given:
+        known = TENSORRT if flavour == RTX else RTX
+        where = "where it and a GPU are" if known == TENSORRT else "where TensorRT or a GPU is not"
+        raise UsageError(
+            f"{', '.join(given)}: expected options of {flavour}, which builds here, found those of "
+            f"{known}, which builds {where}; leave them out"
+        )
+
+
 def spelled(options: BuildOptions, others: Mapping[str, Any]) -> str:
     """Return options as they are to be given to the command, without those at their defaults.
 
@@ -62,9 +98,13 @@ def spelled(options: BuildOptions, others: Mapping[str, Any]) -> str:
     given = {each: getattr(options, name) for each, name in _FIELDS.items() if name in changed}
     shown = {option: value for option, value in {**given, **others}.items() if value is not None}
     return "".join(
-        f" {option}" if value is True else f" {option} {shlex.quote(str(value))}"
+        f" {option}" if value is True else f" {option} {shlex.quote(_as_given(value))}"
         for option, value in shown.items()
     )
+
+
+def _as_given(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def require_buildable(precision: str) -> None:

@@ -1,4 +1,7 @@
-"""`export --trt`: build engines for this machine, prove them, and only then put them in place.
+"""`export --trt`: build engines, prove them, and only then put them in place.
+
+TensorRT builds for this machine. TensorRT for RTX builds on any; what it built is put in place
+unproven, and `verify` proves it on the GPU that serves.
 
 They are written into a hidden folder beside their place, which they take when they are proven;
 earlier engines stay until then. Engines that are not proven are kept as NAME.failed, without a
@@ -7,13 +10,14 @@ manifest: evidence, never loaded.
 
 import datetime
 import importlib.util
+import platform
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -25,13 +29,13 @@ from microclip_deploy.errors import (
     VerificationError,
     printable,
 )
-from microclip_deploy.export.build_options import require_buildable, spelled
+from microclip_deploy.export.build_options import require_buildable, require_known, spelled
+from microclip_deploy.export.layer_listing import fused_attention
+from microclip_deploy.export.proof.engine_verify import REMEDY, layers_of, prove_plans
 from microclip_deploy.export.proof.judge import Proof, require_proven
-from microclip_deploy.export.proof.limits import Tolerance
-from microclip_deploy.export.proof.probes import Photos, photos_with
+from microclip_deploy.export.proof.probes import photos_with
 from microclip_deploy.export.proof.verify import stored_tolerance
 from microclip_deploy.serving.engines import (
-    BACKBONE_PLAN,
     ENGINES,
     PLAN_OF,
     SCHEMA,
@@ -40,13 +44,10 @@ from microclip_deploy.serving.engines import (
     PlanSpec,
     Span,
     Target,
+    prove_command,
 )
 from microclip_deploy.serving.exported import PARITY, Export, read_export
-
-if TYPE_CHECKING:
-    import cupy
-
-    from microclip_deploy.export.proof.engine_parity import Subject
+from microclip_deploy.serving.flavour import RTX, Flavour, devices, flavour_here
 
 BUILD_LOG = "build.log"
 
@@ -65,8 +66,8 @@ def run_build(
     atol: float | None = None,
     min_agreement: float | None = None,
     **reading: int | None,
-) -> Proof:
-    """Build the engines of an export for this machine and return their proof.
+) -> Proof | None:
+    """Build the engines of an export; return their proof, None of those that are built ahead.
 
     Args:
         directory: the export.
@@ -82,7 +83,8 @@ def run_build(
     Raises:
         CheckpointError: the export is damaged, or TensorRT cannot read its graphs.
         EnvironmentProblem: TensorRT, the GPU or its memory is missing; the export is untouched.
-        UsageError: an export in a precision that TensorRT has no graph for.
+        UsageError: an export in a precision that TensorRT has no graph for, or options that the
+            library at hand does not know.
         VerificationError: engines that depart; the evidence is kept.
     """
     export = read_export(directory)
@@ -90,7 +92,11 @@ def run_build(
     others: dict[str, Any] = {"--timing-cache": timing_cache, "--images": images}
     others |= {"--atol": atol, "--min-agreement": min_agreement}
     others |= {f"--{name.replace('_', '-')}": value for name, value in reading.items()}
-    _require_toolchain(directory, spelled(options, others))
+    flavour = require_flavour(directory, spelled(options, others))
+    require_known(options, flavour, timing_cache)
+    if flavour == RTX:
+        _build_ahead(export, options, notes)
+        return None
     import cupy
 
     from microclip_deploy.serving.cuda_pipeline import cuda_errors, open_stream
@@ -112,41 +118,39 @@ def run_build(
         manifest = _build_plans(folder, export, options, here, caches, notes)
         preprocess = export.manifest.preprocess.reading(**reading)
         photos = photos_with(images, preprocess.size, notes, preprocess.photos)
-        proof = _prove(folder, export, manifest, stream, photos, tolerance, notes)
-        remedy = "the engines are not used; update TensorRT, or export with a more exact --dtype"
-        require_proven(proof, evidence / PARITY, remedy)
+        plans = {plan: (folder / plan).read_bytes() for plan in manifest.plans}
+        proof = prove_plans(folder, plans, export, manifest, stream, photos, tolerance, notes)
+        require_proven(proof, evidence / PARITY, REMEDY)
         _complete(folder, manifest, proof)
     notes.print(f"engines: {place} ({proof.precision}, proven)", markup=False)
     return proof
 
 
-def _require_toolchain(directory: Path, options: str) -> None:
-    """Name everything that is missing at once, and how to go on elsewhere."""
-    missing = [f"package '{name}'" for name in _absent(("cupy", "onnx", "tensorrt"))]
-    if not _absent(("cupy",)) and not _devices():
+def require_flavour(directory: Path, options: str) -> Flavour:
+    """Return the library that builds; where there is none, name everything that is missing at once.
+
+    Args:
+        directory: the export, complete without engines.
+        options: of the command that is to be run elsewhere.
+
+    Raises:
+        EnvironmentProblem: with the install lines of both and how to go on.
+    """
+    flavour = flavour_here()
+    needed = ("onnx",) if flavour == RTX else ("cupy", "onnx", "tensorrt")
+    missing = [f"package '{name}'" for name in needed if importlib.util.find_spec(name) is None]
+    if flavour != RTX and importlib.util.find_spec("cupy") is not None and not devices():
         missing.append("CUDA device")
-    if not missing:
-        return
+    if flavour is not None and not missing:
+        return flavour
     command = f"microclip-deploy export {shlex.quote(str(directory))} --trt{options}"
     raise EnvironmentProblem(
-        f"--trt: expected TensorRT and an NVIDIA GPU, found no {' and no '.join(missing)}; "
-        f"{printable(directory)} is complete without engines. On the machine that will serve, "
-        f'run: pip install "microclip-deploy[export,gpu]", then: {command}'
+        "--trt: expected TensorRT and an NVIDIA GPU, or TensorRT for RTX, found no "
+        f"{' and no '.join(missing)}; {printable(directory)} is complete without engines. "
+        f'On the machine that will serve, run: pip install "microclip-deploy[export,gpu]"; or on '
+        f'any machine, for GeForce and RTX PRO: pip install "microclip-deploy[export,rtx]"; '
+        f"then: {command}"
     )
-
-
-def _absent(packages: Iterable[str]) -> list[str]:
-    return [name for name in packages if importlib.util.find_spec(name) is None]
-
-
-def _devices() -> int:
-    """Count CUDA devices; before TensorRT is touched, which crashes without one."""
-    import cupy
-
-    try:
-        return int(cupy.cuda.runtime.getDeviceCount())
-    except cupy.cuda.runtime.CUDARuntimeError:
-        return 0
 
 
 @contextmanager
@@ -161,6 +165,29 @@ def _kept_as(evidence: Path, folder: Path, notes: Console) -> Iterator[None]:
         raise
 
 
+def _build_ahead(export: Export, options: BuildOptions, notes: Console) -> None:
+    """Build with TensorRT for RTX and put the plans in place, for `verify` to prove."""
+    from microclip_deploy.serving.tensorrt_library import trt
+
+    goal = Target(
+        flavour=RTX,
+        tensorrt=trt.__version__,
+        capabilities=options.compute,
+        system=f"{platform.system()} {platform.machine()}",
+    )
+    place = export.directory / ENGINES / goal.folder
+    evidence = place.with_name(f"{place.name}.failed")
+    with artifact.staged_directory(place) as folder, _kept_as(evidence, folder, notes):
+        manifest = _build_plans(folder, export, options, goal, place.parent, notes)
+        _complete(folder, manifest, None)
+    notes.print(f"engines: {place} ({manifest.precision}, built, not proven)", markup=False)
+    notes.print(
+        f"They run on GPUs of compute capability {', '.join(options.compute)} and are served once "
+        f"they are proven; on such a machine: {prove_command(export.directory)}",
+        markup=False,
+    )
+
+
 def _build_plans(
     folder: Path,
     export: Export,
@@ -171,10 +198,9 @@ def _build_plans(
 ) -> EngineManifest:
     """Build and write the plans; return what is known of them before they are proven."""
     from microclip_deploy.export.to_tensorrt import build_plan
-    from microclip_deploy.serving.tensorrt_engine import LOG
+    from microclip_deploy.serving.tensorrt_library import LOG
 
-    count = len(export.classifier)
-    classes = Span(least=2, opt=count, most=max(MOST_CLASSES, 2 * count))
+    classes = class_span(export)
     plans = {}
     LOG.taken()
     try:
@@ -189,7 +215,9 @@ def _build_plans(
                 )
             artifact.write_bytes(folder / plan, built.plan)
             products = ", ".join(f"{n} in {kind}" for kind, n in built.products.items())
-            notes.print(f"{plan}: {len(built.plan) / 2**20:.0f} MiB; products: {products}")
+            fused = fused_attention(built.layers)
+            told = f"; kernels of fused attention: {fused}" if built.layers else ""
+            notes.print(f"{plan}: {len(built.plan) / 2**20:.0f} MiB; products: {products}{told}")
             plans[plan] = PlanSpec(
                 graph=graph,
                 graph_sha256=export.stored["files"][graph]["sha256"],
@@ -206,59 +234,20 @@ def _build_plans(
     )
 
 
-def _prove(
-    folder: Path,
-    export: Export,
-    manifest: EngineManifest,
-    stream: "cupy.cuda.Stream",
-    photos: Photos,
-    tolerance: Tolerance,
-    notes: Console,
-) -> Proof:
-    """Load the plans, compare them with ONNX Runtime, and write the proof beside them."""
-    from microclip_deploy.export.proof.engine_parity import onnx_reference, prove_engines
-
-    notes.print("asking ONNX Runtime")
-    reference = onnx_reference(export, photos.views(export.manifest.preprocess))
-    notes.print("proving engines")
-    subject = _subject(folder, export, manifest, stream)
-    try:
-        proof = prove_engines(export, subject, reference, photos, tolerance)
-    finally:
-        subject.session.close()
-    artifact.write_json(folder / PARITY, proof.model_dump())
-    return proof
+def class_span(export: Export) -> Span:
+    """Return how many rows of the class matrix a full plan takes."""
+    count = len(export.classifier)
+    return Span(least=2, opt=count, most=max(MOST_CLASSES, 2 * count))
 
 
-def _subject(
-    folder: Path, export: Export, manifest: EngineManifest, stream: "cupy.cuda.Stream"
-) -> "Subject":
-    """Load what is proven from the very bytes that will be served."""
-    from microclip_deploy.export.proof.engine_parity import Subject
-    from microclip_deploy.serving.tensorrt_encoder import session_of
-    from microclip_deploy.serving.tensorrt_engine import Engine
-
-    data = {plan: (folder / plan).read_bytes() for plan in manifest.plans}
-    plans = {plan: Engine(data[plan], stream, plan) for plan in data}
-    layers: dict[str, Any] = {}
-    for plan, engine in plans.items():
-        layers[plan] = engine.layers()
-        artifact.write_json(folder / layers_of(plan), layers[plan])
-    session = session_of(export, manifest, data[BACKBONE_PLAN], stream)
-    return Subject(manifest, plans, session, layers, stream)
-
-
-def layers_of(plan: str) -> str:
-    """Return the file of what the inspector tells of a plan."""
-    return f"{Path(plan).stem}.layers.json"
-
-
-def _complete(folder: Path, manifest: EngineManifest, proof: Proof) -> None:
+def _complete(folder: Path, manifest: EngineManifest, proof: Proof | None) -> None:
+    """Write the manifest; without a proof the plans are built and no more."""
     content = {
         "package": {"name": "microclip-deploy", "version": version("microclip-deploy")},
         "created_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **manifest.model_dump(mode="json"),
-        "agreement": proof.agreement,
+        "proven": [] if proof is None else [manifest.target.gpu],
+        "agreement": None if proof is None else proof.agreement,
     }
-    layers = [layers_of(plan) for plan in manifest.plans]
-    artifact.write_manifest(folder, SCHEMA, content, [*manifest.plans, *layers, PARITY, BUILD_LOG])
+    proofs = [] if proof is None else [*map(layers_of, manifest.plans), PARITY]
+    artifact.write_manifest(folder, SCHEMA, content, [*manifest.plans, *proofs, BUILD_LOG])

@@ -1,4 +1,4 @@
-"""An exported graph -> a TensorRT plan, with TensorRT 10 and 11 by the same calls.
+"""An exported graph -> a plan, with TensorRT 10 and 11 and TensorRT for RTX by the same calls.
 
 Networks are strongly typed: what runs in which precision is what the ONNX file says, never a flag's
 or a tactic's choice, and float32 is float32, because TF32 is switched off. The class matrix is an
@@ -7,18 +7,19 @@ input, so that classes change without another build.
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx
-import tensorrt as trt
 
 from microclip_deploy import artifact
-from microclip_deploy.errors import CheckpointError, EnvironmentProblem
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
+from microclip_deploy.export.layer_listing import Layer, read_layers
 from microclip_deploy.serving.engines import BuildOptions, Hardware, Span
-from microclip_deploy.serving.tensorrt_engine import LOG
+from microclip_deploy.serving.flavour import RTX
+from microclip_deploy.serving.tensorrt_library import FLAVOUR, LOG, NAME, trt
 
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps, what is done); from threads of TensorRT's."""
@@ -39,6 +40,12 @@ class Built(NamedTuple):
     plan: bytes
     products: Counter[str]
     """Matrix products of the typed network by the type of their factors, such as "HALF"."""
+    layers: tuple[Layer, ...]
+    """Of the plan, as the builder listed them; TensorRT for RTX does."""
+
+
+class GraphRefused(CheckpointError):
+    """The parser knows no way to compute some nodes."""
 
 
 def build_plan(
@@ -49,7 +56,7 @@ def build_plan(
     timing_cache: Path,
     progress: Progress = lambda *_: None,
 ) -> Built:
-    """Build a plan for the current CUDA device; takes minutes.
+    """Build a plan: for the current CUDA device, or with TensorRT for RTX for any; takes minutes.
 
     The build runs on a thread of its own, so that a signal reaches this one and cancels it.
 
@@ -61,7 +68,9 @@ def build_plan(
         progress: told of each step.
 
     Raises:
-        CheckpointError: TensorRT's parser refuses the graph.
+        UsageError: a compute capability that TensorRT for RTX does not build for.
+        GraphRefused: TensorRT's parser refuses the graph.
+        CheckpointError: no ONNX graph.
         EnvironmentProblem: the build fails; says what TensorRT complained of.
     """
     monitor = Monitor(progress)
@@ -144,18 +153,24 @@ def _build(
     config = builder.create_builder_config()
     _configure(config, options)
     _add_profiles(builder, network, config, options.batches(), classes)
-    _use_timing_cache(config, timing_cache)
+    if FLAVOUR == RTX:  # has neither timing caches nor levels of compatibility
+        _set_capabilities(config, options.compute)
+    else:
+        level = getattr(trt.HardwareCompatibilityLevel, _HARDWARE[options.hardware])
+        config.hardware_compatibility_level = level
+        _use_timing_cache(config, timing_cache)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     if monitor.failure is not None:
         raise monitor.failure
     if plan is None:
         raise EnvironmentProblem(
-            f"{graph.name}: TensorRT {trt.__version__} built no engine: {LOG.last_error()}; lower "
-            "--workspace or the largest batch where memory is short, or try another TensorRT"
+            f"{graph.name}: {NAME} built no engine: {LOG.last_error()}; give another "
+            "--workspace, or a smaller largest --batch where memory is short"
         )
-    artifact.write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
-    return Built(bytes(plan), _products(network))
+    if FLAVOUR != RTX:
+        artifact.write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
+    return Built(bytes(plan), _products(network), read_layers(LOG.listing()))
 
 
 def _network(builder: Any, graph: Path) -> Any:
@@ -165,13 +180,25 @@ def _network(builder: Any, graph: Path) -> Any:
     parser = trt.OnnxParser(network, LOG)
     # The path says where weights outside of the file are.
     if not parser.parse(network_source(graph), str(graph)):
-        errors = [parser.get_error(number) for number in range(parser.num_errors)]
-        reasons = "; ".join(f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in errors)
-        raise CheckpointError(
-            f"{graph}: expected a graph that TensorRT {trt.__version__} can read, found: "
-            f"{reasons or LOG.last_error()}; export again with this version, or update TensorRT"
+        reasons = "; ".join(_refusals(parser))
+        raise GraphRefused(
+            f"{graph}: expected a graph that {NAME} can read, found: "
+            f"{reasons or LOG.last_error()}; export again with this version, in fp32, fp16 or "
+            "bf16, or update TensorRT"
         )
     return network
+
+
+def _refusals(parser: Any) -> Iterator[str]:
+    """Say why nodes are refused, once for each operator: every node of it is, one by one."""
+    errors = [parser.get_error(number) for number in range(parser.num_errors)]
+    nodes = Counter((error.node_operator(), error.desc()) for error in errors)
+    first = {(e.node_operator(), e.desc()): e.node_name() for e in reversed(errors)}
+    for (operator, reason), count in nodes.items():
+        others = f", and {count - 1} more nodes" if count > 1 else ""
+        # "false" is all that the parser says of an operator that it does not have.
+        told = "no such operator" if reason == "false" else reason
+        yield f"{first[operator, reason]} ({operator}{others}): {told}"
 
 
 def _configure(config: Any, options: BuildOptions) -> None:
@@ -187,8 +214,25 @@ def _configure(config: Any, options: BuildOptions) -> None:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         # Otherwise the plan would hold code for the host, which a reader has to allow.
         config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
-    level = getattr(trt.HardwareCompatibilityLevel, _HARDWARE[options.hardware])
-    config.hardware_compatibility_level = level
+
+
+def _set_capabilities(config: Any, capabilities: Sequence[str]) -> None:
+    known = trt.ComputeCapability.__members__
+    config.num_compute_capabilities = len(capabilities)
+    for number, capability in enumerate(capabilities):
+        kind = known.get(f"SM{capability.replace('.', '')}")
+        if kind is None or not config.set_compute_capability(kind, number):
+            raise UsageError(
+                f"--compute {capability}: expected compute capabilities that {NAME} builds for, "
+                f"which are {', '.join(buildable_capabilities())}; other GPUs, such as those of "
+                "data centres, need TensorRT on the GPU itself"
+            )
+
+
+def buildable_capabilities() -> list[str]:
+    """Return what TensorRT for RTX builds for, such as "8.9"."""
+    names = (name for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
+    return [f"{name[2:-1]}.{name[-1]}" for name in names]
 
 
 def _add_profiles(
@@ -204,7 +248,7 @@ def _add_profiles(
             profile.set_shape(tensor.name, *sizes)
         if config.add_optimization_profile(profile) < 0:
             raise EnvironmentProblem(
-                f"batch {batch}: expected a profile that TensorRT {trt.__version__} takes, found "
+                f"batch {batch}: expected a profile that {NAME} takes, found "
                 f"that it refuses it: {LOG.last_error()}; choose another --batch"
             )
 
@@ -216,8 +260,7 @@ def _use_timing_cache(config: Any, path: Path) -> None:
         if cache is not None and config.set_timing_cache(cache, False):
             return
     raise EnvironmentProblem(
-        f"TensorRT {trt.__version__} takes no timing cache, not even an empty one: "
-        f"{LOG.last_error()}; reinstall it"
+        f"{NAME} takes no timing cache, not even an empty one: {LOG.last_error()}; reinstall it"
     )
 
 

@@ -29,6 +29,7 @@ from microclip_deploy.export.command import run_export
 from microclip_deploy.model.checkpoint import build_model, write_checkpoint
 from microclip_deploy.model.clip import BackboneSpec, load_clip
 from microclip_deploy.model.text import text_heads
+from tests.tensorrt.bindings import Unavailable, rtx
 
 TINY_MODEL = {
     "embed_dim": 32,
@@ -158,6 +159,16 @@ def _trace_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", export)
         yield
+
+
+@pytest.fixture(scope="session")
+def rtx_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return what to put on PYTHONPATH for TensorRT for RTX, or skip the test and say why."""
+    kept, name = request.config.cache, "tensorrt-bindings"
+    try:
+        return rtx(tmp_path_factory.mktemp(name) if kept is None else kept.mkdir(name))
+    except Unavailable as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

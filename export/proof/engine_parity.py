@@ -48,6 +48,8 @@ class Subject(NamedTuple):
     """By file name."""
     session: Session
     """Over the backbone plan."""
+    served: "Engine"
+    """The session's own."""
     layers: Mapping[str, Any]
     """What the inspector tells, by file name."""
     stream: cupy.cuda.Stream

@@ -3,6 +3,7 @@
 It imports none of the packages it looks at, so it works in the smallest installation.
 """
 
+import importlib.util
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,6 +20,7 @@ from microclip_deploy.environment import (
     probe_packages,
 )
 from microclip_deploy.errors import EXTRA_OF, EnvironmentProblem, UsageError
+from microclip_deploy.serving.flavour import MODULES, RTX
 
 _PURPOSE: Mapping[str, str] = {
     "adapt": "to adapt, and to evaluate and predict with a run",
@@ -315,6 +317,8 @@ def _engines(machine: Machine, packages: Mapping[str, Package]) -> str:
     lacking = [title for name, title in titles.items() if not packages[name].works]
     seen = machine.gpus or packages["torch"].details.get("usable")
     lacking += [] if seen else ["an NVIDIA GPU"]
+    if lacking and importlib.util.find_spec(MODULES[RTX]) is not None:
+        return f"{RTX}: export --trt builds them; verify proves them where they are to serve"
     if lacking:
         return _IMPOSSIBLE + ", ".join(lacking)
     version = packages["tensorrt"].version

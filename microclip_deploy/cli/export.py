@@ -11,6 +11,8 @@ from microclip_deploy.cli.options import (
     AsJson,
     Batch,
     BitDepth,
+    Check,
+    Compute,
     Dtype,
     Exportable,
     ExportDirectory,
@@ -67,12 +69,15 @@ def export(
     timing_cache: TimingCache = None,
     version_compatible: VersionCompatible = False,
     hardware_compat: HardwareCompat = None,
+    compute: Compute = None,
+    check: Check = False,
     print_trtexec: PrintTrtexec = False,
     as_json: AsJson = False,
 ) -> None:
     """Export an adapted model to ONNX, and with --trt to TensorRT; prove both equal.
 
-    With an export in place of the run, --trt only builds engines, and needs no PyTorch.
+    With an export in place of the run, --trt only builds engines, and needs no PyTorch. TensorRT
+    builds for the GPU at hand; TensorRT for RTX builds on any machine, and `verify` proves there.
 
     Example: microclip-deploy export runs/birds -o exports/birds --dtype fp16 --trt
     """
@@ -83,6 +88,7 @@ def export(
     given: dict[str, Any] = {"--batch": batch, "--workspace": workspace, "--opt-level": opt_level}
     given |= {"--timing-cache": timing_cache, "--version-compatible": version_compatible or None}
     given |= {"--hardware-compat": hardware_compat, "--print-trtexec": print_trtexec or None}
+    given |= {"--compute": compute, "--check": check or None}
     build = parse_options(trt, given)
     proving: dict[str, Any] = {"images": images, "device": device}
     proving |= {"atol": atol, "min_agreement": min_agreement}
@@ -90,7 +96,7 @@ def export(
     if build is not None and is_export(source):
         directory = _inside(source, out_dir)
     else:
-        directory = _target(out_dir, dtype if trt else None)
+        directory = _target(out_dir, dtype if trt and not check else None)
         from microclip_deploy.export.command import run_export
 
         proof = run_export(
@@ -99,11 +105,14 @@ def export(
         _show(proof, as_json)
     if build is not None and print_trtexec:
         _print_trtexec(directory, build)
+    elif build is not None and check:
+        _check(directory, build, as_json)
     elif build is not None:
         from microclip_deploy.export.engine_command import run_build
 
-        proof = run_build(directory, build, notes, timing_cache=timing_cache, **proving)
-        _show(proof, as_json)
+        built = run_build(directory, build, notes, timing_cache=timing_cache, **proving)
+        if built is not None:
+            _show(built, as_json)
     next_steps.tell(
         notes,
         next_steps.predict(directory),
@@ -134,6 +143,16 @@ def _target(out_dir: Path | None, built_from: Dtype | None) -> Path:
     return out_dir
 
 
+def _check(directory: Path, build: "BuildOptions", as_json: bool) -> None:
+    from microclip_deploy.export.engine_check import run_check, table
+
+    checked = run_check(directory, build, notes)
+    if as_json:
+        print_json([plan.model_dump(mode="json") for plan in checked])
+    else:
+        out.print(table(checked))
+
+
 def _print_trtexec(directory: Path, build: "BuildOptions") -> None:
     from microclip_deploy.export.build_options import trtexec_commands
     from microclip_deploy.serving.exported import read_export
@@ -153,8 +172,9 @@ def verify(
     device: ProofDevice = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Prove an export again on this machine; exit 5 where it departs from PyTorch."""
+    """Prove an export and its unproven engines on this machine; exit 5 where they depart."""
     require("onnxruntime", "cpu")
+    from microclip_deploy.export.proof.engine_verify import prove_built
     from microclip_deploy.export.proof.judge import require_proven
     from microclip_deploy.export.proof.verify import VERIFIED, run_verify
 
@@ -162,6 +182,8 @@ def verify(
     proof = run_verify(export_dir, notes, run=run, images=images, device=device, **reading)
     _show(proof, as_json)
     require_proven(proof, export_dir / VERIFIED)
+    for each in prove_built(export_dir, notes, images=images, device=device, **reading):
+        _show(each, as_json)
     bench = next_steps.bench(export_dir, "--batches", "1,8")
     next_steps.tell(notes, next_steps.predict(export_dir), bench)
 

@@ -169,7 +169,10 @@ Threads = Annotated[
 ExportDirectory = Annotated[Path, typer.Argument(metavar="EXPORT", help="What `export` wrote.")]
 Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Class names.")]
 Trt = Annotated[
-    bool, option(ENGINES, None, "Also build and prove TensorRT engines for this machine.", "--trt")
+    bool,
+    option(
+        ENGINES, None, "Also build TensorRT engines, and prove those for this machine.", "--trt"
+    ),
 ]
 Batch = Annotated[
     str | None, option(ENGINES, "MIN:OPT:MAX", "Images a batch of the engines. [default: 1:8:64]")
@@ -191,6 +194,18 @@ VersionCompatible = Annotated[
 ]
 HardwareCompat = Annotated[
     Hardware | None, option(ENGINES, None, "Other GPUs that may load the engines. [default: none]")
+]
+Compute = Annotated[
+    str | None,
+    option(
+        ENGINES,
+        "8.6,8.9,…",
+        "Compute capabilities that TensorRT for RTX builds for. [default: 8.6,8.9,12.0]",
+    ),
+]
+Check = Annotated[
+    bool,
+    option(ENGINES, None, "Build, show layers and sizes, keep no engine; exit 5 if refused."),
 ]
 PrintTrtexec = Annotated[
     bool, option(ENGINES, None, "Print trtexec commands instead of building.", "--print-trtexec")

@@ -1,13 +1,16 @@
 """The TensorRT engines of an export: a folder for each TensorRT version and GPU they run on.
 
     EXPORT/engines/trt11.4.0.106-sm90-nvidia-h200/
-        manifest.json            last; its presence means that the engines are proven
+        manifest.json            last; names the GPUs on which the engines are proven
         backbone.plan            images -> cls, patches: what serving runs before the CUDA kernels
         full.plan                images, classifier -> everything, the cut inside
         backbone.layers.json     what TensorRT's inspector tells of each plan
         full.layers.json
         parity.json              the proof: how far each plan is from ONNX Runtime
         build.log                what TensorRT said
+
+Those of TensorRT for RTX, such as rtx1.7.1.116-sm86-sm89-sm120, are built without a GPU: they get
+the layers and the proof where `verify` proves them, and are not served before.
 
 A plan is native code: it is read only when its bytes are those that the manifest names, and only
 where it was built for. Needs neither TensorRT nor a GPU; see docs/artifacts.md section 8.
@@ -25,6 +28,7 @@ from microclip_deploy import artifact
 from microclip_deploy.config import validate
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError
 from microclip_deploy.serving.exported import BACKBONE, FULL, Export, GraphSpec, Precision
+from microclip_deploy.serving.flavour import TENSORRT, Flavour
 
 SCHEMA = "microclip.engines/1"
 ENGINES = "engines"
@@ -32,6 +36,8 @@ ENGINES = "engines"
 
 BACKBONE_PLAN = "backbone.plan"
 FULL_PLAN = "full.plan"
+KERNELS = "backbone.kernels"
+"""What TensorRT for RTX compiled of the backbone's plan for one GPU, in the folder of its proof."""
 PLAN_OF: Mapping[str, str] = {BACKBONE: BACKBONE_PLAN, FULL: FULL_PLAN}
 
 Hardware = Literal["none", "ampere+", "same-cc"]
@@ -39,27 +45,46 @@ Hardware = Literal["none", "ampere+", "same-cc"]
 
 
 class Target(BaseModel):
-    """What a plan is tied to."""
+    """What a plan is tied to, or the machine it is to run on."""
 
     model_config = ConfigDict(frozen=True)
 
+    flavour: Flavour = TENSORRT
     tensorrt: str
-    """Version, such as "11.4.0.106"."""
-    gpu: str
-    compute_capability: str
-    """Such as "9.0"."""
+    """Version of the flavour, such as "11.4.0.106"."""
+    gpu: str = ""
+    """Empty of a plan that was built for every GPU of some capabilities."""
+    compute_capability: str = ""
+    """Such as "9.0"; empty as `gpu`."""
+    capabilities: tuple[str, ...] = ()
+    """Of the GPUs that a plan of TensorRT for RTX runs on."""
     system: str
     """Such as "Linux x86_64"."""
 
     @property
+    def library(self) -> str:
+        """Return flavour and version."""
+        return f"{self.flavour} {self.tensorrt}"
+
+    @property
     def folder(self) -> str:
         """Return the name of the engines' folder."""
-        gpu = "".join(c if c.isalnum() else "-" for c in self.gpu.lower()).strip("-")
-        return f"trt{self.tensorrt}-sm{self.compute_capability.replace('.', '')}-{gpu}"
+        if self.capabilities:
+            numbers = (f"-sm{each.replace('.', '')}" for each in self.capabilities)
+            return f"rtx{self.tensorrt}{''.join(numbers)}"
+        return f"trt{self.tensorrt}-sm{self.compute_capability.replace('.', '')}-{self.gpu_slug}"
+
+    @property
+    def gpu_slug(self) -> str:
+        """Return the GPU as a part of file names."""
+        return "".join(c if c.isalnum() else "-" for c in self.gpu.lower()).strip("-")
 
     def __str__(self) -> str:
+        if self.capabilities:
+            capabilities = ", ".join(self.capabilities)
+            return f"{self.library} for compute capability {capabilities} ({self.system})"
         return (
-            f"TensorRT {self.tensorrt} on {self.gpu} "
+            f"{self.library} on {self.gpu} "
             f"(compute capability {self.compute_capability}, {self.system})"
         )
 
@@ -90,6 +115,10 @@ LATENCY = Span(least=1, opt=1, most=1)
 """The first profile: one image, with kernels of its own."""
 
 
+RTX_CAPABILITIES = ("8.6", "8.9", "12.0")
+"""GeForce and RTX PRO since Ampere."""
+
+
 class BuildOptions(BaseModel):
     """What the user decides about a build."""
 
@@ -105,6 +134,8 @@ class BuildOptions(BaseModel):
     """Let newer TensorRT versions load the plan; slower."""
     hardware: Hardware = "none"
     """Other GPUs that may load the plan; slower."""
+    compute: tuple[str, ...] = RTX_CAPABILITIES
+    """Compute capabilities that TensorRT for RTX builds for; of no meaning to TensorRT."""
 
     def batches(self) -> tuple[Span, ...]:
         """Return the images a batch of each profile."""
@@ -135,6 +166,12 @@ class EngineManifest(BaseModel):
     """Rows of the class matrix that the full plan takes."""
     plans: Mapping[str, PlanSpec]
     """By file name."""
+    proven: tuple[str, ...] | None = None
+    """GPUs on which the plans were proven; None of earlier builds, whose every plan was."""
+
+    def is_proven(self, here: Target) -> bool:
+        """Say whether a GPU may be served: those of TensorRT are proven where they are built."""
+        return self.target.flavour == TENSORRT or here.gpu in (self.proven or ())
 
     def profile_of(self, batch: int) -> int:
         """Return the narrowest profile that takes a batch, the one tuned for it first."""
@@ -160,14 +197,20 @@ class EngineManifest(BaseModel):
         built = self.target
         if here.system != built.system:
             return f"built on {built.system}"
+        if here.flavour != built.flavour:
+            return f"built with {built.library}"
         newer = _numbers(here.tensorrt) >= _numbers(built.tensorrt)
         if here.tensorrt != built.tensorrt and not (self.options.version_compatible and newer):
-            return f"built with TensorRT {built.tensorrt}"
+            return f"built with {built.library}"
         if self._same_gpu(here):
             return None
+        if built.capabilities:
+            return f"built for compute capability {', '.join(built.capabilities)}"
         return f"built for {built.gpu} (compute capability {built.compute_capability})"
 
     def _same_gpu(self, here: Target) -> bool:
+        if self.target.capabilities:
+            return here.compute_capability in self.target.capabilities
         same = here.compute_capability == self.target.compute_capability
         if self.options.hardware == "ampere+":
             return _numbers(here.compute_capability) >= (8, 0)
@@ -175,7 +218,7 @@ class EngineManifest(BaseModel):
 
 
 class Engines(NamedTuple):
-    """A folder of proven engines; the plans themselves are not read yet."""
+    """A folder of engines; the plans themselves are not read yet."""
 
     directory: Path
     manifest: EngineManifest
@@ -183,7 +226,7 @@ class Engines(NamedTuple):
     """All fields of manifest.json."""
 
     def plan(self, name: str) -> bytes:
-        """Read a plan whose bytes are those that were proven.
+        """Read a plan whose bytes are those that the manifest names.
 
         Raises:
             CheckpointError: missing, damaged or exchanged.
@@ -202,23 +245,64 @@ class Engines(NamedTuple):
             )
         return data
 
+    def kernels(self, here: Target) -> bytes:
+        """Read the kernels that a proof compiled for a GPU; empty where there are none.
+
+        Raises:
+            CheckpointError: as `plan`.
+        """
+        name = f"{here.gpu_slug}/{KERNELS}"
+        return self.plan(name) if name in self.stored["files"] else b""
+
 
 def has_engines(export: Path) -> bool:
     """Say whether engines were ever built for an export, for whatever machine."""
     return any((export / ENGINES).glob(f"*/{artifact.MANIFEST}"))
 
 
+def has_unproven(export: Path) -> bool:
+    """Say whether engines were built for an export that no GPU has proven."""
+    manifests = (export / ENGINES).glob(f"*/{artifact.MANIFEST}")
+    return any(artifact.read_json(path).get("proven") == [] for path in manifests)
+
+
 def find_engines(export: Export, here: Target) -> Engines:
-    """Return the engines of an export that run here.
+    """Return the engines of an export that run here and are proven.
 
     Raises:
-        EnvironmentProblem: there are none; says what there is, and how to build them.
+        EnvironmentProblem: there are none; says what there is, and how to build or prove them.
         CheckpointError: those for this machine are damaged.
     """
+    fitting, refused = _fitting(export, here)
+    for engines in fitting:
+        if engines.manifest.is_proven(here):
+            return engines
+    if fitting:
+        raise EnvironmentProblem(
+            f"{fitting[0].directory}: expected engines that are proven on {here.gpu}, found them "
+            f"built, not proven; prove them here: {prove_command(export.directory)}"
+        )
+    raise EnvironmentProblem(
+        f"{export.directory / ENGINES}: expected engines for {here}, found "
+        f"{'; '.join(refused) or 'none'}; build them here: {rebuild_command(export.directory)}"
+    )
+
+
+def unproven_engines(export: Export, here: Target) -> list[Engines]:
+    """Return the engines that run here once they are proven.
+
+    Raises:
+        CheckpointError: those for this machine are damaged.
+    """
+    fitting, _ = _fitting(export, here)
+    return [engines for engines in fitting if not engines.manifest.is_proven(here)]
+
+
+def _fitting(export: Export, here: Target) -> tuple[list[Engines], list[str]]:
+    """Return what runs here, that built for exactly this machine first, and why others do not."""
     folder = export.directory / ENGINES
     built = sorted(path.parent for path in folder.glob(f"*/{artifact.MANIFEST}"))
-    refused = []
-    # Those built for exactly this machine come first, before others that may run here.
+    fitting, refused = [], []
     for directory in sorted(built, key=lambda path: path.name != here.folder):
         try:
             engines = read_engines(directory)
@@ -229,12 +313,10 @@ def find_engines(export: Export, here: Target) -> Engines:
             continue
         why = engines.manifest.refusal(here) or _stale(engines.manifest, export)
         if why is None:
-            return engines
-        refused.append(f"{directory.name}: {why}")
-    raise EnvironmentProblem(
-        f"{folder}: expected engines for {here}, found {'; '.join(refused) or 'none'}; "
-        f"build them here: {rebuild_command(export.directory)}"
-    )
+            fitting.append(engines)
+        else:
+            refused.append(f"{directory.name}: {why}")
+    return fitting, refused
 
 
 def read_engines(directory: Path) -> Engines:
@@ -257,6 +339,11 @@ def read_engines(directory: Path) -> Engines:
 def rebuild_command(export: Path) -> str:
     """Return the command that builds engines for the machine it is run on."""
     return f"microclip-deploy export {shlex.quote(str(export))} --trt"
+
+
+def prove_command(export: Path) -> str:
+    """Return the command that proves engines on the machine it is run on."""
+    return f"microclip-deploy verify {shlex.quote(str(export))}"
 
 
 def _stale(manifest: EngineManifest, export: Export) -> str | None:

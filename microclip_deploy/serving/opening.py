@@ -12,10 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microclip_deploy import artifact
-from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, require
+from microclip_deploy.errors import (
+    CheckpointError,
+    EnvironmentProblem,
+    UsageError,
+    missing_package,
+    require,
+)
 from microclip_deploy.paths import StrPath, as_path
 from microclip_deploy.processors import checked_threads
 from microclip_deploy.serving.engines import has_engines
+from microclip_deploy.serving.flavour import MODULES
 from microclip_deploy.serving.session import Session
 
 if TYPE_CHECKING:
@@ -175,7 +182,7 @@ def _open_export(path: Path, device: str, threads: int | None) -> Session:
     """Open an export: with engines or kernels on a GPU, otherwise with ONNX Runtime alone."""
     if re.fullmatch(r"tensorrt(:\d+)?", device):
         return _open_engines(path, device.replace("tensorrt", "cuda"))
-    if (device == "auto" or _is_cuda(device)) and has_engines(path) and _has("tensorrt"):
+    if (device == "auto" or _is_cuda(device)) and has_engines(path) and _has_tensorrt():
         session = _with_engines(path, device)
         if session is not None:
             return session
@@ -212,8 +219,9 @@ def open_graphs(path: StrPath, device: str = "cpu", *, threads: int | None = Non
 
 
 def _open_engines(path: Path, device: str) -> Session:
-    for module in ("cupy", "tensorrt"):
-        require(module, "gpu")
+    require("cupy", "gpu")
+    if not _has_tensorrt():
+        raise missing_package("tensorrt", "gpu")
     from microclip_deploy.serving.tensorrt_encoder import open_engines
 
     return open_engines(path, device)
@@ -264,6 +272,10 @@ def _without_cupy(session: Session) -> Session:
 
 def _is_cuda(device: str) -> bool:
     return re.fullmatch(r"cuda(:\d+)?", device) is not None
+
+
+def _has_tensorrt() -> bool:
+    return any(map(_has, MODULES.values()))
 
 
 def _has(package: str) -> bool:

@@ -31,20 +31,23 @@ def open_engines(path: Path, device: str) -> CudaSession:
     """
     stream = open_stream(device)  # first: without a device TensorRT crashes
     export = read_export(path)
-    engines = find_engines(export, target(stream.device_id))
-    return session_of(export, engines.manifest, engines.plan(BACKBONE_PLAN), stream)
+    here = target(stream.device_id)
+    engines = find_engines(export, here)
+    plan, kernels = engines.plan(BACKBONE_PLAN), engines.kernels(here)
+    engine = Engine(plan, stream, BACKBONE_PLAN, kernels)
+    return session_of(export, engines.manifest, engine, stream)
 
 
 def session_of(
-    export: Export, manifest: EngineManifest, plan: bytes, stream: cupy.cuda.Stream
+    export: Export, manifest: EngineManifest, engine: Engine, stream: cupy.cuda.Stream
 ) -> CudaSession:
-    """Load a backbone plan whose origin was checked.
+    """Serve a backbone plan that is loaded.
 
     Raises:
         CheckpointError, EnvironmentProblem: as `open_engines`.
     """
     known, head = export.manifest, read_head(export)
-    encoder = TensorRTEncoder(Engine(plan, stream, BACKBONE_PLAN), manifest, stream)
+    encoder = TensorRTEncoder(engine, manifest, stream)
     pipeline = CudaPipeline(stream, encoder, head, known.ncut_spec(), known.preprocess.size)
     return CudaSession(pipeline, export.facts(), buckets=manifest.buckets())
 

@@ -6,49 +6,17 @@ calls that TensorRT 10 and 11 share are used.
 
 import json
 import platform
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import cupy
-import tensorrt as trt
 
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem
 from microclip_deploy.serving.cuda_pipeline import cuda_errors
 from microclip_deploy.serving.engines import Target
-
-_KEPT_LINES = 20_000
-
-
-class Log(trt.ILogger):  # type: ignore[misc]  # the bindings have no types
-    """Keeps what TensorRT says, but for its most talkative level.
-
-    One a process, because TensorRT keeps the first one that it is given.
-    """
-
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self._lines: deque[tuple[str, str]] = deque(maxlen=_KEPT_LINES)
-
-    def log(self, severity: Any, msg: str) -> None:
-        """Take a message; called from TensorRT's own threads."""
-        if severity != trt.ILogger.Severity.VERBOSE:
-            self._lines.append((severity.name, msg))
-
-    def taken(self) -> list[str]:
-        """Return the lines so far and forget them."""
-        lines = [f"{severity}: {message}" for severity, message in self._lines]
-        self._lines.clear()
-        return lines
-
-    def last_error(self) -> str:
-        """Return what TensorRT complained of last, in one line."""
-        told = [message for severity, message in self._lines if "ERROR" in severity]
-        return " ".join(told[-1].split())[:400] if told else "TensorRT gives no reason"
-
-
-LOG = Log()
+from microclip_deploy.serving.flavour import RTX
+from microclip_deploy.serving.tensorrt_library import FLAVOUR, LOG, NAME, trt
 
 
 class Engine:
@@ -57,13 +25,16 @@ class Engine:
     The contexts share the memory of activations, because they never run at the same time.
     """
 
-    def __init__(self, plan: bytes, stream: cupy.cuda.Stream, name: str) -> None:
+    def __init__(
+        self, plan: bytes, stream: cupy.cuda.Stream, name: str, kernels: bytes = b""
+    ) -> None:
         """Load a plan whose origin was checked: loading runs what it holds.
 
         Args:
             plan: bytes that this TensorRT built for this GPU.
             stream: on a device that works; without one TensorRT's runtime would crash.
             name: of the plan, for messages.
+            kernels: what `kernels` returned earlier on this GPU, of checked origin.
 
         Raises:
             CheckpointError: TensorRT refuses the plan.
@@ -76,12 +47,13 @@ class Engine:
             self._engine = self._runtime.deserialize_cuda_engine(plan)
             if self._engine is None:
                 raise CheckpointError(
-                    f"{name}: expected a plan that TensorRT {trt.__version__} can load, found: "
+                    f"{name}: expected a plan that {NAME} can load, found: "
                     f"{LOG.last_error()}; rebuild it with export --trt"
                 )
             # Not of a pool, so that it goes with the engine; none at all would have no address.
             size = max(self._engine.device_memory_size_v2, 256)
             self._activations = cupy.cuda.Memory(size)
+            self._runtime_config = self._configured(kernels) if FLAVOUR == RTX else None
         names = map(self._engine.get_tensor_name, range(self._engine.num_io_tensors))
         self.tensors: tuple[str, ...] = tuple(names)
 
@@ -120,8 +92,8 @@ class Engine:
 
     def _context(self, profile: int) -> Any:
         """Return an execution context of a profile, on the shared memory."""
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(strategy)
+        how = self._runtime_config or trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(how)
         if context is None:
             raise EnvironmentProblem(
                 f"{self.name}: no execution context: {LOG.last_error()}; lower the batch size, or "
@@ -131,6 +103,28 @@ class Engine:
         chosen = context.set_optimization_profile_async(profile, self._stream.ptr)
         self._require(chosen, f"profile {profile}")
         return context
+
+    def _configured(self, kernels: bytes) -> Any:
+        """Return how TensorRT for RTX runs a plan, whose kernels it compiles for this GPU."""
+        config = self._engine.create_runtime_config()
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        config.set_execution_context_allocation_strategy(strategy)
+        # Compiled before the first run returns, never behind a capture's back; LAZY does that.
+        specialization = trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # the caller captures
+        cache = config.create_runtime_cache()
+        if kernels:
+            cache.deserialize(kernels)  # refused where another driver compiled them: compiled anew
+        self._require(config.set_runtime_cache(cache), "a cache of kernels")
+        return config
+
+    def kernels(self) -> bytes:
+        """Return the kernels that were compiled for this GPU; TensorRT's are in the plan itself."""
+        if self._runtime_config is None:
+            return b""
+        with self._on_device():
+            return bytes(self._runtime_config.get_runtime_cache().serialize())
 
     def _set_shapes(self, context: Any, buffers: Mapping[str, cupy.ndarray]) -> None:
         for name in self.tensors:
@@ -188,6 +182,7 @@ def target(device_id: int) -> Target:
     with cuda_errors(f"cuda:{device_id}"):
         facts = cupy.cuda.runtime.getDeviceProperties(device_id)
     return Target(
+        flavour=FLAVOUR,
         tensorrt=trt.__version__,
         gpu=facts["name"].decode(),
         compute_capability=f"{facts['major']}.{facts['minor']}",

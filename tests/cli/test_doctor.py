@@ -79,6 +79,15 @@ def test_a_cpu_machine_needs_no_gpu_packages() -> None:
     }
 
 
+def test_tensorrt_for_rtx_needs_no_gpu_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"tensorrt_rtx_bindings": object()}
+    monkeypatch.setattr("importlib.util.find_spec", found.get)
+    engines = dict(on_cpu().uses)["exported engines"]
+    assert engines == (
+        "TensorRT for RTX: export --trt builds them; verify proves them where they are to serve"
+    )
+
+
 def bare(*names: str, gpus: tuple[Gpu, ...] = ()) -> Diagnosis:
     """Judge a machine on which only these packages are installed."""
     plain = {

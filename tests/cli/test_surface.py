@@ -30,7 +30,7 @@ SURFACE = {
     "export": {
         "--out", "--dtype", "--images", "--device", "--atol", "--min-agreement", "--overwrite",
         "--trt", "--batch", "--workspace", "--opt-level", "--timing-cache", "--version-compatible",
-        "--hardware-compat", "--print-trtexec", "--json", *PHOTOS,
+        "--hardware-compat", "--compute", "--check", "--print-trtexec", "--json", *PHOTOS,
     },
     "verify": {"--run", "--images", "--device", "--json", *PHOTOS},
     "classes": set(),

@@ -1,6 +1,7 @@
 """`export --trt`: engines or none; what was there stays, and every missing part is named."""
 
 import hashlib
+import platform
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from microclip_deploy import artifact
 from microclip_deploy.cli.main import main
 from microclip_deploy.errors import EnvironmentProblem, Interrupted, VerificationError
 from microclip_deploy.export.engine_command import BUILD_LOG, run_build
+from microclip_deploy.export.proof.engine_verify import prove_built
 from microclip_deploy.export.proof.judge import Proof, Stage
 from microclip_deploy.serving.engines import (
     BACKBONE_PLAN,
@@ -27,6 +29,7 @@ from microclip_deploy.serving.engines import (
     find_engines,
 )
 from microclip_deploy.serving.exported import PARITY, read_export
+from microclip_deploy.serving.flavour import RTX
 from microclip_deploy.serving.onnx_session import OnnxSession
 
 if TYPE_CHECKING:
@@ -34,6 +37,17 @@ if TYPE_CHECKING:
 
 HERE = Target(
     tensorrt="11.4.0.106", gpu="NVIDIA H200", compute_capability="9.0", system="Linux x86_64"
+)
+
+
+QUIET = Console(quiet=True)
+AHEAD = "rtx1.7.1.116-sm86-sm89-sm120"
+GEFORCE = Target(
+    flavour=RTX,
+    tensorrt="1.7.1.116",
+    gpu="NVIDIA GeForce RTX 4090",
+    compute_capability="8.9",
+    system=f"{platform.system()} {platform.machine()}",
 )
 
 
@@ -96,6 +110,9 @@ def test_trtexec_commands_are_printed_and_nothing_is_built(
         (["--print-trtexec"], "--print-trtexec: expected --trt"),
         (["--timing-cache", "x"], "--timing-cache: expected --trt"),
         (["--hardware-compat", "none"], "--hardware-compat: expected --trt"),
+        (["--compute", "8.9"], "--compute: expected --trt"),
+        (["--check"], "--check: expected --trt"),
+        (["--trt", "--compute", "ampere"], "--compute: expected compute capabilities"),
         (["--trt", "--batch", "8"], "--batch: expected MIN:OPT:MAX"),
         (["--trt", "--batch", "1:x:64"], "--batch: expected MIN:OPT:MAX"),
         (["--trt", "--batch", "-1:8:64"], "--batch: expected MIN:OPT:MAX"),
@@ -134,6 +151,8 @@ class Machine:
     """Stands in for what builds, loads and proves; each part can be made to fail."""
 
     def __init__(self) -> None:
+        self.here = HERE
+        self.devices = 1
         self.departure: str | None = None
         self.problem: BaseException | None = None
         self.asked: list[tuple[str, Path]] = []
@@ -144,7 +163,9 @@ class Machine:
             raise self.problem
         self.asked.append((graph.name, given["timing_cache"]))
         given["progress"](1, 2, "Building")
-        return SimpleNamespace(plan=b"plan of " + graph.name.encode(), products=Counter(FLOAT=3))
+        return SimpleNamespace(
+            plan=b"plan of " + graph.name.encode(), products=Counter(FLOAT=3), layers=()
+        )
 
     def prove(self, *_: Any) -> Proof:
         stage = Stage(graph=FULL_PLAN, stage="logits", difference=2.5, limit=0.1)
@@ -164,6 +185,9 @@ class Engine:
     def layers(self) -> Any:
         return {"Layers": []}
 
+    def kernels(self) -> bytes:
+        return b"compiled" if "tensorrt" not in sys.modules else b""
+
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
@@ -175,14 +199,16 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         vars(module).update(members, __spec__=ModuleSpec(name, None))
         monkeypatch.setitem(sys.modules, name, module)
 
-    runtime = SimpleNamespace(getDeviceCount=lambda: 1)
+    runtime = SimpleNamespace(getDeviceCount=lambda: made.devices)
     module("tensorrt")
     module("cupy", cuda=SimpleNamespace(Device=nullcontext, runtime=runtime))
     serving = "microclip_deploy.serving"
     stream = SimpleNamespace(device_id=0)
     module(f"{serving}.cuda_pipeline", cuda_errors=nullcontext, open_stream=lambda _device: stream)
     log = SimpleNamespace(taken=lambda: ["INFO: news"])
-    module(f"{serving}.tensorrt_engine", target=lambda _number: HERE, Engine=Engine, LOG=log)
+    module(f"{serving}.tensorrt_engine", target=lambda _number: made.here, Engine=Engine)
+    trt = SimpleNamespace(__version__="1.7.1.116")
+    module(f"{serving}.tensorrt_library", LOG=log, trt=trt)
     session = SimpleNamespace(close=lambda: None)
     module(f"{serving}.tensorrt_encoder", session_of=lambda *_: session)
     module("microclip_deploy.export.to_tensorrt", build_plan=made.build_plan)
@@ -190,13 +216,15 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         "microclip_deploy.export.proof.engine_parity",
         onnx_reference=lambda *_: None,
         prove_engines=made.prove,
-        Subject=lambda *parts: SimpleNamespace(session=parts[2]),
+        Subject=lambda *parts: SimpleNamespace(session=parts[2], served=parts[3]),
     )
     return made
 
 
 def build(export: Path, **options: Any) -> Proof:
-    return run_build(export, BuildOptions(), Console(quiet=True), **options)
+    proof = run_build(export, BuildOptions(), QUIET, **options)
+    assert proof is not None
+    return proof
 
 
 def test_proven_engines_are_found_by_who_serves(machine: Machine, export: Path) -> None:
@@ -248,6 +276,114 @@ def test_a_signal_leaves_what_was_there(machine: Machine, export: Path) -> None:
         build(export)
     assert contents(export) == before
     assert [path.name for path in (export / ENGINES).iterdir()] == [HERE.folder]
+
+
+# ---- ahead of time, with a stand-in for TensorRT for RTX
+
+
+@pytest.fixture
+def anywhere(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Return a machine with TensorRT for RTX and no GPU."""
+    monkeypatch.delitem(sys.modules, "tensorrt")
+    rtx = ModuleType("tensorrt_rtx_bindings")
+    rtx.__spec__ = ModuleSpec(rtx.__name__, None)
+    monkeypatch.setitem(sys.modules, rtx.__name__, rtx)
+    machine.devices = 0
+    return machine
+
+
+def prove_on(machine: Machine, here: Target, export: Path) -> list[Proof]:
+    machine.devices, machine.here = 1, here
+    return prove_built(export, QUIET)
+
+
+def test_what_is_built_ahead_is_served_where_it_was_proven(anywhere: Machine, export: Path) -> None:
+    assert run_build(export, BuildOptions(), QUIET) is None
+    found = read_export(export)
+    place = export / ENGINES / AHEAD
+    stored = artifact.read_json(place / artifact.MANIFEST)
+    assert stored["proven"] == []
+    assert stored["target"]["flavour"] == RTX
+    assert prove_built(export, QUIET) == []  # no GPU here
+    with pytest.raises(EnvironmentProblem, match=f"not proven.*microclip-deploy verify {export}"):
+        find_engines(found, GEFORCE)
+    assert [proof.departure for proof in prove_on(anywhere, GEFORCE, export)] == [None]
+    engines = find_engines(found, GEFORCE)
+    assert engines.directory == place
+    assert engines.manifest.proven == (GEFORCE.gpu,)
+    proof = f"{GEFORCE.gpu_slug}/{PARITY}"
+    assert {BACKBONE_PLAN, FULL_PLAN, BUILD_LOG, proof} <= set(engines.stored["files"])
+    assert engines.kernels(GEFORCE) == b"compiled"
+    assert prove_on(anywhere, GEFORCE, export) == []  # once is enough
+
+
+def test_every_gpu_is_proven_by_itself(anywhere: Machine, export: Path) -> None:
+    run_build(export, BuildOptions(), QUIET)
+    other = GEFORCE.model_copy(update={"gpu": "NVIDIA RTX 5090", "compute_capability": "12.0"})
+    prove_on(anywhere, GEFORCE, export)
+    with pytest.raises(EnvironmentProblem, match=r"on NVIDIA RTX 5090, found them built"):
+        find_engines(read_export(export), other)
+    prove_on(anywhere, other, export)
+    for here in (GEFORCE, other):
+        assert find_engines(read_export(export), here).manifest.is_proven(here)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"compute_capability": "9.0"}, r"built for compute capability 8\.6, 8\.9, 12\.0"),
+        ({"tensorrt": "1.8.0.1"}, r"built with TensorRT for RTX 1\.7\.1\.116"),
+        ({"flavour": "TensorRT"}, r"built with TensorRT for RTX"),
+        ({"system": "Windows AMD64"}, "built on"),
+    ],
+)
+def test_plans_built_ahead_are_not_for_every_machine(
+    anywhere: Machine, export: Path, changed: dict[str, str], told: str
+) -> None:
+    run_build(export, BuildOptions(), QUIET)
+    here = GEFORCE.model_copy(update=changed)
+    assert prove_on(anywhere, here, export) == []
+    with pytest.raises(EnvironmentProblem, match=told):
+        find_engines(read_export(export), here)
+
+
+def test_engines_that_depart_stay_unproven(anywhere: Machine, export: Path) -> None:
+    run_build(export, BuildOptions(), QUIET)
+    anywhere.departure = f"{FULL_PLAN}: logits"
+    with pytest.raises(VerificationError, match=GEFORCE.gpu_slug):
+        prove_on(anywhere, GEFORCE, export)
+    assert artifact.read_json(export / ENGINES / AHEAD / artifact.MANIFEST)["proven"] == []
+
+
+def test_a_plan_that_was_exchanged_is_not_proven(anywhere: Machine, export: Path) -> None:
+    run_build(export, BuildOptions(), QUIET)
+    (export / ENGINES / AHEAD / FULL_PLAN).write_bytes(b"another plan")
+    assert prove_on(anywhere, GEFORCE, export) == []
+    with pytest.raises(EnvironmentProblem, match="bytes are not the manifest's"):
+        find_engines(read_export(export), GEFORCE)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--timing-cache", "x"], "--timing-cache: expected options of TensorRT for RTX"),
+        (["--hardware-compat", "none"], "--hardware-compat: expected options of TensorRT for RTX"),
+        (["--compute", "8.x"], "--compute: expected compute capabilities such as"),
+    ],
+)
+def test_options_of_the_other_library_are_refused(
+    anywhere: Machine, export: Path, error_line: "ErrorLine", options: list[str], told: str
+) -> None:
+    assert main(["export", str(export), "--trt", *options]) == 2
+    assert told in error_line()
+    assert not (export / ENGINES).exists()
+
+
+def test_capabilities_are_for_tensorrt_for_rtx(
+    machine: Machine, export: Path, error_line: "ErrorLine"
+) -> None:
+    assert main(["export", str(export), "--trt", "--compute", "8.9"]) == 2
+    assert "--compute: expected options of TensorRT, which builds here" in error_line()
 
 
 def test_another_export_in_its_place_removes_the_engines(

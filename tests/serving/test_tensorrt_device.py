@@ -64,7 +64,9 @@ def built(
     directory = tmp_path_factory.mktemp("engines") / str(request.param)
     console = Console(quiet=True)
     run_export(finished_run, directory, console, dtype=request.param)
-    assert run_build(directory, OPTIONS, console).departure is None
+    proof = run_build(directory, OPTIONS, console)
+    assert proof is not None
+    assert proof.departure is None
     return directory
 
 
@@ -152,7 +154,9 @@ def test_a_foreign_engine_is_refused(export: Path, field: str, value: str) -> No
 def test_a_second_build_starts_from_the_timing_cache(export: Path) -> None:
     (cache,) = (export / ENGINES).glob("*.timing-cache")
     assert cache.stat().st_size
-    assert run_build(export, OPTIONS, Console(quiet=True)).departure is None
+    proof = run_build(export, OPTIONS, Console(quiet=True))
+    assert proof is not None
+    assert proof.departure is None
     from microclip_deploy.serving.tensorrt_engine import target
 
     assert find_engines(read_export(export), target(0)).directory == engine_folder(export)

@@ -3,8 +3,10 @@
 Classes, enums, signatures and subclassing are the real ones. `Builder`, `Runtime` and all else
 that the library makes cannot be had; fake.py stands in for these.
 
-The wheel comes from the package index. Its licence keeps it, and all that is unpacked from it, out
-of the repository: nothing is written outside the cache.
+TensorRT for RTX is had whole: its library builds without a GPU.
+
+Wheels come from the package index. Their licence keeps them, and all that is unpacked, out of
+the repository: nothing is written outside the cache.
 """
 
 import os
@@ -15,12 +17,15 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 VERSIONS = ("10.16.1.11", "11.4.0.106")
 """The newest of each major version that the product supports."""
-DOWNLOAD_S = 60
-RUN_S = 120
+RTX_VERSION = "1.7.1.116"
+"""The layers it lists and the bytes of its plans are as the tests expect: both are undocumented."""
+DOWNLOAD_S = 120
+RUN_S = 300
 _ROOT = Path(__file__).parents[2]
 _TOOLS = ("gcc", "readelf")
 _PIP_DOWNLOAD = (
@@ -44,16 +49,46 @@ def bindings(version: str, cache: Path) -> Path:
         Unavailable: the index has no wheel for this Python, or does not answer; gcc or readelf
             is not installed.
     """
-    target = cache / f"{version}-{sysconfig.get_config_var('SOABI')}"
+
+    def finish(folder: Path) -> None:
+        (folder / "tensorrt_bindings").rename(folder / "tensorrt")
+        # The bindings load the real libraries where `import tensorrt_libs` finds them.
+        (folder / "tensorrt_libs.py").touch()
+        _write_libraries(folder / "tensorrt")
+
+    return _kept(version, cache, [f"tensorrt-cu13-bindings=={version}"], finish, _TOOLS)
+
+
+def rtx(cache: Path) -> Path:
+    """Return a folder for PYTHONPATH that has TensorRT for RTX, the library included.
+
+    Raises:
+        Unavailable: as `bindings`.
+    """
+    wanted = [f"tensorrt-rtx-cu13-{part}=={RTX_VERSION}" for part in ("bindings", "libs")]
+    return _kept(f"rtx-{RTX_VERSION}", cache, wanted, lambda _: None, ())
+
+
+def _kept(
+    name: str,
+    cache: Path,
+    wanted: Sequence[str],
+    finish: Callable[[Path], None],
+    tools: Sequence[str],
+) -> Path:
+    """Return the folder that wheels are unpacked into, once."""
+    target = cache / f"{name}-{sysconfig.get_config_var('SOABI')}"
     if target.is_dir():
         return target
-    if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
+    if missing := [tool for tool in tools if shutil.which(tool) is None]:
         raise Unavailable(f"needs {' and '.join(missing)}: apt-get install gcc binutils")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=cache) as scratch:
         built = Path(scratch) / "built"
-        _unpack(_download(version, Path(scratch)), built)
-        _write_libraries(built / "tensorrt")
+        for wheel in wanted:
+            with zipfile.ZipFile(_download(wheel, Path(scratch))) as archive:
+                archive.extractall(built)
+        finish(built)
         try:
             built.rename(target)
         except OSError:
@@ -63,7 +98,7 @@ def bindings(version: str, cache: Path) -> Path:
     return target
 
 
-def run(folder: Path, *arguments: str) -> str:
+def run(folder: Path, *arguments: str, limit_s: float = RUN_S) -> str:
     """Return what Python prints, run in the repository with the folder's `tensorrt`."""
     path = os.pathsep.join((str(folder), str(_ROOT)))
     found = subprocess.run(
@@ -72,7 +107,7 @@ def run(folder: Path, *arguments: str) -> str:
         env={**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
-        timeout=RUN_S,
+        timeout=limit_s,
         check=False,
     )
     told = f"exit status {found.returncode}\n{found.stdout}{found.stderr}"
@@ -88,8 +123,8 @@ def run_cases(folder: Path, cases: Path) -> None:
     run(folder, *("-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"), str(cases))
 
 
-def _download(version: str, folder: Path) -> Path:
-    wanted = f"tensorrt-cu13-bindings=={version}"
+def _download(wanted: str, scratch: Path) -> Path:
+    folder = scratch / wanted
     command = (*_PIP_DOWNLOAD, f"--dest={folder}", wanted)
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=DOWNLOAD_S)
@@ -99,14 +134,6 @@ def _download(version: str, folder: Path) -> Path:
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"pip did not download {wanted} in {DOWNLOAD_S} s") from error
     return next(folder.glob("*.whl"))
-
-
-def _unpack(wheel: Path, folder: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
-    (folder / "tensorrt_bindings").rename(folder / "tensorrt")
-    # The bindings load the real libraries where `import tensorrt_libs` finds them.
-    (folder / "tensorrt_libs.py").touch()
 
 
 def _write_libraries(package: Path) -> None:

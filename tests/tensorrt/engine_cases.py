@@ -16,12 +16,16 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import tensorrt as trt
 from onnx import TensorProto, helper, numpy_helper
 
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem
 from microclip_deploy.export import to_tensorrt
-from microclip_deploy.serving import cuda_pipeline, tensorrt_encoder, tensorrt_engine
+from microclip_deploy.serving import (
+    cuda_pipeline,
+    tensorrt_encoder,
+    tensorrt_engine,
+    tensorrt_library,
+)
 from microclip_deploy.serving.engines import (
     BACKBONE_PLAN,
     BuildOptions,
@@ -31,6 +35,7 @@ from microclip_deploy.serving.engines import (
     Target,
 )
 from microclip_deploy.serving.exported import GraphSpec, TensorSpec
+from microclip_deploy.serving.tensorrt_library import trt
 from tests.tensorrt.fake import Call, Fake, HostMemory, Scenario, install
 
 PLAN = b"a plan"
@@ -216,19 +221,19 @@ def test_failures_of_a_build_are_ours(
 
 def test_a_failure_tells_what_tensorrt_said_last(graph: Path) -> None:
     def fail(*_: Any) -> None:
-        tensorrt_engine.LOG.log(trt.ILogger.Severity.ERROR, "out of\nworkspace")
+        tensorrt_library.LOG.log(trt.ILogger.Severity.ERROR, "out of\nworkspace")
 
     install(network_answers(**{"Builder.build_serialized_network": fail}))
     with pytest.raises(EnvironmentProblem, match="out of workspace"):
         build(graph)
-    assert tensorrt_engine.LOG.taken() == ["ERROR: out of\nworkspace"]
-    assert tensorrt_engine.LOG.taken() == []
+    assert tensorrt_library.LOG.taken() == ["ERROR: out of\nworkspace"]
+    assert tensorrt_library.LOG.taken() == []
 
 
 def test_what_is_verbose_is_not_kept() -> None:
-    tensorrt_engine.LOG.log(trt.ILogger.Severity.VERBOSE, "chatter")
-    tensorrt_engine.LOG.log(trt.ILogger.Severity.INFO, "news")
-    assert tensorrt_engine.LOG.taken() == ["INFO: news"]
+    tensorrt_library.LOG.log(trt.ILogger.Severity.VERBOSE, "chatter")
+    tensorrt_library.LOG.log(trt.ILogger.Severity.INFO, "news")
+    assert tensorrt_library.LOG.taken() == ["INFO: news"]
 
 
 # ---- progress and cancel

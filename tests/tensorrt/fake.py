@@ -23,8 +23,7 @@ from functools import cache, partial
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
-import tensorrt as trt
-
+from microclip_deploy.serving.tensorrt_library import trt
 from tests.tensorrt.signatures import (
     Signature,
     accepted_type,

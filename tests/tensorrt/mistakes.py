@@ -1,10 +1,11 @@
-"""Slips of a pen in the product's TensorRT code, each tried on the cases of engine_cases.py.
+"""Slips of a pen in the product's TensorRT code, each tried on engine_cases.py or rtx_cases.py.
 
-Run in a process of its own, with a version's bindings and the numbers of mistakes; prints the
-numbers of those that no case noticed, as JSON.
+Run in a process of its own, with the bindings of a version or of TensorRT for RTX, and the numbers
+of mistakes; prints the numbers of those that no case noticed, as JSON.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import sys
@@ -15,9 +16,12 @@ from typing import NamedTuple
 
 import pytest
 
+from microclip_deploy.serving.flavour import RTX, flavour_here
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = "export/to_tensorrt.py"
+LIBRARY = "microclip_deploy/serving/tensorrt_library.py"
 RUN = "microclip_deploy/serving/tensorrt_engine.py"
 ENCODER = "microclip_deploy/serving/tensorrt_encoder.py"
 CAPTURE = "microclip_deploy/serving/cuda_pipeline.py"
@@ -27,6 +31,7 @@ OPTIONS = ("-x", "-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:unrai
 
 MODULES = {
     CAPTURE: "microclip_deploy.serving.cuda_pipeline",
+    LIBRARY: "microclip_deploy.serving.tensorrt_library",
     RUN: "microclip_deploy.serving.tensorrt_engine",
     ENCODER: "microclip_deploy.serving.tensorrt_encoder",
     BUILD: "microclip_deploy.export.to_tensorrt",
@@ -64,10 +69,10 @@ MISTAKES = (
     Mistake(BUILD, "network_source(graph), str(graph))", "network_source(graph), graph)"),
     Mistake(BUILD, "if tensor.name not in inputs", "if tensor.name"),
     Mistake(BUILD, "    if not parser.parse(", "    if None is parser.parse("),
-    Mistake(BUILD, "e.desc()", "e.description()"),
+    Mistake(BUILD, "error.desc()", "error.description()"),
     Mistake(BUILD, "layer.get_input(0).dtype.name", "layer.precision.name"),
     Mistake(BUILD, "config.max_aux_streams = 0", "config.max_aux_streams = 0.0"),
-    Mistake(RUN, "        trt.ILogger.__init__(self)\n", ""),
+    Mistake(LIBRARY, "        trt.ILogger.__init__(self)\n", ""),
     Mistake(RUN, "if self._engine is None:", "if False:"),
     Mistake(RUN, "if context is None:", "if False:"),
     Mistake(RUN, "device_memory_size_v2", "device_memory_size"),
@@ -87,6 +92,20 @@ MISTAKES = (
     Mistake(CAPTURE, "    stream.synchronize()\n    stream.begin", "    stream.begin"),
 )
 
+RTX_MISTAKES = (
+    Mistake(RUN, "set_execution_context_allocation_strategy(strategy)", "__class__"),
+    Mistake(RUN, "specialization.EAGER", "specialization.LAZY"),
+    Mistake(RUN, "CudaGraphStrategy.DISABLED", "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE"),
+    Mistake(RUN, "config.set_runtime_cache(cache)", "True"),
+    Mistake(RUN, "        if kernels:\n", "        if True:\n"),
+    Mistake(RUN, "cache.deserialize(kernels)", "cache.deserialize(str(kernels))"),
+    Mistake(RUN, "self._runtime_config or trt", "trt"),
+    Mistake(RUN, "get_runtime_cache().serialize()", "get_runtime_cache()"),
+)
+"""Of what TensorRT for RTX wants otherwise; the real builder tries the rest."""
+
+ALL = (*MISTAKES, *RTX_MISTAKES)
+
 
 def source_of(mistake: Mistake) -> str:
     """Return the file with the mistake in it."""
@@ -97,10 +116,12 @@ def source_of(mistake: Mistake) -> str:
 
 def unnoticed(numbers: Iterable[int]) -> list[int]:
     """Return the numbers of those mistakes with which every case passes."""
-    import tests.tensorrt.engine_cases as cases  # imports the modules
+    name = "rtx_cases" if flavour_here() == RTX else "engine_cases"
+    cases = importlib.import_module(f"tests.tensorrt.{name}")  # imports the modules
 
+    assert cases.__file__
     assert _pass(cases.__file__), "the product itself fails"
-    return [n for n in numbers if _loads(MISTAKES[n]) and _pass(cases.__file__)]
+    return [n for n in numbers if _loads(ALL[n]) and _pass(cases.__file__)]
 
 
 def _loads(mistake: Mistake) -> bool:

@@ -87,7 +87,7 @@ def accepted_type(setter: object) -> str:
 
 
 _NAMESPACES = re.compile(
-    r"\b(?:(?:tensorrt\.tensorrt|typing|typing_extensions|collections\.abc)\."
+    r"\b(?:(?:tensorrt\.tensorrt|tensorrt_rtx_bindings\.tensorrt_rtx|typing|typing_extensions|collections\.abc)\."
     r"|(?:nvinfer1|nvonnxparser|v_1_0)::)"
 )
 _ALIASES = {

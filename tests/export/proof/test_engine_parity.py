@@ -301,7 +301,7 @@ def prove(
     }
     session = WatchedSession(rig.graphs[FULL], rig.export, harm.get(KERNELS, intact))
     inspected = {**dict.fromkeys(plans, layers(TYPES[manifest.precision])), **(told or {})}
-    subject = engine_parity.Subject(manifest, plans, session, inspected, stream)
+    subject = engine_parity.Subject(manifest, plans, session, None, inspected, stream)
     tolerance = tolerance or stored_tolerance(rig.export)
     proof = engine_parity.prove_engines(rig.export, subject, rig.reference, PHOTOS, tolerance)
     return Proven(proof, plans, session)
