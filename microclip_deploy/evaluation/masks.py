@@ -64,9 +64,9 @@ class MaskFacts:
             return None
         return (
             f"the saliency is probably inverted: {self.hugging:.0%} of the masks hold more of the "
-            "image's border than of its inside; look at predict --overlay, and where the masks show "
-            "the background adapt again with --recipe object, or with --set ncut.side=cls if that "
-            "recipe made them"
+            "image's border than of its inside; look at predict --overlay, and where the masks "
+            "show the background adapt again with --recipe object, or with --set ncut.side=cls if "
+            "that recipe made them"
         )
 
 
