@@ -160,11 +160,14 @@ def _less_than_kept(measured: Evaluation, kept: Path) -> str:
     try:
         stored = artifact.read_json(kept)
         images, rows, data = stored["images"], len(stored["rows"]), stored.get("data")
+        true_masks = stored.get("masks", {}).get("true_masks", 0)
     except (CheckpointError, KeyError, TypeError):  # nothing that could be lost
         return ""
     if data != printable(measured.data):
         fewer = measured.images < images
         told = f"it measured {images} images, this evaluation {measured.images}" if fewer else ""
+    elif measured.masks.true_masks < true_masks:
+        told = f"it measured {true_masks} true masks, this one {measured.masks.true_masks}"
     else:
         told = "it measured zero-shot too" if len(measured.rows) < rows else ""
     return f"{told}; remove it to keep the next one" if told else ""

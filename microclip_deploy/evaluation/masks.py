@@ -1,5 +1,6 @@
 """Where masks lie and how far they are the true ones: what an evaluation tells of the saliency."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from microclip_deploy.data.formats import image_endings, readable
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, printable
 from microclip_deploy.ncut.foreground import on_border
@@ -62,8 +64,9 @@ class MaskFacts:
             return None
         return (
             f"the saliency is probably inverted: {self.hugging:.0%} of the masks hold more of the "
-            "image's border than of its inside; look at predict --overlay, and adapt again with "
-            "--recipe object where the masks show the background"
+            "image's border than of its inside; look at predict --overlay, and where the masks "
+            "show the background adapt again with --recipe object, or with --set ncut.side=cls if "
+            "that recipe made them"
         )
 
 
@@ -138,16 +141,19 @@ class TrueMasks:
     def find(cls, folder: Path, images: Sequence[Path]) -> Self:
         """Look for `DIR/CLASS/NAME.*` and then `DIR/NAME.*` for each image CLASS/NAME.
 
+        The latter only where no other image has the name.
+
         Raises:
             DataError: no image has one.
         """
         found: dict[str, Path] = {}
         for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-            if path.is_file():
-                found.setdefault(str(path.relative_to(folder).with_suffix("")), path)
-        files = {}
+            if path.suffix.lower() in image_endings() and path.is_file():
+                found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+        named, files = Counter(image.stem for image in images), {}
         for image in images:
-            for name in (f"{image.parent.name}/{image.stem}", image.stem):
+            alone = [image.stem] if named[image.stem] == 1 else []
+            for name in (f"{image.parent.name}/{image.stem}", *alone):
                 if name in found:
                     files[str(image)] = found[name]
                     break
@@ -162,27 +168,57 @@ class TrueMasks:
     def read(self, image: Path, preprocess: Preprocess, count: int) -> Bools | None:
         """Return which of N tokens lie on the object, bool (N,); None where no file tells.
 
-        A token does where more than half of its square is. In the file the object is opaque, or
-        brighter than half of the brightest value.
+        A token does where more than half of its square is. In the file the object is opaque, or,
+        where nothing is transparent, brighter than half of the brightest value.
 
         Raises:
-            DataError: the file is no image.
+            DataError: the file is no image, or has not the photo's proportions.
         """
         path = self.files.get(str(image))
         if path is None:
             return None
-        try:
-            with Image.open(path) as opened:
-                alpha = opened.has_transparency_data
-                values = opened.convert("RGBA").getchannel("A") if alpha else opened.convert("I")
-                drawn = np.asarray(values).astype(np.float64)
-        except (OSError, UnidentifiedImageError, ValueError) as error:
-            raise DataError(
-                f"--masks {printable(path)}: expected an image, found: {error}; repair or remove it"
-            ) from error
-        binary = Image.fromarray((drawn > drawn.max() / 2).astype(np.uint8) * 255).convert("RGB")
-        view = preprocess.test_view(binary)[:, :, 0] > 127
+        drawn = _drawn(path)
+        _require_proportions(path, drawn.shape[::-1], preprocess.read(image).size)
+        binary = Image.fromarray(drawn.astype(np.uint8) * 255).convert("RGB")
+        # What a view adds around a photo is no object, whatever its colour.
+        view = preprocess.model_copy(update={"fill_color": 0}).test_view(binary)[:, :, 0] > 127
         side = round(count**0.5)
         squares = view.reshape(side, len(view) // side, side, len(view) // side)
         covered: Bools = squares.mean(axis=(1, 3)).ravel() > 0.5
         return covered
+
+
+def _drawn(path: Path) -> Bools:
+    """Return which pixels of a file are the object, bool (H, W).
+
+    Raises:
+        DataError: it is no image.
+    """
+    try:
+        with Image.open(path, formats=readable()) as opened:
+            shown = opened if opened.mode[0] in "IF" else opened.convert("L")
+            if opened.has_transparency_data:
+                alpha = opened.convert("RGBA").getchannel("A")
+                # Many programs save an alpha channel that says nothing.
+                shown = alpha if alpha.getextrema() != (255, 255) else shown
+            values = np.asarray(shown)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"--masks {printable(path)}: expected an image, found: {error}; repair or remove it"
+        ) from error
+    drawn: Bools = values > values.max() / 2
+    return drawn
+
+
+def _require_proportions(path: Path, mask: tuple[int, ...], photo: tuple[int, int]) -> None:
+    """Refuse a mask that lies elsewhere than its photo; sides may be rounded to pixels.
+
+    Raises:
+        DataError: it does.
+    """
+    if abs(mask[0] * photo[1] - mask[1] * photo[0]) > max(photo):
+        raise DataError(
+            f"--masks {printable(path)}: expected the proportions of its photo, which upright is "
+            f"{photo[0]} x {photo[1]} pixels, found {mask[0]} x {mask[1]}; turn or cut the mask as "
+            "the photo, or remove it"
+        )

@@ -53,7 +53,7 @@ def agreement_with(direction: Array, tokens: Array) -> Array:
         direction: float32 (B, D), P cls: the [CLS] embedding brought back among the tokens.
         tokens: float (B, N, D).
 
-    Source: docs/numerics.md section 2.4.
+    Source: docs/numerics.md section 2.3.
     """
     xp = array_namespace(tokens)
     x = xp.astype(tokens, xp.float32)

@@ -72,10 +72,11 @@ def test_a_lesser_evaluation_does_not_replace_the_kept_one(
     finished_run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
-    run_evaluate(run, photos, QUIET, device="cpu")
+    run_evaluate(run, photos, QUIET, device="cpu", masks=photos)
     kept = (run / "evaluation.json").read_bytes()
     part = shutil.copytree(photos / "red circle", tmp_path / "part" / "red circle").parent
-    for arguments in ([photos, "--limit", 6], [part], [photos, "--no-zero-shot"]):
+    fewer = (["--limit", 6], ["--no-zero-shot", "--masks", photos], [])
+    for arguments in ([part], *([photos, *options] for options in fewer)):
         assert main(["evaluate", str(run), *map(str, arguments), "--device", "cpu"]) == 0
         assert "evaluation.json stays as it is: " in capsys.readouterr().err
         assert (run / "evaluation.json").read_bytes() == kept
