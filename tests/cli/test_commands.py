@@ -75,8 +75,8 @@ def test_a_lesser_evaluation_does_not_replace_the_kept_one(
     run_evaluate(run, photos, QUIET, device="cpu", masks=photos)
     kept = (run / "evaluation.json").read_bytes()
     part = shutil.copytree(photos / "red circle", tmp_path / "part" / "red circle").parent
-    fewer = (["--limit", 6], ["--no-zero-shot", "--masks", photos], [])
-    for arguments in ([part], *([photos, *options] for options in fewer)):
+    masks = [photos, "--no-zero-shot", "--masks", photos]
+    for arguments in ([photos, "--limit", 6], [part], masks, [photos]):
         assert main(["evaluate", str(run), *map(str, arguments), "--device", "cpu"]) == 0
         assert "evaluation.json stays as it is: " in capsys.readouterr().err
         assert (run / "evaluation.json").read_bytes() == kept
