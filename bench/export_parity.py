@@ -26,7 +26,7 @@ from microclip_deploy.export.to_onnx import write_graphs
 from microclip_deploy.serving.exported import FULL, Precision
 
 GEOMETRIES = "tiny,ViT-B-32,ViT-B-16,ViT-L-14-336"
-PRECISIONS = "fp32,fp16,bf16,int8"
+PRECISIONS = "fp32,fp16,bf16,int8,int8-static"
 
 
 def rows(name: str, precisions: list[str], images: int) -> Iterator[dict[str, Any]]:
@@ -73,7 +73,7 @@ def main(
             proven.append(row)
             worst = {s["stage"]: s["difference"] for s in row["stages"] if s["graph"] == FULL}
             print(
-                f"{name:14} {row['precision']}  logits {worst['logits']:.1e}  "
+                f"{name:14} {row['precision']:11}  logits {worst['logits']:.1e}  "
                 f"other masks {len(row['other_masks'])}/{images} "
                 f"({len(row['undetermined'])} undetermined)  same class {row['agreement']:.1%}  "
                 f"{row['full_mb']:.0f} MB  {row['departure'] or 'proven'}",

@@ -94,9 +94,7 @@ class BackboneGraph(nn.Module):
         self.patch = _frozen(weight, dtype)
         self.position = _frozen(position, torch.float32)
         self.ln_pre = _layer_norm(tower.ln_pre) if isinstance(tower.ln_pre, nn.LayerNorm) else None
-        self.blocks = nn.ModuleList(
-            Block(block, dtype, attention or dtype) for block in tower.blocks[:-1]
-        )
+        self.blocks = nn.ModuleList(Block(block, dtype, attention) for block in tower.blocks[:-1])
         self.last = LastBlock(tower.blocks[-1], dtype)
         self.ln_post = _layer_norm(tower.ln_post)
         self.projection = _frozen(tower.projection, torch.float32)
@@ -205,9 +203,11 @@ class _BlockParts(nn.Module):
 class Block(_BlockParts):
     """A pre-norm attention block."""
 
-    def __init__(self, weights: BlockWeights, dtype: torch.dtype, attention: torch.dtype) -> None:
+    def __init__(
+        self, weights: BlockWeights, dtype: torch.dtype, attention: torch.dtype | None = None
+    ) -> None:
         super().__init__(weights, dtype)
-        self.attention = attention
+        self.attention = attention or dtype
         self.qkv = _linear(*_scaled_queries(weights), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
