@@ -22,8 +22,9 @@ from microclip_deploy.export.proof.forward_error import forward_error
 from microclip_deploy.export.proof.limits import Tolerance
 from microclip_deploy.export.proof.parity import compare_pixels, prove
 from microclip_deploy.export.proof.probes import Reference, made_up_photos
+from microclip_deploy.export.proof.quantised import quantisation_error
 from microclip_deploy.export.to_onnx import write_graphs
-from microclip_deploy.serving.exported import FULL, Precision
+from microclip_deploy.serving.exported import BACKBONE, FULL, Precision
 
 GEOMETRIES = "tiny,ViT-B-32,ViT-B-16,ViT-L-14-336"
 PRECISIONS = "fp32,fp16,bf16,int8,int8-static"
@@ -43,6 +44,9 @@ def rows(name: str, precisions: list[str], images: int) -> Iterator[dict[str, An
             start = time.perf_counter()
             write_graphs(model, preprocess, precision, Path(folder), {})
             written = time.perf_counter()
+            if precision == "int8-static":
+                quantised = quantisation_error(Path(folder) / BACKBONE, reference)
+                tolerance = tolerance.model_copy(update={"quantised": quantised})
             matrix, share = model.class_matrix().detach().numpy(), model.cls_share
             proof = prove(
                 Graphs(Path(folder), precision, model.ncut, matrix, share),
