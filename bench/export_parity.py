@@ -22,11 +22,12 @@ from microclip_deploy.export.proof.forward_error import forward_error
 from microclip_deploy.export.proof.limits import Tolerance
 from microclip_deploy.export.proof.parity import compare_pixels, prove
 from microclip_deploy.export.proof.probes import Reference, made_up_photos
+from microclip_deploy.export.proof.quantised import quantisation_error
 from microclip_deploy.export.to_onnx import write_graphs
-from microclip_deploy.serving.exported import FULL, Precision
+from microclip_deploy.serving.exported import BACKBONE, FULL, Precision
 
 GEOMETRIES = "tiny,ViT-B-32,ViT-B-16,ViT-L-14-336"
-PRECISIONS = "fp32,fp16,bf16,int8"
+PRECISIONS = "fp32,fp16,bf16,int8,int8-static"
 
 
 def rows(name: str, precisions: list[str], images: int) -> Iterator[dict[str, Any]]:
@@ -43,6 +44,9 @@ def rows(name: str, precisions: list[str], images: int) -> Iterator[dict[str, An
             start = time.perf_counter()
             write_graphs(model, preprocess, precision, Path(folder), {})
             written = time.perf_counter()
+            if precision == "int8-static":
+                quantised = quantisation_error(Path(folder) / BACKBONE, reference)
+                tolerance = tolerance.model_copy(update={"quantised": quantised})
             matrix, share = model.class_matrix().detach().numpy(), model.cls_share
             proof = prove(
                 Graphs(Path(folder), precision, model.ncut, matrix, share),
@@ -73,7 +77,7 @@ def main(
             proven.append(row)
             worst = {s["stage"]: s["difference"] for s in row["stages"] if s["graph"] == FULL}
             print(
-                f"{name:14} {row['precision']}  logits {worst['logits']:.1e}  "
+                f"{name:14} {row['precision']:11}  logits {worst['logits']:.1e}  "
                 f"other masks {len(row['other_masks'])}/{images} "
                 f"({len(row['undetermined'])} undetermined)  same class {row['agreement']:.1%}  "
                 f"{row['full_mb']:.0f} MB  {row['departure'] or 'proven'}",

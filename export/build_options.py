@@ -111,12 +111,14 @@ def require_buildable(precision: str) -> None:
     """Refuse what TensorRT has no operators for.
 
     Raises:
-        UsageError: int8, or a precision that is chosen by speed elsewhere.
+        UsageError: int8 with scales found at run time, or a precision that is chosen by speed
+            elsewhere.
     """
     if precision in ("int8", "auto"):
         raise UsageError(
-            f"--trt: expected an export in fp32, fp16 or bf16, found {precision}, whose graph is "
-            "for ONNX Runtime; export with --dtype fp16"
+            f"--trt: expected an export in fp32, fp16, bf16 or int8-static, found {precision}, "
+            "whose graph is for ONNX Runtime; export with --dtype fp16, or with --dtype int8 "
+            "--calibration static"
         )
 
 

@@ -32,6 +32,7 @@ from microclip_deploy.export.proof.judge import Proof, Stage, require_proven
 from microclip_deploy.export.proof.limits import Tolerance
 from microclip_deploy.export.proof.parity import compare_pixels, prove
 from microclip_deploy.export.proof.probes import Photos, Reference, photos_with
+from microclip_deploy.export.proof.quantised import quantisation_error
 from microclip_deploy.export.proof.verify import VERIFIED, require_one_device
 from microclip_deploy.export.to_onnx import OPSET, WEIGHTS, write_graphs
 from microclip_deploy.model.checkpoint import CheckpointManifest, load_model, read_checkpoint
@@ -39,6 +40,7 @@ from microclip_deploy.model.clip import BackboneSpec
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.serving.engines import ENGINES
 from microclip_deploy.serving.exported import (
+    BACKBONE,
     CLASSIFIER,
     FULL,
     HEAD_WEIGHTS,
@@ -89,6 +91,7 @@ class _Candidate(NamedTuple):
     directory: Path
     graphs: dict[str, GraphSpec]
     proof: Proof
+    tolerance: Tolerance
 
 
 def run_export(
@@ -228,7 +231,13 @@ def _candidate(
     folder.mkdir()
     notes.print(f"writing {precision} graphs")
     properties = _properties(subject, precision)
-    written = write_graphs(subject.model, checkpoint.preprocess, precision, folder, properties)
+    images, tolerance = subject.reference.images, subject.tolerance
+    written = write_graphs(
+        subject.model, checkpoint.preprocess, precision, folder, properties, images
+    )
+    if precision == "int8-static":
+        error = quantisation_error(folder / BACKBONE, subject.reference)
+        tolerance = tolerance.model_copy(update={"quantised": error})
     # A matrix of one row more than the graph has inside: classes may change.
     other, share = np.concatenate([matrix[1:], matrix[:2]]), checkpoint.config.adapt.cls_share
     with bar(notes, f"proving {precision}") as progress:
@@ -236,13 +245,13 @@ def _candidate(
             Graphs(folder, precision, checkpoint.ncut_spec(), other, share),
             subject.reference,
             subject.photos,
-            tolerance=subject.tolerance,
+            tolerance=tolerance,
             pixels=subject.pixels,
             device=device,
             progress=progress.update,
         )
     artifact.write_json(folder / PARITY, proof.model_dump())
-    return _Candidate(folder, written, proof)
+    return _Candidate(folder, written, proof, tolerance)
 
 
 def _chosen(
@@ -357,7 +366,7 @@ def _complete(folder: Path, subject: _Subject, chosen: _Candidate) -> None:
         "package": {"name": "microclip-deploy", "version": version("microclip-deploy")},
         "created_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **manifest.model_dump(mode="json"),
-        "tolerance": subject.tolerance.model_dump(),
+        "tolerance": chosen.tolerance.model_dump(),
         "agreement": chosen.proof.agreement,
     }
     shared = [WEIGHTS] if (folder / WEIGHTS).is_file() else []

@@ -8,6 +8,7 @@ projection. The cut is the model's own source, `ncut.steps`.
 
 Matrices and what runs between them are in the graph's dtype; LayerNorms, the residual stream, the
 cut and the heads are float32, with explicit casts, so that no runtime decides precision on its own.
+Attention may have another dtype: between int8 products it is fp16, which TensorRT fuses.
 
 Letters: B images, S image side, N tokens, D width, E joint space, H heads, C classes.
 """
@@ -77,8 +78,14 @@ class Everything(NamedTuple):
 class BackboneGraph(nn.Module):
     """uint8 (B, S, S, 3) RGB images -> Tokens."""
 
-    def __init__(self, tower: TowerWeights, preprocess: Preprocess, dtype: torch.dtype) -> None:
-        """Fold the weights in float64 and round them to `dtype` once."""
+    def __init__(
+        self,
+        tower: TowerWeights,
+        preprocess: Preprocess,
+        dtype: torch.dtype,
+        attention: torch.dtype | None = None,
+    ) -> None:
+        """Fold the weights in float64 and round them to `dtype` once; attend in it if not told."""
         super().__init__()
         self.dtype = dtype
         weight, offset = _folded_patch_weight(tower.patch, preprocess)
@@ -88,7 +95,7 @@ class BackboneGraph(nn.Module):
         self.patch = _frozen(weight, dtype)
         self.position = _frozen(position, torch.float32)
         self.ln_pre = _layer_norm(tower.ln_pre) if isinstance(tower.ln_pre, nn.LayerNorm) else None
-        self.blocks = nn.ModuleList(Block(block, dtype) for block in tower.blocks[:-1])
+        self.blocks = nn.ModuleList(Block(block, dtype, attention) for block in tower.blocks[:-1])
         self.last = LastBlock(tower.blocks[-1], dtype)
         self.ln_post = _layer_norm(tower.ln_post)
         self.projection = _frozen(tower.projection, torch.float32)
@@ -197,16 +204,19 @@ class _BlockParts(nn.Module):
 class Block(_BlockParts):
     """A pre-norm attention block."""
 
-    def __init__(self, weights: BlockWeights, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weights: BlockWeights, dtype: torch.dtype, attention: torch.dtype | None = None
+    ) -> None:
         super().__init__(weights, dtype)
+        self.attention = attention or dtype
         self.qkv = _linear(*_scaled_queries(weights), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend from every row to every row."""
-        packed = self.qkv(self.ln_1(x).to(self.dtype))
+        packed = self.qkv(self.ln_1(x).to(self.dtype)).to(self.attention)
         query, key, value = (self.split(part) for part in packed.chunk(3, dim=-1))
         attention = (query @ key.transpose(-1, -2)).softmax(dim=-1)
-        return self.finish(x, self.join(attention @ value))
+        return self.finish(x, self.join(attention @ value).to(self.dtype))
 
 
 class LastBlock(_BlockParts):

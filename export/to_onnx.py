@@ -7,8 +7,10 @@ that the split path runs the very nodes of the full graph. Two exports give the 
 import hashlib
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,6 +25,7 @@ from microclip_deploy import artifact
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import require
 from microclip_deploy.export.graphs import BackboneGraph, Everything, FullGraph, HeadGraph
+from microclip_deploy.export.proof.probes import made_up_photos
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
 from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, GraphSpec, Precision, TensorSpec
@@ -43,7 +46,13 @@ _TRACED_DTYPE: Mapping[Precision, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "int8": torch.float32,  # quantised after the trace
+    "int8-static": torch.float32,
 }
+
+_ATTENTION_DTYPE: Mapping[Precision, torch.dtype] = {"int8-static": torch.float16}
+"""Where it is another one: TensorRT has no fused kernel for attention in float32."""
+
+_CALIBRATION_BATCH = 8
 
 _KEPT_FROM_INT8 = {"backbone.projection"}
 """The projection to the joint space stays float32: the cosines that decide come next."""
@@ -62,6 +71,7 @@ def write_graphs(
     precision: Precision,
     directory: Path,
     properties: Mapping[str, str],
+    images: NDArray[np.uint8] | None = None,
 ) -> dict[str, GraphSpec]:
     """Write the three graphs.
 
@@ -71,6 +81,8 @@ def write_graphs(
         precision: of the encoder's matrices; the cut and the heads are float32.
         directory: existing; files of the same names are replaced.
         properties: further entries of each file's metadata.
+        images: (P, S, S, 3); int8-static takes the ranges of activations from them. None for
+            made-up ones.
 
     Returns:
         Inputs and outputs by file name.
@@ -82,7 +94,12 @@ def write_graphs(
     try:
         traced = _trace(model, preprocess, precision, directory)
         if precision == "int8":
-            traced = _quantized(traced, directory)
+            traced = _quantized(traced, directory, _dynamic)
+        elif precision == "int8-static":
+            if images is None:
+                images = made_up_photos(preprocess.size).views(preprocess)
+            classifier = model.class_matrix().detach().numpy()
+            traced = _quantized(traced, directory, partial(_static, _Batches(images, classifier)))
         return _cut_apart(model, traced, directory, properties)
     except OSError as error:  # of the libraries that write files by themselves
         raise artifact.write_problem(directory, error) from error
@@ -125,7 +142,8 @@ def _trace(
 ) -> onnx.ModelProto:
     """Trace the model with a batch of two: a batch of one would be taken for a constant."""
     tower = model.backbone.weights()
-    backbone = BackboneGraph(tower, preprocess, _TRACED_DTYPE[precision])
+    dtype, attention = _TRACED_DTYPE[precision], _ATTENTION_DTYPE.get(precision)
+    backbone = BackboneGraph(tower, preprocess, dtype, attention)
     graph = FullGraph(backbone, HeadGraph(model), model.ncut).eval()
     size = preprocess.size
     given = _outputs(model.ncut)
@@ -163,11 +181,17 @@ def _in_memory(
         return onnx.load(Path(folder) / FULL, load_external_data=False)
 
 
-def _quantized(model: onnx.ModelProto, directory: Path) -> onnx.ModelProto:
-    """Quantise the encoder's matrices to int8, a scale a column, activations as they come."""
-    require("onnxruntime", "cpu")
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+def _quantized(
+    model: onnx.ModelProto, directory: Path, quantise: Callable[[Path, Path, list[str]], None]
+) -> onnx.ModelProto:
+    """Quantise the encoder's matrices to int8, a scale a column.
 
+    Args:
+        model: in float32.
+        directory: for files that are taken away again.
+        quantise: writes the second file from the first; is told the products to quantise.
+    """
+    require("onnxruntime", "cpu")
     encoder = {t.name for t in model.graph.initializer if len(t.dims) == 2} - _KEPT_FROM_INT8
     products = [n.name for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in encoder]
     del model.graph.value_info[:]  # stale types would contradict the quantised ones
@@ -179,15 +203,61 @@ def _quantized(model: onnx.ModelProto, directory: Path) -> onnx.ModelProto:
         if weights.is_file():
             weights.replace(source.with_name(WEIGHTS))
         onnx.save(model, source)
-        quantize_dynamic(
-            source,
-            target,
-            op_types_to_quantize=["MatMul"],
-            nodes_to_quantize=products,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-        )
+        quantise(source, target, products)
         return onnx.load(target)
+
+
+def _dynamic(source: Path, target: Path, products: list[str]) -> None:
+    """Find the scales of activations at run time: a whole batch shares one."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        source,
+        target,
+        op_types_to_quantize=["MatMul"],
+        nodes_to_quantize=products,
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+    )
+
+
+def _static(batches: "_Batches", source: Path, target: Path, products: list[str]) -> None:
+    """Take the scales of activations from images; symmetric, as TensorRT demands."""
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+    quantize_static(
+        source,
+        target,
+        batches,
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["MatMul"],
+        nodes_to_quantize=products,
+        per_channel=True,
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=source.with_name(WEIGHTS).is_file(),
+        extra_options={
+            "ActivationSymmetric": True,
+            "WeightSymmetric": True,
+            "OpTypesToExcludeOutputQuantization": ["MatMul"],
+            "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
+        },
+    )
+
+
+class _Batches:
+    """Feeds images to onnxruntime's quantiser, which asks for the next batch until None."""
+
+    def __init__(self, images: NDArray[np.uint8], classifier: NDArray[np.float32]) -> None:
+        starts = range(0, len(images), _CALIBRATION_BATCH)
+        self._feeds: Iterator[dict[str, NDArray[Any]]] = (
+            {"image": images[start : start + _CALIBRATION_BATCH], "classifier": classifier}
+            for start in starts
+        )
+
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
+        """Return the next inputs of the graph."""
+        return next(self._feeds, None)
 
 
 def _finish(model: onnx.ModelProto, name: str, classifier: NDArray[np.float32]) -> None:

@@ -70,7 +70,7 @@ def _lever(row: StageRow, precision: str) -> str:
         return "fewer bytes between host and device: decode and preprocess on the GPU"
     if row.of_floor is not None and row.of_floor < NEAR_FLOOR:
         return "larger batches"  # time that its work does not explain is spent a call
-    int8 = row.stage == Stage.BACKBONE and precision != "int8"
+    int8 = row.stage == Stage.BACKBONE and not precision.startswith("int8")
     return "int8 (export --dtype int8), or a smaller model" if int8 else "a smaller model"
 
 

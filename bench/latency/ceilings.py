@@ -42,6 +42,7 @@ _DTYPES: Mapping[Precision, str] = {
     "fp16": "float16",
     "bf16": "bfloat16",
     "int8": "float32",  # integer products are not counted, so what is left are these
+    "int8-static": "float32",
 }
 
 

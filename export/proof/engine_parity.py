@@ -123,19 +123,20 @@ def precision_stage(plan: str, layers: Any, precision: Precision) -> Stage:
     """Say whether a plan's layers have the precision of its graph: 0, or 1 where they do not.
 
     An encoder in half precision must have layers in it, whatever TensorRT fused, and none in the
-    other half precision; one in float32 must have neither, and no kernel that rounds to TF32.
+    other half precision; one in float32 must have neither, and no kernel that rounds to TF32. One
+    in int8-static has int8, and attends in fp16.
     """
     types = layer_types(layers)
-    halves = {"fp16", "bf16"}
-    wanted = {precision} & halves
-    wrong = types & halves != wanted
+    quantised, halves = precision == "int8-static", {"fp16", "bf16"}
+    wanted = {"fp16"} if quantised else {precision} & halves
+    wrong = types & halves != wanted or (quantised and "int8" not in types)
     # A plan whose layers tell nothing proves nothing.
     wrong |= not types or (not wanted and "tf32" in json.dumps(layers).lower())
     return Stage(graph=plan, stage="precision", difference=float(wrong), limit=0)
 
 
 def layer_types(layers: Any) -> set[str]:
-    """Return the types of what a plan's layers read and write: fp32, fp16, bf16.
+    """Return the types of what a plan's layers read and write: fp32, fp16, bf16, int8.
 
     Args:
         layers: JSON of TensorRT's inspector, in detailed verbosity. TensorRT 10 has types and
@@ -159,6 +160,8 @@ def _type_of(tensor: Mapping[str, Any]) -> str | None:
         return "bf16"
     if "half" in text or "fp16" in text:
         return "fp16"
+    if "int8" in text and "uint8" not in text:
+        return "int8"
     return "fp32" if "float" in text or "fp32" in text else None
 
 

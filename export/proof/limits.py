@@ -33,6 +33,11 @@ OTHER_CUT = 0.05
 """Share of answers whose mask may differ from the exact cut of the same tokens: a similarity near
 tau falls to either side in the two products."""
 
+QUANTISED_MARGIN = 2.0
+"""Graphs in int8-static may be this many times as far from PyTorch as their own scales put exact
+products: rounding in another order turns some activations to the next integer. The largest
+multiple tried was 1.2; products that saturate gave 10 on the tiny model."""
+
 PARTS = 2.0
 """Multiple of the float32 limits by which the full graph may differ from its parts."""
 
@@ -74,6 +79,22 @@ EARLIER = ForwardError(
 """For exports of earlier versions, which do not tell theirs."""
 
 
+class TokenErrors(BaseModel, frozen=True):
+    """How far exact int8 products with the scales of a graph are from PyTorch's float32."""
+
+    cls: float
+    patches: float
+    """As a share of the largest token value."""
+
+    def or_more(self, other: "TokenErrors") -> "TokenErrors":
+        """Return the larger of both, number by number."""
+        return TokenErrors(cls=max(self.cls, other.cls), patches=max(self.patches, other.patches))
+
+
+LARGEST_QUANTISED = TokenErrors(cls=0.05, patches=0.5)
+"""No limit of int8-static is larger: scales that fit worse are of no use."""
+
+
 class Limits(BaseModel):
     """How far each stage may be from PyTorch's float32; None is only reported."""
 
@@ -110,6 +131,8 @@ class Tolerance(BaseModel, frozen=True, extra="forbid"):
     """What decides how far an export may be from PyTorch; stored with it."""
 
     error: ForwardError = EARLIER
+    quantised: TokenErrors | None = None
+    """Of int8-static; None for the others."""
     atol: float | None = None
     """The user's own limit on logits; None: ours."""
     min_agreement: float | None = None
@@ -164,6 +187,11 @@ class Tolerance(BaseModel, frozen=True, extra="forbid"):
             return Limits(**float32, mask=0, top1=0)
         if precision == "int8":
             return Limits(cls=0.05, patches=0.25, top1=0.1)
+        if precision == "int8-static":
+            own = self.quantised or LARGEST_QUANTISED
+            found = {name: QUANTISED_MARGIN * value for name, value in own}
+            most = dict(LARGEST_QUANTISED)
+            return Limits(**{name: min(found[name], most[name]) for name in most}, top1=0.1)
         half = {
             name: ROUNDOFF[precision] * value + MARGIN * getattr(error.total, name)
             for name, value in error.encoder

@@ -17,7 +17,8 @@ from microclip_deploy.export.proof.judge import Proof
 from microclip_deploy.export.proof.limits import ForwardError, Tolerance
 from microclip_deploy.export.proof.parity import compare_pixels, prove
 from microclip_deploy.export.proof.probes import Photos, Reference, photos_with
-from microclip_deploy.serving.exported import PROBES, Export, read_export
+from microclip_deploy.export.proof.quantised import quantisation_error
+from microclip_deploy.serving.exported import BACKBONE, PROBES, Export, read_export
 
 VERIFIED = "verify.json"
 """The newest proof on this machine; parity.json is the one from the export."""
@@ -72,7 +73,11 @@ def run_verify(
         reference = Reference.read(directory / PROBES)
     else:
         reference, error = _answers_of(run, export, photos, notes)
-        tolerance = tolerance.model_copy(update={"error": error.or_more(tolerance.error)})
+        changes: dict[str, object] = {"error": error.or_more(tolerance.error)}
+        if tolerance.quantised is not None:
+            quantised = quantisation_error(directory / BACKBONE, reference)
+            changes["quantised"] = quantised.or_more(tolerance.quantised)
+        tolerance = tolerance.model_copy(update=changes)
     graphs = Graphs(
         directory,
         manifest.precision,

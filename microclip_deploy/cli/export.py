@@ -1,7 +1,7 @@
 """`microclip-deploy export` and `verify`: graphs and engines, and the proof of both."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from microclip_deploy.cli import next_steps
 from microclip_deploy.cli.options import (
@@ -11,6 +11,7 @@ from microclip_deploy.cli.options import (
     AsJson,
     Batch,
     BitDepth,
+    Calibration,
     Check,
     Compute,
     Dtype,
@@ -35,12 +36,22 @@ from microclip_deploy.serving import is_export
 if TYPE_CHECKING:
     from microclip_deploy.export.proof.judge import Proof
     from microclip_deploy.serving.engines import BuildOptions
+    from microclip_deploy.serving.exported import Precision
 
 Target = Annotated[
     Path | None, option(OUTPUT, "DIR", "Directory to write; required for a run.", "-o", "--out")
 ]
 ExportedDtype = Annotated[
     Dtype, option(MODEL, None, "Precision of the encoder; auto measures and keeps the fastest.")
+]
+Scales = Annotated[
+    Calibration | None,
+    option(
+        MODEL,
+        None,
+        "Scales of int8: dynamic, of each batch, or static, of --images, for TensorRT.",
+        show_default="dynamic",
+    ),
 ]
 Atol = Annotated[float | None, option(PROOF, "X", "Largest difference of logits allowed.", min=0)]
 MinAgreement = Annotated[
@@ -55,6 +66,7 @@ def export(
     source: Exportable,
     out_dir: Target = None,
     dtype: ExportedDtype = Dtype.fp32,
+    calibration: Scales = None,
     images: ProofImages = None,
     max_pixels: MaxPixels = None,
     bit_depth: BitDepth = None,
@@ -96,11 +108,12 @@ def export(
     if build is not None and is_export(source):
         directory = _inside(source, out_dir)
     else:
-        directory = _target(out_dir, dtype if trt and not check else None)
+        precision = _precision(dtype, calibration)
+        directory = _target(out_dir, precision if trt and not check else None)
         from microclip_deploy.export.command import run_export
 
         proof = run_export(
-            source, directory, notes, dtype=dtype.value, overwrite=overwrite, **proving
+            source, directory, notes, dtype=precision, overwrite=overwrite, **proving
         )
         _show(proof, as_json)
     if build is not None and print_trtexec:
@@ -131,7 +144,17 @@ def _inside(export: Path, out_dir: Path | None) -> Path:
     return export
 
 
-def _target(out_dir: Path | None, built_from: Dtype | None) -> Path:
+def _precision(dtype: Dtype, calibration: Calibration | None) -> "Precision | Literal['auto']":
+    """Return the precision that both options name together."""
+    if calibration is not None and dtype != Dtype.int8:
+        raise UsageError(
+            f"--calibration: expected --dtype int8 with it, found {dtype}; add it, or leave "
+            "--calibration out"
+        )
+    return "int8-static" if calibration == Calibration.static else dtype.value
+
+
+def _target(out_dir: Path | None, built_from: str | None) -> Path:
     """Return where a run is exported to, once it can be, and in a precision for engines if any."""
     from microclip_deploy.export.build_options import require_buildable
 

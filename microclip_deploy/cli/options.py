@@ -26,6 +26,14 @@ class ExportDtype(StrEnum):
     fp16 = "fp16"
     bf16 = "bf16"
     int8 = "int8"
+    int8_static = "int8-static"
+
+
+class Calibration(StrEnum):
+    """Where int8 takes the scales of activations from."""
+
+    dynamic = "dynamic"
+    static = "static"
 
 
 class Hardware(StrEnum):

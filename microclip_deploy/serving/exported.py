@@ -41,7 +41,8 @@ HEAD_WEIGHTS = "head.safetensors"
 PROBES = "probes.safetensors"
 PARITY = "parity.json"
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-static"]
+"""Of the encoder. int8 finds the scales of activations at run time, int8-static holds them."""
 
 
 class TensorSpec(BaseModel):

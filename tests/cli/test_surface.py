@@ -28,9 +28,10 @@ SURFACE = {
         *PHOTOS,
     },
     "export": {
-        "--out", "--dtype", "--images", "--device", "--atol", "--min-agreement", "--overwrite",
-        "--trt", "--batch", "--workspace", "--opt-level", "--timing-cache", "--version-compatible",
-        "--hardware-compat", "--compute", "--check", "--print-trtexec", "--json", *PHOTOS,
+        "--out", "--dtype", "--calibration", "--images", "--device", "--atol", "--min-agreement",
+        "--overwrite", "--trt", "--batch", "--workspace", "--opt-level", "--timing-cache",
+        "--version-compatible", "--hardware-compat", "--compute", "--check", "--print-trtexec",
+        "--json", *PHOTOS,
     },
     "verify": {"--run", "--images", "--device", "--json", *PHOTOS},
     "classes": set(),

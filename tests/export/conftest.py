@@ -35,7 +35,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 QUIET = Console(quiet=True)
 FILES = (FULL, BACKBONE, HEAD)
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "int8-static")
 
 ODD_MODEL = {
     "embed_dim": 24,

@@ -225,7 +225,7 @@ def test_limits_of_the_users_replace_ours(
 @pytest.mark.parametrize(
     "option",
     ["--atol=nan", "--atol=inf", "--atol=-1", "--min-agreement=nan", "--min-agreement=1.1",
-     "--dtype=fp8", "--device=auto"],
+     "--dtype=fp8", "--device=auto", "--calibration=static"],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(
     finished_run: Path, tmp_path: Path, option: str

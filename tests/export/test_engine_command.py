@@ -119,8 +119,8 @@ def test_trtexec_commands_are_printed_and_nothing_is_built(
         (["--trt", "--batch", "8:4:64"], "MIN <= OPT <= MAX"),
         (["--trt", "--batch", "0:1:2"], "batch"),
         (["--trt", "--workspace", "0"], "workspace"),
-        (["--trt", "--dtype", "int8"], "fp32, fp16 or bf16, found int8"),
-        (["--trt", "--dtype", "auto"], "fp32, fp16 or bf16, found auto"),
+        (["--trt", "--dtype", "int8"], "fp32, fp16, bf16 or int8-static, found int8"),
+        (["--trt", "--dtype", "auto"], "fp32, fp16, bf16 or int8-static, found auto"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_anything_is_written(

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 FILES = (FULL, BACKBONE, HEAD)
 FLOATS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+TYPED: tuple[Precision, ...] = (*FLOATS, "int8-static")
 
 F32, F16, BF16 = int(TensorProto.FLOAT), int(TensorProto.FLOAT16), int(TensorProto.BFLOAT16)
 I32, I64 = int(TensorProto.INT32), int(TensorProto.INT64)
-U8, BOOL = int(TensorProto.UINT8), int(TensorProto.BOOL)
+U8, I8, BOOL = int(TensorProto.UINT8), int(TensorProto.INT8), int(TensorProto.BOOL)
 REALS = {F32, F16, BF16}
 NUMBERS = {*REALS, I32, I64}
 ANYTHING = {*NUMBERS, BOOL}
@@ -36,8 +37,10 @@ ANYTHING = {*NUMBERS, BOOL}
 TENSORRT: dict[str, set[int]] = {
     "And": {BOOL},
     "Cast": {*ANYTHING, U8},
+    "DequantizeLinear": {I8},
     "Not": {BOOL},
     "Or": {BOOL},
+    "QuantizeLinear": REALS,
     **dict.fromkeys(
         ("Clip", "Conv", "Gemm", "LayerNormalization", "MatMul", "Sigmoid", "Softmax", "Sqrt"),
         REALS,
@@ -67,9 +70,9 @@ UNKNOWN_AT_BUILD_TIME = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=[(precision, name) for precision in FLOATS for name in FILES], ids=str)
+@pytest.fixture(params=[(precision, name) for precision in TYPED for name in FILES], ids=str)
 def typed(request: pytest.FixtureRequest, read: "Read") -> "Graph":
-    """Return a graph for TensorRT, which has none for int8."""
+    """Return a graph for TensorRT, which has no operators for int8's scales at run time."""
     return read(*request.param)
 
 
@@ -120,6 +123,13 @@ def test_attention_is_two_products_and_a_softmax(read: "Read", precision: Precis
         assert set(_before(found, node.input[0])) <= {
             "MatMul", "Transpose", "Reshape", "Split", "Gather", "Slice",
         }  # fmt: skip
+
+
+def test_attention_between_int8_products_is_fp16_and_not_quantised(read: "Read") -> None:
+    found = read("int8-static", BACKBONE)
+    products = [node for node in found.of("MatMul") if F16 in map(found.types.get, node.input)]
+    assert len(products) == 2 * (2 - 1)  # of all blocks but the last, where one row attends
+    assert [found.types[node.input[0]] for node in found.of("Softmax")] == [F16, F32]
 
 
 def _before(found: "Graph", name: str) -> Iterator[str]:

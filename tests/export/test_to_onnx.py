@@ -20,7 +20,8 @@ from microclip_deploy.export import to_onnx
 from microclip_deploy.export.proof.probes import Reference
 from microclip_deploy.export.to_onnx import WEIGHTS, write_graphs
 from microclip_deploy.serving import open_session
-from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, read_export
+from microclip_deploy.serving.exported import BACKBONE, FULL, HEAD, Precision, read_export
+from microclip_deploy.serving.onnx_graph import OnnxGraph
 
 if TYPE_CHECKING:
     from tests.export.conftest import Graph, Read, Subject, Write
@@ -179,7 +180,62 @@ def test_a_column_has_a_scale_of_its_own(read: "Read") -> None:
         assert len(np.unique(scale)) > columns // 2
 
 
+def test_static_scales_are_in_the_file_and_symmetric(read: "Read") -> None:
+    found, dynamic = read("int8-static", BACKBONE), read("int8", BACKBONE)
+    products = [
+        node
+        for node in found.of("MatMul")
+        if all(found.makers[each].op_type == "DequantizeLinear" for each in node.input[:1])
+    ]
+    assert len(products) == len(dynamic.of("MatMulInteger"))
+    for node in products:
+        activation, weight = (found.makers[each] for each in node.input)
+        values, scale, zero = map(found.array, weight.input)
+        assert values.dtype == zero.dtype == np.int8
+        assert (scale.shape, zero.shape) == (values.shape[1:],) * 2
+        assert [attribute.i for attribute in weight.attribute if attribute.name == "axis"] == [1]
+        rounding = found.makers[activation.input[0]]
+        assert rounding.op_type == "QuantizeLinear"
+        assert rounding.input[1:] == activation.input[1:]
+        held, middle = map(found.array, rounding.input[1:])
+        assert held.shape == ()
+        assert middle.dtype == np.int8
+        assert not middle.any()
+        assert not zero.any()
+
+
+def test_static_scales_follow_the_images(tiny: "Subject", tmp_path: Path) -> None:
+    def scales(name: str, images: NDArray[np.uint8]) -> list[float]:
+        (tmp_path / name).mkdir()
+        write_graphs(*tiny, "int8-static", tmp_path / name, {}, images)
+        model = onnx.load(tmp_path / name / BACKBONE)
+        arrays = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+        rounded = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+        return [float(arrays[node.input[1]]) for node in rounded]
+
+    light = np.full((9, 32, 32, 3), 128 + 32, np.uint8)  # pixels enter as (x - 128) / 64
+    found, other = scales("light", light), scales("lighter", light + 32)
+    assert (found[0], other[0]) == pytest.approx((0.5 / 127, 1 / 127))
+
+
+def test_static_answers_do_not_depend_on_the_batch(write: "Write", reference: Reference) -> None:
+    images = reference.images
+    beside = {"image": images[:5]}, {"image": images[[9, 10, 2, 11, 12]]}
+    full = OnnxGraph(write("int8-static") / FULL)
+    logits, others = (full.run(["logits"], feed)[0] for feed in beside)
+    np.testing.assert_array_equal(logits[2], others[2])
+    backbone = OnnxGraph(write("int8-static") / BACKBONE)
+    (tokens,), (alone,) = (
+        backbone.run(["patches"], {"image": images[rows]}) for rows in (slice(0, 5), slice(2, 3))
+    )
+    np.testing.assert_array_equal(tokens[2], alone[0])
+    dynamic = OnnxGraph(write("int8") / FULL)
+    logits, others = (dynamic.run(["logits"], feed)[0] for feed in beside)
+    assert (logits[2] != others[2]).any()
+
+
 def test_quantised_weights_are_smaller(write: "Write") -> None:
-    sizes = [(write(each) / BACKBONE).stat().st_size for each in ("fp32", "fp16", "int8")]
+    precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int8-static")
+    sizes = [(write(each) / BACKBONE).stat().st_size for each in precisions]
     assert sizes[0] > 1.8 * sizes[1]
-    assert sizes[0] > 2 * sizes[2]
+    assert sizes[0] > 2 * max(sizes[2:])

@@ -543,6 +543,18 @@ def test_layers_have_the_precision_of_the_graph_or_depart(
         assert stage.departs == (precision not in proven)
 
 
+def test_engines_in_int8_attend_in_fp16() -> None:
+    def departs(*kinds: str) -> bool:
+        stage = engine_parity.precision_stage(FULL_PLAN, layers(*kinds), "int8-static")
+        return bool(stage.departs)
+
+    assert not departs("Float", "Half", "Int8")
+    assert departs("Float", "Half")
+    assert departs("Float", "Int8")
+    assert departs("BFloat16", "Half", "Int8")
+    assert departs("Half", "UInt8")
+
+
 def test_kernels_that_round_to_tf32_depart_in_float32() -> None:
     told = layers("Float", tactic="ampere_tf32_gemm")
     assert engine_parity.precision_stage(FULL_PLAN, told, "fp32").departs

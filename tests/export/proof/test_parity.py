@@ -14,7 +14,7 @@ from onnx import ModelProto, numpy_helper
 from microclip_deploy import artifact
 from microclip_deploy.export.proof.answers import Graphs
 from microclip_deploy.export.proof.judge import Proof, Stage
-from microclip_deploy.export.proof.limits import MARGIN, ROUNDOFF, Tolerance
+from microclip_deploy.export.proof.limits import MARGIN, ROUNDOFF, TokenErrors, Tolerance
 from microclip_deploy.export.proof.parity import prove
 from microclip_deploy.export.proof.probes import Reference, made_up_photos
 from microclip_deploy.ncut.spec import NCutSpec
@@ -45,7 +45,7 @@ STAGES = [
     *(f"full.onnx: {stage}" for stage in ("cut", "mask", "attention", "fg", "logits")),
     *(f"full.onnx: {stage}" for stage in ("parts", "classes", "top1")),
 ]
-REDUCED: tuple[Precision, ...] = ("fp16", "bf16", "int8")
+REDUCED: tuple[Precision, ...] = ("fp16", "bf16", "int8", "int8-static")
 
 
 def proof_of(
@@ -123,7 +123,7 @@ def test_every_precision_is_proven(
 ) -> None:
     proof = proof_of(write(precision), reference, precision)
     assert proof.departure is None
-    smallest = {"fp16": 1e-5, "bf16": 3e-4, "int8": 3e-4}[precision]
+    smallest = {"fp16": 1e-5, "bf16": 3e-4, "int8": 3e-4, "int8-static": 3e-4}[precision]
     assert smallest < stage_of(proof, "backbone.onnx: cls").difference < 100 * smallest
 
 
@@ -238,6 +238,24 @@ def test_evidence_of_what_is_no_number_is_json(export: Path, reference: Referenc
         differences = {each["stage"]: each["difference"] for each in stored["stages"][8:]}
         assert differences["logits"] is None
         assert differences["fg"] < 1e-5
+
+
+@pytest.mark.parametrize("part", ["scale", "quantized"])
+def test_damaged_scales_and_integers_depart(
+    write: "Write", reference: Reference, tmp_path: Path, part: str
+) -> None:
+    export = shutil.copytree(write("int8-static"), tmp_path / "export")
+    damage = {"scale": lambda x: x * np.float32(1.1), "quantized": lambda x: np.clip(x, -64, 64)}
+    change(export / BACKBONE, weight(f"backbone.patch_{part}", damage[part]))
+    first = departures(proof_of(export, reference, "int8-static"))[0]
+    assert first.startswith("backbone.onnx: ")
+
+
+def test_no_limit_of_static_int8_is_larger_than_its_bound() -> None:
+    bad = Tolerance(quantised=TokenErrors(cls=1, patches=1)).limits("int8-static")
+    assert (bad.cls, bad.patches, bad.top1) == (0.05, 0.5, 0.1)
+    good = Tolerance(quantised=TokenErrors(cls=0.003, patches=0.02)).limits("int8-static")
+    assert (good.cls, good.patches) == (0.006, 0.04)
 
 
 def test_a_stage_departs_above_its_limit_only() -> None:

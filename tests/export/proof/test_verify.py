@@ -116,6 +116,18 @@ def test_what_is_no_number_departs_whatever_the_limit(
     assert json.loads(printed.out)["departure"] == "full.onnx: logits"
 
 
+def test_scales_are_measured_anew_where_the_run_is_given(
+    write: "Write", finished_run: Path, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(write("int8-static"), tmp_path / "export")
+    assert verify(directory) == 0
+    stored = artifact.read_json(directory / artifact.MANIFEST)["tolerance"]
+    assert 1e-3 < stored["quantised"]["cls"] < 0.02
+    declare(directory, tolerance={**stored, "quantised": {"cls": 1e-5, "patches": 1e-5}})
+    assert verify(directory) == 5
+    assert verify(directory, "--run", str(finished_run)) == 0
+
+
 def test_other_pixels_than_this_machine_makes_depart(export: Path, error_line: "ErrorLine") -> None:
     def other(images: Any) -> Any:
         images[3, 5, 5] ^= 8
