@@ -98,6 +98,14 @@ def test_attention_is_one_kernel_in_half_precision(precision: str, graph: str) -
     assert fused_attention(told_of(precision, graph).built.layers) == expected
 
 
+def test_static_int8_is_built_and_attends_in_one_kernel() -> None:
+    layers = told_of("int8-static", "backbone").built.layers
+    found = types_of(layers)
+    assert found["Int8"] > 0
+    assert found["Half"] > 0
+    assert fused_attention(layers) == BLOCKS * PROFILES
+
+
 def test_the_cut_stays_in_float32() -> None:
     full, backbone = (types_of(told_of("fp16", name).built.layers) for name in ("full", "backbone"))
     assert full["Half"] == backbone["Half"]  # nothing that full.onnx adds is in half precision

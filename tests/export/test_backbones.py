@@ -1,7 +1,7 @@
 """Every vision tower that open_clip lists: exported and proven, or refused and listed in the docs.
 
 Weights are random and towers two blocks deep, everything else is as configured. Takes half an hour;
-run with `pytest -m backbones`.
+run with `pytest -m large`.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from microclip_deploy.ncut.spec import NCutSpec
 DOCS = Path(__file__).parents[2] / "docs" / "backbones.md"
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 1, "layers": 1}
 
-pytestmark = pytest.mark.backbones
+pytestmark = pytest.mark.large
 
 
 def towers() -> Iterator[tuple[str, dict[str, Any]]]:

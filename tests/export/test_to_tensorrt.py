@@ -3,10 +3,11 @@
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import pytest
 
+from microclip_deploy.serving.exported import Precision
 from tests.tensorrt.bindings import run, run_cases
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ LARGE_S = 1800
 def test_the_graphs_are_built(
     rtx_folder: Path, write: "Write", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for precision in ("fp32", "fp16", "bf16", "int8"):
+    for precision in get_args(Precision):
         monkeypatch.setenv(f"EXPORT_{precision.upper()}", str(write(precision)))
     run_cases(rtx_folder, HERE / "builder_cases.py")
 
@@ -39,7 +40,7 @@ except EnvironmentProblem as problem:
     assert '"microclip-deploy[rtx]"' in told
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize(("geometry", "blocks"), [("ViT-B-32", 12), ("ViT-L-14-336", 24)])
 def test_large_models_are_built(rtx_folder: Path, geometry: str, blocks: int) -> None:
     script = ("-m", "microclip_deploy.bench.engine_build", "--geometries", geometry)
