@@ -1,7 +1,7 @@
 """Every vision tower that open_clip lists: exported and proven, or refused and listed in the docs.
 
-Weights are random and towers two blocks deep, everything else is as configured. Takes half an hour;
-run with `pytest -m large`.
+Weights are random and towers two blocks deep, everything else is as configured. Takes an
+hour or two; run with `pytest -m large`.
 """
 
 from collections.abc import Iterator
