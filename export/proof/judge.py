@@ -2,8 +2,8 @@
 
 A stage departs when it is further from the reference than its limit. A mask is compared where it is
 determined: in float32 only where no similarity is so near tau that the rounding seen could move it,
-in other precisions where the graph's own tokens join the same edges. What is left out is counted
-and listed.
+in other precisions where the graph's own tokens join the same edges and choose the same side. What
+is left out is counted and listed.
 """
 
 import math
@@ -21,8 +21,8 @@ from microclip_deploy.export.proof.limits import NEAR_TAU, Limits, Tolerance
 from microclip_deploy.export.proof.probes import Array, Photos, Reference
 from microclip_deploy.head import LOGIT_SCALE
 from microclip_deploy.ncut.spec import NCutSpec
-from microclip_deploy.ncut.steps import adjacency, similarities
-from microclip_deploy.serving.exported import FULL, Precision
+from microclip_deploy.ncut.steps import adjacency, saliency_exact, similarities
+from microclip_deploy.serving.exported import FULL, HEAD, Precision
 
 Measured = Annotated[float, PlainSerializer(lambda x: x if math.isfinite(x) else None)]
 """What is no number is null in JSON."""
@@ -119,11 +119,17 @@ def require_proven(proof: Proof, evidence: Path, remedy: str | None = None) -> N
     )
 
 
+_FLOAT32 = ("cut", "parts", "classes")
+"""Stages of the full graph that are float32 in every precision."""
+
+
 def _remedy(proof: Proof, stage: Stage) -> str:
     """Return what helps, if anything does, against a stage that departs."""
     if stage.stage == "pixels":
         return "use the Pillow and torchvision of the export"
-    exact = proof.precision == "fp32"
+    exact = proof.precision == "fp32" or stage.graph == HEAD or stage.stage in _FLOAT32
+    if exact and proof.precision != "fp32":
+        return "this is float32 in every --dtype, so the graph is wrong: export again"
     first = "fp32 is the most exact --dtype" if exact else "export with a more exact --dtype"
     if stage.graph == FULL and math.isfinite(stage.difference):
         if stage.stage == "logits":  # rounded to one digit, 1.5 times as much is never less
@@ -184,7 +190,8 @@ class Judge:
         """Of what is float32 in every precision."""
         self._tie = tolerance.tie(precision)
         tokens = backbone.by_image("patches")
-        self._determined = _determined(tokens, reference, spec, precision)
+        agreement = backbone.by_image("agreement") if spec.asks_cls else None
+        self._determined = _determined(tokens, agreement, reference, spec, precision)
         changed = adjacency(tokens, spec) != adjacency(reference.patches, spec)
         self.backbone = (
             self.distance(backbone, "cls"),
@@ -300,11 +307,20 @@ class Judge:
         return {size: float(difference[answers.sizes == size].max()) for size in sizes}
 
 
-def _determined(tokens: Array, reference: Reference, spec: NCutSpec, precision: Precision) -> Array:
+def _determined(
+    tokens: Array,
+    agreement: Array | None,
+    reference: Reference,
+    spec: NCutSpec,
+    precision: Precision,
+) -> Array:
     """Return which images' masks must be PyTorch's, bool (P,)."""
     if precision != "fp32":
-        moved = adjacency(tokens, spec) != adjacency(reference.patches, spec)
-        unmoved: Array = reference.determined & ~moved.any(axis=(1, 2))
+        moved = (adjacency(tokens, spec) != adjacency(reference.patches, spec)).any(axis=(1, 2))
+        if spec.asks_cls:  # where both sides score nearly alike, rounding chooses the side
+            own = saliency_exact(tokens, spec, agreement)
+            moved |= (own.mask != reference.mask).any(axis=1)
+        unmoved: Array = reference.determined & ~moved
         return unmoved
     expected = similarities(reference.patches, spec)
     rounding = np.abs(similarities(tokens, spec) - expected).max(axis=(1, 2))

@@ -233,3 +233,30 @@ def test_unusual_models_need_no_other_operators(odd: "Subject", tmp_path: Path) 
     )
     assert proof.departure is None
     assert 0 < len(proof.undetermined) < 12
+
+
+@pytest.mark.parametrize("odd", ["soap"], indirect=True)
+def test_a_side_that_rounding_may_choose_is_undetermined_in_half_precision(
+    odd: "Subject", tmp_path: Path
+) -> None:
+    model, preprocess = odd
+    write_graphs(model, preprocess, "fp16", tmp_path, {})
+    photos = made_up_photos(preprocess.size)
+    views, matrix = photos.views(preprocess), model.class_matrix().detach().numpy()
+    right = Reference.of(model, preprocess, views)
+    image = int(np.flatnonzero(right.determined & ~right.mask.all(axis=1))[0])
+    mask = right.mask.copy()
+    mask[image] ^= True
+
+    def undetermined(reference: Reference) -> tuple[str, ...]:
+        return prove(
+            Graphs(tmp_path, "fp16", model.ncut, matrix, model.cls_share),
+            reference,
+            photos,
+            tolerance=Tolerance(error=forward_error(model, preprocess, reference)),
+            pixels=compare_pixels(photos.read(), views, preprocess),
+        ).undetermined
+
+    assert {*undetermined(right._replace(mask=mask))} - {*undetermined(right)} == {
+        photos.names[image]
+    }
