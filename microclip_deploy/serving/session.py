@@ -79,8 +79,9 @@ class Session(ABC):
     def predict_photos(self, photos: Sequence[Image.Image]) -> Prediction:
         """Classify RGB photos of any sizes, as `read_image` decodes them; raises as `predict`."""
         self._require_open()
-        if is_picture(photos) or not photos:
-            found = type(photos).__name__ if is_picture(photos) else "none"
+        wrong = is_picture(photos) or hasattr(photos, "__array__")
+        if wrong or not photos:
+            found = type(photos).__name__ if wrong else "none"
             raise DataError(
                 f"photos: expected a list of at least one, found {found}; give decoded photos, or "
                 "use `classify`"

@@ -168,7 +168,7 @@ def test_wrong_arrays_are_explained(session: Session, wrong: Any, found: str, re
         session.predict(wrong)
 
 
-@pytest.mark.parametrize("wrong", [[], None, "a.jpg", Image.new("RGB", (8, 8))])
+@pytest.mark.parametrize("wrong", [[], None, "a.jpg", Image.new("RGB", (8, 8)), IMAGES, IMAGES[:0]])
 def test_decoded_photos_are_a_list(session: Session, wrong: Any) -> None:
     with pytest.raises(DataError, match=r"expected a list of at least one, .*use `classify`"):
         session.predict_photos(wrong)
