@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+PHOTO = b"P6 8 8 255 " + bytes(range(192))
 IGNORED = ("FROM", "USER", "EXPOSE", "STOPSIGNAL")
 
 
@@ -83,10 +84,14 @@ def try_out(image: Image, export: Path, root: Path) -> None:
     try:
         end = time.monotonic() + 120
         while subprocess.run(health, env=environment, stderr=subprocess.DEVNULL).returncode:
-            assert time.monotonic() < end and server.poll() is None, "it never became healthy"
+            assert time.monotonic() < end, "it never became healthy"
+            assert server.poll() is None, "it ended"
             time.sleep(0.5)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as answer:
             print("healthy:", [m["state"] for m in json.load(answer)["models"]], flush=True)
+        address = f"http://127.0.0.1:{port}/v1/classify"
+        with urllib.request.urlopen(address, data=PHOTO) as answer:
+            print("classified:", json.load(answer)["classes"][0], flush=True)
     finally:
         server.terminate()
     code = server.wait(60)
