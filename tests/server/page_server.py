@@ -98,6 +98,8 @@ def running(export: Path, name: str, port: int = 0) -> Iterator[str]:
         while not server.started:
             time.sleep(0.01)
         bound = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{bound}/"
-        server.should_exit = True
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{bound}/"
+        finally:
+            server.should_exit = True
+            thread.join()
