@@ -1,1 +1,1 @@
-"""The HTTP server: what `microclip-deploy serve` runs."""
+"""`serve`: an HTTP server around sessions, each in a process of its own."""
