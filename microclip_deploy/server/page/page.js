@@ -117,7 +117,7 @@ function showModels(told) {
   const heir = (m) => m.name === before?.name && m.default;
   models = told;
   page.model.replaceChildren(
-    ...models.map((m) => make("option", "", [m.name, m.version, m.state].join(" · "))),
+    ...models.map((m) => make("option", "", [m.name, m.version, m.state].filter(Boolean).join(" · "))),
   );
   page.model.selectedIndex = models.indexOf(
     models.find(same) ?? models.find(heir) ?? models.find((m) => m.default) ?? models[0],
@@ -138,6 +138,7 @@ function showFacts() {
   if (!model) return page.facts.append("The server has no model.");
   const { classes, size, grid, device, version, state } = model;
   page.facts.append(make("bdi", "", model.name));
+  if (!classes) return page.facts.append(`: ${state}.`);
   page.facts.append(` tells ${classes.length} classes apart. It sees ${size} × ${size} pixels in ${grid} × ${grid} parts. `);
   page.facts.append(make("span", "soft", `Version ${version}, ${device}, ${state}.`));
 }
@@ -384,7 +385,7 @@ function selectByKey(event) {
 function showAnswer() {
   const { answer, error, state } = selected;
   tell(page.trouble, state === "waiting" ? "Waiting for the server …" : error);
-  page.answer.hidden = !answer;
+  page.answer.hidden = page.time.hidden = !answer;
   page.about.textContent = answer
     ? `${answer.photo.width} × ${answer.photo.height} pixels, answered by ${answer.model}, version ${answer.version}`
     : "";
@@ -415,8 +416,8 @@ function showHeads({ cls, fg }) {
   const agree = cls[0].name === fg[0].name;
   page.verdict.replaceChildren(
     ...(agree
-      ? ["They agree: both say ", make("bdi", "", cls[0].name), "."]
-      : ["They disagree: [CLS] says ", make("bdi", "", cls[0].name), ", [FG] says ", make("bdi", "", fg[0].name), "."]),
+      ? [make("b", "", "They agree"), ": both say ", make("bdi", "", cls[0].name), "."]
+      : [make("b", "", "They disagree"), ": [CLS] says ", make("bdi", "", cls[0].name), ", [FG] says ", make("bdi", "", fg[0].name), "."]),
   );
 }
 
