@@ -95,7 +95,7 @@ def open_page(browser: Any, address: str) -> Iterator[Open]:
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(WAIT_MS)
-        page.on("pageerror", errors.append)
+        page.on("pageerror", lambda error: errors.append(error))
         for path, answer in answers.items():
             page.route(f"**/{path}*", answer)
         page.goto(address)
@@ -284,14 +284,19 @@ def test_key_is_asked_for_and_kept_in_the_session(open_page: Open, pictures: lis
             route.fulfill(status=401, json={"error": "expected an API key, found none"})
 
     page = open_page(answers={"v1/": guarded})
-    for key in ("wrong", "right"):
-        page.fill("#key", key)
-        page.press("#key", "Enter")
-        page.wait_for_function if False else page.wait_for_timeout(300)
+    page.fill("#key", "wrong")
+    page.press("#key", "Enter")
+    page.get_by_text("does not take this API key").wait_for()
+    page.fill("#key", "right")
+    page.press("#key", "Enter")
     page.locator("#keyform").wait_for(state="hidden")
     give(page, pictures[0])
     assert page.locator("#answer").is_visible()
-    assert page.evaluate("[sessionStorage.key, localStorage.length]")[1] == 0
+    assert page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [
+        1,
+        0,
+        "",
+    ]
 
 
 @pytest.mark.slow
