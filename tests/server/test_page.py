@@ -25,7 +25,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WAIT_MS = 30_000
 PHONE = {"width": 390, "height": 844}
 ROUNDING = 3
-"""Levels of 255: how colours are rounded in the browser, at each of the steps from photo to canvas."""
+"""Levels of 255: the browser rounds colours at each step from the photo to the canvas."""
 
 Open = Callable[..., Any]
 
@@ -242,10 +242,11 @@ def test_busy_server_is_asked_again(open_page: Open, pictures: list[str]) -> Non
     busy = [429, 503, 429]
 
     def answer(route: Any) -> None:
-        if not busy:
-            return route.continue_()
-        error = json.dumps({"error": "the queue is full"})
-        return route.fulfill(status=busy.pop(), headers={"Retry-After": "1"}, body=error)
+        if busy:
+            error = json.dumps({"error": "the queue is full"})
+            route.fulfill(status=busy.pop(), headers={"Retry-After": "1"}, body=error)
+        else:
+            route.continue_()
 
     page = open_page(answers={"v1/classify": answer})
     page.set_input_files("#files", pictures[:6])
@@ -304,7 +305,10 @@ def test_server_that_comes_back_is_found(open_page: Open, pictures: list[str]) -
     away = [True]
 
     def answer(route: Any) -> None:
-        route.abort() if away[0] else route.continue_()
+        if away[0]:
+            route.abort()
+        else:
+            route.continue_()
 
     page = open_page()
     page.locator("#facts bdi").wait_for()

@@ -70,6 +70,7 @@ const keyGiven = shared(async () => {
   page.keyform.hidden = false;
   const known = sessionStorage.getItem("key");
   tell(page.connection, known ? "The server does not take this API key." : "The server asks for an API key.");
+  page.facts.textContent = "";
   page.key.focus();
   await new Promise((done) => page.keyform.addEventListener("submit", done, { once: true }));
   sessionStorage.setItem("key", page.key.value);
@@ -124,7 +125,7 @@ function showModels(told) {
   );
   page.modellabel.hidden = models.length < 2;
   showFacts();
-  if (before && photos.length && !same(chosen() ?? {})) {
+  if (before?.version && photos.length && !same(chosen() ?? {})) {
     tell(page.change, `The server no longer serves ${before.name}, version ${before.version}. Answers of it stay until you ask again.`);
     showProgress();
   }
@@ -145,8 +146,9 @@ function showFacts() {
 
 /** What is asked about a photo. */
 function question() {
-  const { name, version, default: is } = chosen() ?? {};
-  const which = name ? { model: name, ...(is ? {} : { version }) } : {};
+  const model = chosen();
+  // Without a version a restarted server answers with its new one.
+  const which = model ? { model: model.name, ...(model.default ? {} : { version: model.version }) } : {};
   const most = Math.min(100000, Math.max(1, Math.trunc(page.topk.value) || 5));
   return new URLSearchParams({ ...which, top_k: most, saliency: "tokens", heads: true }).toString();
 }
@@ -341,6 +343,7 @@ async function drawThumbnail(photo) {
 }
 
 function showProgress() {
+  if (!photos.length) return;
   const count = (state) => photos.filter((photo) => photo.state === state).length;
   const [failed, open] = [count("failed"), count("waiting")];
   const done = photos.length - open;
@@ -395,7 +398,7 @@ function showAnswer() {
     showHeads(answer.heads);
     showTiming(answer.timing_ms, selected.elapsed);
   }
-  if (shown) Object.assign(shown, { layers: {} });
+  if (shown) shown.layers = {};
   paint();
 }
 
@@ -476,12 +479,13 @@ function paint() {
   const kind = page.looks.elements.saliency.value;
   const ready = selected && shown?.photo === selected;
   const answer = selected?.answer;
+  const picture = ready && (shown.picture ?? (answer && fitted(answer.photo)));
+  page.look.hidden = ready && !picture;
   page.undecoded.hidden = !ready || Boolean(shown.picture);
   page.complete.hidden = !answer?.saliency.complete;
   page.scale.hidden = kind !== "attention";
   page.opacity.disabled = kind === "none";
   page.meaning.textContent = answer ? meaning(kind, answer.saliency.tokens) : "";
-  const picture = ready && (shown.picture ?? (answer && fitted(answer.photo)));
   page.canvas.hidden = !picture;
   if (!picture) return;
   Object.assign(page.canvas, { width: picture.width, height: picture.height });
