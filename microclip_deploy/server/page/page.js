@@ -573,9 +573,19 @@ function drawBorder({ pen, width, height }, box, grid, inside) {
 }
 
 function attentionLayer(picture, answer) {
-  const levels = heat(picture, answer);
-  return changed(picture, (pixels, i) => {
-    const level = levels[i] / 255;
+  const { grid, attention } = answer.saliency.tokens;
+  const [left, top, right, bottom] = seenBox(picture, answer).map(Math.round);
+  const columns = cubicTaps(picture.width, left, right, grid);
+  const rows = cubicTaps(picture.height, top, bottom, grid);
+  const most = Math.max(...attention, 1e-12);
+  const heat = attention.map((weight) => byte((255 * weight) / most));
+  // Along the rows, then down the columns; both in bytes, which cuts off what overshoots.
+  const across = columns.map((taps) => Array.from({ length: grid }, (_, row) =>
+    byte(taps.reduce((sum, [column, share]) => sum + share * heat[row * grid + column], 0))));
+  return changed(picture, (pixels, i, x, y) => {
+    let sum = 0;
+    for (const [row, share] of rows[y]) sum += share * across[x][row];
+    const level = byte(sum) / 255;
     // The square root lifts middling weights: attention is dominated by a few tokens.
     const share = HEAT_OPACITY * Math.sqrt(level);
     const grey = (GREYED * (pixels[i] + pixels[i + 1] + pixels[i + 2])) / 3;
@@ -583,20 +593,23 @@ function attentionLayer(picture, answer) {
   });
 }
 
-/** Return RGBA pixels: how much attention there is, smoothly, relative to its largest. */
-function heat({ width, height }, answer) {
-  const { grid, attention } = answer.saliency.tokens;
-  const most = Math.max(...attention, 1e-12);
-  const cells = newCanvas(grid, grid);
-  const image = cells.pen.createImageData(grid, grid);
-  attention.forEach((weight, i) => image.data.set([(255 * weight) / most, 0, 0, 255], 4 * i));
-  cells.pen.putImageData(image, 0, 0);
-  const smooth = newCanvas(width, height);
-  smooth.pen.fillStyle = "#000";
-  smooth.pen.fillRect(0, 0, width, height);
-  const [left, top, right, bottom] = seenBox(smooth, answer).map(Math.round);
-  smooth.pen.drawImage(cells, left, top, right - left, bottom - top);
-  return smooth.pen.getImageData(0, 0, width, height).data;
+const byte = (value) => Math.min(255, Math.max(0, Math.round(value)));
+
+/** Return cells and shares that each pixel is mixed of, as Pillow's bicubic does; browsers differ. */
+function cubicTaps(length, begin, end, grid) {
+  return Array.from({ length }, (_, at) => {
+    const centre = ((at + 0.5 - begin) * grid) / (end - begin) - 0.5;
+    const near = [-1, 0, 1, 2].map((step) => Math.floor(centre) + step);
+    const cells = at < begin || at >= end ? [] : near.filter((cell) => cell >= 0 && cell < grid);
+    const shares = cells.map((cell) => catmullRom(Math.abs(centre - cell)));
+    const whole = shares.reduce((sum, share) => sum + share, 0);
+    return cells.map((cell, k) => [cell, shares[k] / whole]);
+  });
+}
+
+function catmullRom(far) {
+  if (far >= 2) return 0;
+  return far < 1 ? (1.5 * far - 2.5) * far * far + 1 : ((-0.5 * far + 2.5) * far - 4) * far + 2;
 }
 
 function inferno(level, channel) {
