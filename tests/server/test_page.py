@@ -6,8 +6,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,9 @@ import pytest
 from PIL import Image
 
 import microclip_deploy
-from microclip_deploy.serving import Session, open_session
+from microclip_deploy.serving import Session
 from microclip_deploy.serving.overlay import attention_map, photo_overlay
+from tests.server.running import Running
 
 PAGE = Path(microclip_deploy.__file__).parent / "server" / "page"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -57,21 +56,8 @@ def test_script_and_page_speak_of_the_same_elements() -> None:
     assert used <= set(re.findall(r'\bid="(\w+)"', text_of("html")))
 
 
-@pytest.fixture(scope="module")
-def address(tiny_export: Path) -> Iterator[str]:
-    """Return where a server answers with the tiny export."""
-    command = [sys.executable, "-m", "microclip_deploy.cli", "serve", f"tiny={tiny_export}"]
-    options = ["--port", "0", "--device", "cpu", "--access-log", "/dev/null"]
-    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        told = (re.search(r"serving on (\S+)", line) for line in server.stderr)
-        try:
-            yield next(found[1] + "/" for found in told if found)
-        finally:
-            server.terminate()
-
-
-@pytest.fixture(scope="module")
+# Of the widest scope and asked for first, so that nothing is exported for tests that are skipped.
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Return a browser, or skip the test and say why."""
     reason = "drives a browser: pip install playwright"
@@ -87,7 +73,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def open_page(browser: Any, address: str) -> Iterator[Open]:
+def open_page(browser: Any, server: Running) -> Iterator[Open]:
     """Return what opens the page in a context of its own; errors of its script fail the test."""
     contexts, errors = [], []
 
@@ -100,19 +86,13 @@ def open_page(browser: Any, address: str) -> Iterator[Open]:
         page.on("pageerror", lambda error: errors.append(error))
         for path, answer in answers.items():
             page.route(f"**/{path}*", answer)
-        page.goto(address)
+        page.goto(server.url)
         return page
 
     yield opened
     for context in contexts:
         context.close()
     assert not errors
-
-
-@pytest.fixture(scope="module")
-def session(tiny_export: Path) -> Iterator[Session]:
-    with open_session(tiny_export, device="cpu") as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
