@@ -351,7 +351,6 @@ function showProgress() {
   const state = open ? `${done} of ${photos.length} ${noun}` : `${photos.length} ${noun}`;
   page.count.textContent = failed ? `${state}, ${failed} failed` : state;
   Object.assign(page.progress, { max: Math.max(1, photos.length), value: done, hidden: !open });
-  page.csv.disabled = open > 0;
   const old = photos.filter(stale).length;
   page.again.hidden = !old || open > 0;
   page.again.textContent = `Ask again (${old})`;
@@ -634,7 +633,7 @@ function csv() {
   const rows = photos.map(({ name, answer, error }) => {
     const guesses = ranks.map((rank) => answer?.classes[rank]);
     const told = guesses.flatMap((g) => (g ? [g.name, g.probability.toFixed(6)] : ["", ""]));
-    return [name, ...told, answer?.model ?? "", answer?.version ?? "", error];
+    return [name, ...told, answer?.model ?? "", answer?.version ?? "", error || (answer ? "" : "no answer yet")];
   });
   const lines = [["file", ...header, "model", "version", "error"], ...rows];
   return lines.map((row) => `${row.map(cell).join(",")}\n`).join("");
