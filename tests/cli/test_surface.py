@@ -20,9 +20,12 @@ SURFACE = {
         *PHOTOS,
     },
     "evaluate": {
-        "--device", "--batch-size", "--zero-shot", "--limit", "--masks", "--max-bad-images",
+        "--device", "--batch-size", "--zero-shot", "--controls", "--limit", "--masks",
+        "--max-bad-images",
         "--per-class", "--out", "--threads", "--json", *PHOTOS,
     },
+    "describe": set(),
+    "describe check": {"--domain", "--clip", "--clip-weights", "--report", "--json"},
     "predict": {
         "--top-k", "--format", "--out", "--overlay", "--device", "--batch-size", "--threads",
         *PHOTOS, "--server", "--model", "--api-key",
