@@ -7,7 +7,7 @@ import typer
 
 from microclip_deploy.cli import next_steps
 from microclip_deploy.cli.options import MODEL, OUTPUT, PHOTOS, AsJson, option
-from microclip_deploy.console import notes, out, print_json, waiting
+from microclip_deploy.console import bar, notes, out, print_json, waiting
 from microclip_deploy.errors import DataError, printable, require
 
 if TYPE_CHECKING:
@@ -58,9 +58,10 @@ def describe_check(
         for name, texts in zip(names, read.texts, strict=True)
         for text in texts
     ]
-    with waiting(notes, "checking"):
+    with waiting(notes, "loading the model"):
         model = load_text_model(clip, clip_weights)
-        outcome = judged(sentences, names, domain, model)
+    with bar(notes, "comparing", "classes") as progress:
+        outcome = judged(sentences, names, domain, model, progress=progress.update)
     for remark in outcome.remarks[:_SHOWN]:
         line = f"warning: '{printable(remark.name)}' {remark.text}"
         notes.print(line, style="yellow", markup=False)

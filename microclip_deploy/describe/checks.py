@@ -86,13 +86,17 @@ def _by_itself(sentence: Sentence, finder: NameFinder, tokens: TokenCounter | No
     reason = _wording_problem(text, said, name_words(sentence.class_name))
     if named.others and not reason:
         reason = f"another class named: {named.others[0]}"
-    count = tokens(text) if tokens is not None and not reason else None
-    if count is not None:
+    if not reason and tokens is not None and (count := tokens(text)) is not None:
         reason = f"too long: {count} tokens"
-    named_text = text if named.own else f"{sentence.class_name}: {text}"
-    if named.own or tokens is None or tokens(named_text) is None:  # as long as it can be read
-        text = named_text
+    if not reason and not named.own:
+        text = _naming(sentence.class_name, text, tokens)
     return Verdict(sentence._replace(text=text), reason)
+
+
+def _naming(name: str, text: str, tokens: TokenCounter | None) -> str:
+    """Return the text with the class name in front, as long as the model reads it to its end."""
+    longer = f"{name}: {text}"
+    return longer if tokens is None or tokens(longer) is None else text
 
 
 def _wording_problem(text: str, said: Words, name: Words) -> str:
@@ -139,12 +143,11 @@ def _repeated(verdicts: list[Verdict]) -> list[Verdict]:
 
 
 def _nearly_same(one: Words, other: Words) -> bool:
-    if one == other:
-        return True
-    matcher = SequenceMatcher(None, one, other, autojunk=False)
-    # The two cheaper upper bounds come first: most pairs end there.
-    quick = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
-    return all(ratio() >= NEARLY_SAME for ratio in quick)
+    known = set(other)
+    common = sum(word in known for word in one)  # a bound from above, at which most pairs end
+    if 2 * common < NEARLY_SAME * (len(one) + len(other)):
+        return False
+    return SequenceMatcher(None, one, other, autojunk=False).ratio() >= NEARLY_SAME
 
 
 def _shared(verdicts: list[Verdict]) -> list[Verdict]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Groups = tuple[tuple[str, ...], ...]
 """Sentences of each class, (C, at least 1)."""
 
-DRAWS = 3
+DRAWS = 5
 """How often random words are drawn, each time from another seed."""
 
 

@@ -13,7 +13,7 @@ sentences is a row for each class and the rows of one block of classes.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,6 +147,7 @@ def judged(
     clip: "Clip | None",
     *,
     filtering: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Judgement:
     """Check sentences, filter them, and measure how alike the classes are.
 
@@ -156,20 +157,27 @@ def judged(
         domain: what the classes are; None if nobody said.
         clip: the model whose text tower is asked; None for checks of the wording alone.
         filtering: drop what does not separate a class from its neighbours; needs `clip`.
+        progress: called with (done, total) classes while the text tower reads.
     """
     order = {name: row for row, name in enumerate(names)}
     ordered = sorted(sentences, key=lambda sentence: order[sentence.class_name])
     verdicts = check(ordered, names, clip.text.uncut_length if clip else None)
     similarity = None
     if clip is not None:
-        verdicts, similarity = _with_clip(verdicts, names, clip, filtering=filtering)
+        tell = progress or (lambda done, total: None)
+        verdicts, similarity = _with_clip(verdicts, names, clip, tell, filtering=filtering)
     remarks = tuple(name_remarks(names, domain))
     filtered = filtering and clip is not None
     return Judgement(tuple(names), tuple(verdicts), remarks, similarity, filtered)
 
 
 def _with_clip(
-    verdicts: Sequence[Verdict], names: Sequence[str], clip: "Clip", *, filtering: bool
+    verdicts: Sequence[Verdict],
+    names: Sequence[str],
+    clip: "Clip",
+    tell: Callable[[int, int], None],
+    *,
+    filtering: bool,
 ) -> tuple[list[Verdict], Similarity]:
     """Filter the sentences that are left, and compare the classes before and after."""
     encode, judged_ones = clip.text, list(verdicts)
@@ -187,6 +195,8 @@ def _with_clip(
                 reason = f"{NOT_SEPARATING}: {names[margin.rivals[place]]}"
                 judged_ones[rows[place]] = Verdict(said[place], reason)
         _take_means(by_sentences, encode, said, owners, kept)
+        tell(int(owners.max()) + 1, len(names))
+    tell(len(names), len(names))
     return judged_ones, _similarity(clip, names, by_name, by_sentences)
 
 
@@ -240,7 +250,7 @@ def _reason_table(outcome: Judgement) -> "Table":
     for name, count in outcome.reasons.items():
         sentence, reason = next(v for v in outcome.dropped if kind(v.reason) == name)
         detail = f" ({reason.partition(': ')[2]})" if ": " in reason else ""
-        example = f"{sentence.class_name}: {sentence.text[:160]}{detail}"
+        example = f"{sentence.text[:160]}{detail}"
         table.add_row(name, str(count), Text(printable(example)))
     return table
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from microclip_deploy.data.names import clean_text, name_key
@@ -60,6 +61,7 @@ def without(said: Words, name: Words) -> Words:
     return tuple(kept)
 
 
+@lru_cache(maxsize=1024)  # sentences come by class
 def name_words(name: str) -> Words:
     """Return the words of a class name without what brackets add to tell it from others."""
     return words(_IN_BRACKETS.sub(" ", name)) or words(name)

@@ -5,7 +5,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_95 = 1.96  # standard errors on each side of a mean
+_NORMAL = 1.96
+"""Standard errors on each side of a mean that hold 95 %."""
+_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""The same where the error is estimated from 2, 3, ... 10 values: Student's t."""
 
 
 class Comparison(NamedTuple):
@@ -57,13 +60,15 @@ def compared(control: str, right: NDArray[np.bool_], drawn: NDArray[np.bool_]) -
         drawn: bool (K, M), the same for each draw of the control.
 
     Returns:
-        The mean difference d with d +/- 1.96 s. s^2 is the variance over images / M plus that over
-        draws / K: other images would give another difference, and so would other words.
+        The mean difference with an interval for both of what chance decides: the images, and the
+        words that are drawn. With M images and K draws its half-width is the root of
+        1.96^2 (variance over images) / M + t^2 (variance over draws) / K, t Student's for K - 1.
     """
     by_image = right - drawn.mean(axis=0)
     by_draw = drawn.mean(axis=1)
     draws, images = drawn.shape
-    spread = by_image.var(ddof=1) / images if images > 1 else 1.0
-    spread += by_draw.var(ddof=1) / draws if draws > 1 else 0.0
-    difference, reach = float(by_image.mean()), _95 * float(np.sqrt(spread))
+    square = _NORMAL**2 * by_image.var(ddof=1) / images if images > 1 else 1.0
+    if draws > 1:
+        square += _STUDENT[min(draws, 10) - 2] ** 2 * by_draw.var(ddof=1) / draws
+    difference, reach = float(by_image.mean()), float(np.sqrt(square))
     return Comparison(control, difference, difference - reach, difference + reach, images, draws)

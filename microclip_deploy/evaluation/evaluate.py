@@ -36,7 +36,7 @@ from microclip_deploy.errors import printable
 from microclip_deploy.evaluation.comparison import Comparison, compared
 from microclip_deploy.evaluation.evaluation import EVALUATION, Answer, Evaluation, Row
 from microclip_deploy.evaluation.masks import MaskFacts, MaskTally, TrueMasks
-from microclip_deploy.evaluation.scores import Scores, ranks_of, score, scores_of_ranks
+from microclip_deploy.evaluation.scores import Scores, mean_scores, ranks_of, score, scores_of_ranks
 from microclip_deploy.ncut.spec import saliency_warning
 from microclip_deploy.paths import StrPath, as_path
 from microclip_deploy.serving import (
@@ -351,8 +351,9 @@ def _evaluation(
             Row("zero-shot", token, "descriptions", before.rows[token])
             for token in ("cls", "fg", "fused")
         ]
-        added = _rows_of(controls or {})
-        rows += [Row("zero-shot", "cls", texts, before.rows[texts]) for texts in added]
+        for control, draws in (controls or {}).items():
+            drawn = [before.rows[name] for name in _row_names(control, len(draws))]
+            rows.append(Row("zero-shot", "cls", control, mean_scores(drawn)))
     comparisons = _comparisons(measured[-1], controls or {}) if len(measured) > 1 else ()
     return Evaluation(
         classes=session.classes,

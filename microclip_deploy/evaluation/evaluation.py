@@ -32,7 +32,8 @@ class Row(NamedTuple):
     token: str
     """"fused", "cls" or "fg"."""
     texts: str
-    """"adapted", "names", "descriptions", "prior" or a control: the class matrix."""
+    """"adapted", "names", "descriptions", "prior" or a control: the class matrix. Of a
+    control that is drawn the mean over the draws."""
     scores: Scores
 
 

@@ -65,8 +65,8 @@ def test_only_bare_names_without_descriptions(classes_file: Path, tiny_model_dir
     assert {control: len(draws) for control, draws in rows.items()} == {
         "bare names": 1,
         "filtered": 1,
-        "random words": 3,
-        "shuffled words": 3,
+        "random words": 5,
+        "shuffled words": 5,
     }
     matrices = [matrix for draws in rows.values() for matrix in draws]
     assert all(np.allclose(np.linalg.norm(matrix, axis=1), 1) for matrix in matrices)
@@ -74,11 +74,18 @@ def test_only_bare_names_without_descriptions(classes_file: Path, tiny_model_dir
 
 def test_the_interval_holds_images_and_draws() -> None:
     right = np.array([1, 1, 1, 0] * 100, np.bool_)
-    drawn = np.array([[1, 0, 1, 0] * 100, [1, 1, 0, 0] * 100], np.bool_)
+    drawn = np.array([[1, 0, 1, 0] * 100, [1, 1, 0, 0] * 100, [0, 0, 1, 0] * 100], np.bool_)
     found = compared("random words", right, drawn)
-    spread = np.sqrt((right - drawn.mean(axis=0)).var(ddof=1) / 400)
-    assert found.difference == pytest.approx(0.25)
-    assert found.low == pytest.approx(0.25 - 1.96 * spread)
+    images = 1.96 * np.sqrt((right - drawn.mean(axis=0)).var(ddof=1) / 400)
+    draws = 4.30 * np.sqrt(np.var([0.5, 0.5, 0.25], ddof=1) / 3)
+    assert found.difference == pytest.approx(1 / 3)
+    assert found.high - found.difference == pytest.approx(np.hypot(images, draws))
+    assert found.low == pytest.approx(2 * found.difference - found.high)
+
+
+def test_descriptions_that_win_on_the_same_images_are_told() -> None:
+    right, drawn = np.arange(200) < 150, np.arange(200) < np.array([[100], [101], [99]])
+    found = compared("random words", right, drawn)
     assert found.beaten
     assert "beat random words: +25.0 points" in found.sentence()
 
@@ -113,8 +120,7 @@ def described_run(finished_run: Path, tmp_path: Path) -> Path:
 def test_evaluate_tells_terminal_json_and_report(described_run: Path, photos: Path) -> None:
     result = run_evaluate(described_run, photos, QUIET, controls=True, device="cpu")
     rows = [row.texts for row in result.rows[8:]]
-    assert rows[:3] == ["bare names", "filtered", "random words 1"]
-    assert len(rows) == 8
+    assert rows == ["bare names", "filtered", "random words", "shuffled words"]
     assert [control.control for control in result.controls] == [
         "random words",
         "shuffled words",

@@ -38,7 +38,7 @@ def test_kept_and_dropped_stand_with_their_reason(tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text("utf-8")
     for text in (
         "A robin has a red breast.",
-        "not visible: sound",
+        "<bdi>sound</bdi>",
         "No sentence is left for 1 of the classes",
         "has several meanings",
         "0a",
