@@ -125,6 +125,9 @@ class Served:
 
     async def close(self) -> None:
         """End all workers."""
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.wait([self._loading])
         if self.version is not None:
             self._retire(self.version)
         await asyncio.gather(*self._retiring)
