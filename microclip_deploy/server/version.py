@@ -86,3 +86,4 @@ class Version:
             pass
         await asyncio.gather(*(seat.stop() for seat in self._seats))
         self.batcher.refuse_all(Refusal(503, "the model was unloaded; send again", "unloaded", 1))
+        self._seats.clear()  # their memory ends here, not when the garbage collector comes

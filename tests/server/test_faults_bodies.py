@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.server.conftest import Encode
+from tests.server.lasting import lasting
 from tests.server.running import Running, running, within
 from tests.server.wire import answers, ask, connect, head
 
@@ -150,7 +151,7 @@ AT_ONCE = "a body"
 @pytest.mark.parametrize(
     ("begin", "drip", "told"),
     [
-        pytest.param(*given, id=name, marks=() if name == AT_ONCE else pytest.mark.slow)
+        pytest.param(*given, id=name, marks=() if name == AT_ONCE else lasting)
         for name, given in SLOW.items()
     ],
 )
@@ -175,7 +176,7 @@ def test_slow_requests_do_not_stay(
     assert told in heard
 
 
-@pytest.mark.slow
+@lasting
 def test_answers_that_nobody_takes(server: Running) -> None:
     """They hold neither their connection for ever nor others."""
     process = psutil.Process(server.process.pid)

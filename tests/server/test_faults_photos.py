@@ -16,6 +16,7 @@ from PIL import Image
 
 from microclip_deploy.serving import Session
 from tests.server.conftest import Encode
+from tests.server.lasting import lasting
 from tests.server.running import Running, running
 
 TOLERANCE = 1e-4
@@ -200,7 +201,7 @@ def test_one_bad_photo_beside_good_ones(server: Running, encode: Encode) -> None
     assert server.metric("microclip_worker_restarts") == 0
 
 
-@pytest.mark.slow
+@lasting
 def test_large_pictures_delay_nobody(tiny_export: Path, encode: Encode) -> None:
     """While masks of 36 megapixels are drawn, small requests are answered."""
     large = saved(Image.new("RGB", (6000, 6000)), "PNG", compress_level=1)
