@@ -33,7 +33,8 @@ class AccessLog:
         """
         self._path, self._on_lost = path, on_lost
         try:
-            self._append(b"")
+            if path is not None:
+                path.open("ab").close()
         except OSError as error:
             raise EnvironmentProblem(
                 f"--access-log: expected a file that can be written, found: {error}; give another"
