@@ -184,7 +184,7 @@ class Seat:
         except BaseException as error:
             own.close()
             self._end()
-            if isinstance(error, OSError):
+            if isinstance(error, (OSError, ValueError)):
                 raise EnvironmentProblem(f"serve: a worker cannot be started: {error}") from error
             raise
         self._image_s = told["image_s"]

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-SECONDS = float(os.environ.get("MICROCLIP_FAULT_SECONDS", "3"))
+SECONDS = float(os.environ.get("MICROCLIP_FAULT_SECONDS", "2"))
 """How long a load lasts."""
 
 lasting = pytest.mark.skipif(

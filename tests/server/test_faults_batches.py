@@ -1,6 +1,7 @@
 """Which jobs answer for a worker that dies."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ class Fragile:
         self.ready, self.failed = True, False
         self.given: list[Batch] = []
         self.computed: list[list[int]] = []
-        self.pump = lambda: None
+        self.pump: Callable[[], None] = lambda: None
 
     def free(self) -> bool:
         return not self.given
@@ -53,7 +54,8 @@ class Fragile:
                 batch.lost("died", computing=batch is lost[0])
         else:
             rows = np.repeat(values[:, None], 2, axis=1).astype(np.float32)
-            self.given.pop(0).answered(Prediction(*[rows] * len(Prediction._fields)), 0.01, {})
+            fields: list[Any] = [rows] * len(Prediction._fields)
+            self.given.pop(0).answered(Prediction._make(fields), 0.01, {})
         self.pump()
 
 
