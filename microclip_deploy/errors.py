@@ -31,6 +31,7 @@ EXTRA_OF: Mapping[str, str] = {
     "onnxscript": "export",
     "onnxruntime": "cpu",
     "cpuinfo": "bench",
+    "httptools": "bench",
     "psutil": "bench",
     "pynvml": "bench",
     "tensorrt": "gpu",
