@@ -34,6 +34,11 @@ EXTRA_OF: Mapping[str, str] = {
     "httptools": "bench",
     "psutil": "bench",
     "pynvml": "bench",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "httptools": "serve",
+    "prometheus_client": "serve",
+    "python_multipart": "serve",
     "tensorrt": "gpu",
     "cupy": "gpu",
 }
