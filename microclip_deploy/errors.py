@@ -31,7 +31,6 @@ EXTRA_OF: Mapping[str, str] = {
     "onnxscript": "export",
     "onnxruntime": "cpu",
     "cpuinfo": "bench",
-    "httptools": "bench",
     "psutil": "bench",
     "pynvml": "bench",
     "starlette": "serve",

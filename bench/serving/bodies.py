@@ -40,7 +40,7 @@ def model_of(endpoint: Endpoint, name: str | None, headers: Mapping[str, str]) -
         UsageError: it has several models, or none of that name.
     """
     if name is None:
-        listed = _json(endpoint, "POST", "/v2/repository/index", headers)
+        listed = told(endpoint, "POST", "/v2/repository/index", headers)
         names = sorted({model["name"] for model in listed})
         if len(names) != 1:
             raise UsageError(
@@ -50,9 +50,9 @@ def model_of(endpoint: Endpoint, name: str | None, headers: Mapping[str, str]) -
         [name] = names
     path = f"/v2/models/{name}"
     try:
-        told = _json(endpoint, "GET", path, headers)
-        inputs = {each["name"]: each["shape"] for each in told["inputs"]}
-        outputs = {each["name"]: each["shape"] for each in told["outputs"]}
+        facts = told(endpoint, "GET", path, headers)
+        inputs = {each["name"]: each["shape"] for each in facts["inputs"]}
+        outputs = {each["name"]: each["shape"] for each in facts["outputs"]}
         return Model(name, int(inputs["image"][1]), int(outputs["logits"][1]))
     except (KeyError, IndexError, TypeError) as error:
         raise EnvironmentProblem(
@@ -124,7 +124,12 @@ def reading_tops(images: int, classes: int) -> "partial[tuple[int, ...]]":
     return partial(read_tops, images=images, classes=classes)
 
 
-def _json(endpoint: Endpoint, method: str, path: str, headers: Mapping[str, str]) -> Any:
+def told(endpoint: Endpoint, method: str, path: str, headers: Mapping[str, str]) -> Any:
+    """Return the JSON that a server answers with.
+
+    Raises:
+        EnvironmentProblem: it does not answer, or something else.
+    """
     answer = ask(endpoint, method, path, headers)
     if answer.status == 200:
         try:

@@ -31,6 +31,8 @@ CHECKED = 8
 class Server(NamedTuple):
     """The server that is measured."""
 
+    name: str
+    """Of what it serves, for people; no path."""
     what: str
     endpoint: Endpoint
     model: bodies.Model
@@ -58,6 +60,8 @@ class Contestant(NamedTuple):
     run: Callable[[Load, Until], Window]
     waits: bool
     """Whether it can have several requests under way, as in an open loop."""
+    idle_cores: float | None = None
+    """Those that it keeps busy without any request, where that can be told."""
 
 
 class _Host(NamedTuple):
@@ -71,6 +75,8 @@ class _Host(NamedTuple):
     """What must be the same whenever a request is answered."""
     logits: Callable[[int], NDArray[np.float32]]
     """Number of a request -> its answer, asked for once."""
+    pauses: bool = False
+    """Whether it was started for the measurement and may not run while others are measured."""
 
 
 @contextmanager
@@ -108,26 +114,42 @@ def contestants_of(
         targets = {name: _target(host) for name, host in hosts.items()}
         targets[CEILING] = stack.enter_context(_trivial(hosts[SERVER]))
         loader = stack.enter_context(worker("clients", clients, targets))
-        yield {
-            **{
-                name: Contestant(host.what, partial(_load, loader, name, host.process), True)
-                for name, host in hosts.items()
-            },
-            **({ALONE: _alone(session)} if session else {}),
-            CEILING: Contestant("no model", partial(_load, loader, CEILING, None), False),
-        }
+        contestants = {name: _contestant(name, host, loader) for name, host in hosts.items()}
+        if session:
+            contestants[ALONE] = _alone(session)
+        trivial = partial(_send, loader, CEILING)
+        contestants[CEILING] = Contestant("no model, no work: only HTTP", trivial, False)
+        yield contestants
 
 
 _Loader = Worker[tuple[str, Load, Until], Window]
 
 
-def _load(loader: _Loader, name: str, process: Watched | None, load: Load, until: Until) -> Window:
-    """Let the clients measure a window, and read the server's processor time around it."""
+def _send(loader: _Loader, name: str, load: Load, until: Until) -> Window:
+    """Let the clients measure a window."""
+    return loader.ask((name, load, until))
+
+
+def _contestant(name: str, host: _Host, loader: _Loader) -> Contestant:
+    """Return a server, whose processor time is read around each window."""
+    send, process = partial(_send, loader, name), host.process
     if process is None:
-        return loader.ask((name, load, until))
-    before = process.cpu_s()
-    window = loader.ask((name, load, until))
-    return window._replace(server_cpu_s=max(0.0, process.cpu_s() - before))
+        return Contestant(host.what, send, True)
+
+    def run(load: Load, until: Until) -> Window:
+        if host.pauses:
+            process.resume()
+        before = process.cpu_s()
+        window = send(load, until)
+        cpu_s = max(0.0, process.cpu_s() - before)
+        if host.pauses:
+            process.pause()
+        return window._replace(server_cpu_s=cpu_s)
+
+    idle_cores = process.idle_cores()
+    if host.pauses:
+        process.pause()
+    return Contestant(host.what, run, True, idle_cores)
 
 
 def _session(held: Held, given: Sequence[Any]) -> Any:
@@ -169,7 +191,8 @@ def _peer(name: str, model: bodies.Model, held: Held, given: Sequence[Any]) -> I
     with PEERS[name](served, images) as peer:
         requests = [peer.request(views) for views in given]
         shape = images, model.classes
-        yield _pixel_host(peer.what, peer.endpoint, peer.process, requests, shape)
+        host = _pixel_host(peer.what, peer.endpoint, peer.process, requests, shape)
+        yield host._replace(pauses=True)
 
 
 def _pixel_host(

@@ -70,8 +70,8 @@ def litserve(session: Served, images: int) -> Iterator[Peer]:
     given = (session.export, session.device, session.threads or 0, endpoint.port, most)
     command = module("microclip_deploy.bench.serving.litserve_server", *map(str, given))
     what = (
-        f"LitServe {version('litserve')}, one worker, raw bytes in and out, ZeroMQ, batches of "
-        f"whatever waits, at most {MOST_IMAGES} images"
+        f"LitServe {version('litserve')}, one worker, raw bytes in and out, batches of whatever "
+        f"waits, at most {MOST_IMAGES} images"
     )
 
     def request(views: NDArray[np.uint8]) -> bytes:

@@ -15,6 +15,9 @@ from microclip_deploy.errors import EnvironmentProblem, printable, require
 START_S, STOP_S = 180.0, 20.0
 """So long a server may take to be ready, and to end."""
 
+IDLE_S = 1.0
+"""So long it is watched doing nothing."""
+
 
 class Watched:
     """A process and all that it has started."""
@@ -35,15 +38,30 @@ class Watched:
 
     def cpu_s(self) -> float:
         """Return the processor seconds of all of them since they were started."""
-        return sum(sum(times[:2]) for each in self._all() if (times := self._of(each, "cpu_times")))
+        return sum(sum(times[:2]) for times in self._each("cpu_times"))
 
     def resident_bytes(self) -> int:
         """Return what all of them hold in RAM; what they share counts for each."""
-        return sum(memory.rss for each in self._all() if (memory := self._of(each, "memory_info")))
+        return sum(memory.rss for memory in self._each("memory_info"))
+
+    def idle_cores(self) -> float:
+        """Return how many cores all of them keep busy while nobody asks for anything."""
+        before = self.cpu_s()
+        time.sleep(IDLE_S)
+        return (self.cpu_s() - before) / IDLE_S
+
+    def pause(self) -> None:
+        """Let none of them run: some wait busily for requests, at the cost of whoever works."""
+        self._each("suspend")
+
+    def resume(self) -> None:
+        """Let them run again."""
+        self._each("resume")
 
     def stop(self) -> None:
         """Ask the first to end, and kill whoever is left."""
         everyone = self._all()
+        self.resume()
         with suppress(self._psutil.NoSuchProcess):
             self._root.terminate()
             self._psutil.wait_procs([self._root], STOP_S)
@@ -57,11 +75,13 @@ class Watched:
         except self._psutil.NoSuchProcess:
             return []
 
-    def _of(self, process: Any, question: str) -> Any:
-        try:
-            return getattr(process, question)()
-        except self._psutil.Error:  # it has just ended
-            return None
+    def _each(self, call: str) -> list[Any]:
+        """Return what psutil says or does for each of them."""
+        told = []
+        for process in self._all():
+            with suppress(self._psutil.Error):  # it has just ended
+                told.append(getattr(process, call)())
+        return told
 
 
 def listener(endpoint: Endpoint) -> Watched | None:

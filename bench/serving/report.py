@@ -42,7 +42,7 @@ MEANING = {
     "cores": "processor seconds a second of all processes of the server, and of the clients, which "
     "run in a process of their own on the same machine",
     ALONE: "the same session in a process of its own, one caller, from the same bodies; it takes "
-    "turns with the servers, and none of them works while another is measured",
+    "turns with the servers. Peers are halted while another is measured: some wait busily",
     CEILING: "the same clients and requests against a server that only parses HTTP",
 }
 
@@ -112,6 +112,8 @@ class Report(BaseModel):
     """Who was not -> why."""
     slo: Slo | None = None
     rows: list[Row] = []
+    idle_cores: dict[str, float] = {}
+    """Who was measured -> cores that it keeps busy without any request."""
     resident_bytes: dict[int, int] = {}
     """Requests answered -> what the server then held in RAM; of a long run."""
     options: dict[str, str] = {}
@@ -291,6 +293,9 @@ def _remarks(report: Report) -> dict[str, list[str]]:
         memory.append(f"{last / first:.3f} times as much at the end as the first time")
     return {
         "who was measured": [f"{name}: {what}" for name, what in report.contestants.items()],
+        "cores kept busy without a request": [
+            f"{name}: {cores:.2f}" for name, cores in report.idle_cores.items()
+        ],
         "not measured": [f"{name}: {why}" for name, why in report.absent.items()],
         "the clients' part": list(_client_shares(report)),
         "the most that was offered within the SLO": list(_most_within(report)),

@@ -4,7 +4,6 @@ import datetime
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -109,7 +108,7 @@ def run_serving_bench(
             raise UsageError("--peers: expected an export that they serve too; give --against DIR")
         photos, about = _photos(images, server.model.size, notes)
         report = Report(
-            target=server.what,
+            target=server.name,
             body=body,
             date=datetime.datetime.now(datetime.UTC).date().isoformat(),
             contestants={},
@@ -121,17 +120,25 @@ def run_serving_bench(
         for batch in batches if body == "pixels" else (1,):
             given = photos if body == "photo" else _views(photos, server.model.size, batch)
             with contestants_of(server, held, given, peers, absent) as contestants:
-                report.contestants |= {name: one.what for name, one in contestants.items()}
-                turns = partial(_turns, contestants, batch, plan, slo)
                 if requests is not None:
-                    concurrency = max(loads.concurrency)
-                    _long_run(report, contestants[SERVER], server, batch, concurrency, requests)
+                    contestants = {SERVER: contestants[SERVER]}
+                _introduce(report, contestants)
+                if requests is not None:
+                    most = Closed(max(loads.concurrency))
+                    _long_run(report, contestants[SERVER], server.process, batch, most, requests)
                     break
                 for load in _loads(loads, report, batch):
                     notes.print(f"batch {batch}, {load}")
-                    report.rows += turns(load)
+                    report.rows += _turns(contestants, batch, plan, slo, load)
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _introduce(report: Report, contestants: Mapping[str, Contestant]) -> None:
+    for name, one in contestants.items():
+        report.contestants[name] = one.what
+        if one.idle_cores is not None:
+            report.idle_cores[name] = one.idle_cores
 
 
 def _loads(loads: Loads, report: Report, batch: int) -> Iterator[Load]:
@@ -160,16 +167,21 @@ def _turns(
 
 
 def _long_run(
-    report: Report, contestant: Contestant, server: Server, batch: int, clients: int, requests: int
+    report: Report,
+    contestant: Contestant,
+    process: Watched | None,
+    batch: int,
+    load: Closed,
+    requests: int,
 ) -> None:
     """Send so many requests, and look at the server's memory early and at the end."""
-    early, load, windows = min(EARLY, requests // 2), Closed(clients), []
+    early, windows = min(EARLY, requests // 2), []
     for count, answered in ((early, early), (requests - early, requests)):
         windows.append(contestant.run(load, Until(0.0, count)))
-        if server.process is None:
+        if process is None:
             report.absent["memory"] = "the server's process is not known; give its --pid"
         else:
-            report.resident_bytes[answered] = server.process.resident_bytes()
+            report.resident_bytes[answered] = process.resident_bytes()
     report.rows.append(row_of(SERVER, batch, load, windows, 1.0, report.slo))
 
 
@@ -196,7 +208,9 @@ def _server(where: Where, notes: Console) -> Iterator[tuple[Server, Held | None]
             endpoint, process = stack.enter_context(_started(subject.export, where, folder))
             model = bodies.model_of(endpoint, _NAME, headers)
             held, name = _held(subject.export, where, folder), subject.name
-        yield Server(name, endpoint, model, headers, process), held
+        what = bodies.told(endpoint, "GET", "/v2", headers)
+        served = f"{what['name']} {what['version']}, {endpoint.url}"
+        yield Server(name, served, endpoint, model, headers, process), held
 
 
 @contextmanager
