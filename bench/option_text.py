@@ -107,10 +107,10 @@ def parse_limits(text: str) -> dict[float, float]:
 
 def parse_limit(text: str) -> tuple[float, float]:
     """Read "p95=100ms" as one percentile and its limit in seconds; "100ms" is one for p99."""
-    limits = parse_limits(text if "=" in text else f"p99={text}")
-    if len(limits) > 1:
-        raise _refused("one limit", text)
-    [(q, limit_s)] = limits.items()
+    match = _LIMIT.fullmatch((text if "=" in text else f"p99={text}").strip())
+    q, limit_s = (float(match[1]), float(match[2]) * _SECONDS[match[3]]) if match else (0.0, 0.0)
+    if not (0 < q <= 100 and 0 < limit_s < math.inf):
+        raise _refused("one limit with a unit such as 100ms or p95=100ms", text)
     return q, limit_s
 
 

@@ -102,7 +102,7 @@ def run_serving_bench(
         UsageError: the target is nothing that can be measured.
         VerificationError: somebody answers otherwise than the session.
     """
-    start, machine, absent = time.perf_counter(), environment(), dict[str, str]()
+    start, machine = time.perf_counter(), environment()  # its load is of others
     with _server(where, notes) as (server, held):
         if peers and held is None:
             raise UsageError("--peers: expected an export that they serve too; give --against DIR")
@@ -112,14 +112,13 @@ def run_serving_bench(
             body=body,
             date=datetime.datetime.now(datetime.UTC).date().isoformat(),
             contestants={},
-            absent=absent,
             slo=slo,
             options=_options(where, plan, about),
             environment=machine,
         )
         for batch in batches if body == "pixels" else (1,):
             given = photos if body == "photo" else _views(photos, server.model.size, batch)
-            with contestants_of(server, held, given, peers, absent) as contestants:
+            with contestants_of(server, held, given, peers, report.absent) as contestants:
                 if requests is not None:
                     contestants = {SERVER: contestants[SERVER]}
                 _introduce(report, contestants)

@@ -15,9 +15,10 @@ SLO = Slo(99.0, 0.1)
 
 def window(latencies_s: list[float], outcomes: list[int] | None = None) -> Window:
     """One request every 10 ms, each so long under way."""
-    due = 0.01 * np.arange(len(latencies_s))
+    due = np.arange(len(latencies_s), dtype=np.float64) / 100
     said = np.array(outcomes or [OK] * len(latencies_s))
-    return Window(due, due, due + latencies_s, said, client_cpu_s=0.02, server_cpu_s=0.5)
+    ended = due + np.array(latencies_s, np.float64)
+    return Window(due, due, ended, said, client_cpu_s=0.02, server_cpu_s=0.5)
 
 
 def row(name: str, load: Load, latency_s: float, slo: Slo | None = SLO) -> Row:
