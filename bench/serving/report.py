@@ -19,7 +19,7 @@ from microclip_deploy.bench.serving.load import (
     Window,
 )
 from microclip_deploy.bench.table_text import digits, in_ms, percent, percentile_name, slug
-from microclip_deploy.errors import ThresholdError
+from microclip_deploy.errors import EnvironmentProblem, ThresholdError
 
 SERVER, ALONE, CEILING = "server", "session alone", "clients alone"
 """Contestants beside the peers: what was asked for, the same session without a server, and the
@@ -187,6 +187,24 @@ def is_stable(windows: Sequence[Window], stable: float) -> bool:
     """Say whether the last `STABLE_WINDOWS` windows agree within a share of their mean."""
     spread = _spread(windows[-STABLE_WINDOWS:])
     return len(windows) >= STABLE_WINDOWS and spread is not None and spread <= stable
+
+
+def require_answers(report: Report) -> None:
+    """Insist that the server answered under every load.
+
+    Raises:
+        EnvironmentProblem: names the loads under which no answer was right.
+    """
+    silent = [
+        f"batch {row.batch}, {row.load}: {row.outcomes}"
+        for row in report.rows
+        if row.contestant == SERVER and not row.right
+    ]
+    if silent:
+        raise EnvironmentProblem(
+            f"{report.target}: expected right answers under every load, found none with "
+            f"{'; '.join(silent)}; see whether the server is still there, and what it has logged"
+        )
 
 
 def require_slo(report: Report) -> None:

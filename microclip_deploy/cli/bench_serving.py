@@ -158,5 +158,6 @@ def bench_serve(
         notes.print(f"wrote {report.write_report(measured, out_dir)}", markup=False)
     if as_json:
         print_json(measured.model_dump())
+    report.require_answers(measured)
     report.require_slo(measured)
     next_steps.tell(notes, (("bench", "serve", target, "--load", "0.5,0.8"), "at steady loads"))

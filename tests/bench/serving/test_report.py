@@ -8,7 +8,7 @@ import pytest
 from microclip_deploy.bench.serving import report as reports
 from microclip_deploy.bench.serving.load import NO_ANSWER, OK, Closed, Load, Open, Window
 from microclip_deploy.bench.serving.report import ALONE, CEILING, SERVER, Report, Row, Slo, row_of
-from microclip_deploy.errors import ThresholdError
+from microclip_deploy.errors import EnvironmentProblem, ThresholdError
 
 SLO = Slo(99.0, 0.1)
 
@@ -68,6 +68,14 @@ def test_a_missed_limit_names_the_load(report: Report) -> None:
         reports.require_slo(report)
     report.rows.pop()
     reports.require_slo(report)
+
+
+def test_a_server_that_never_answered_right_is_an_error(report: Report) -> None:
+    reports.require_answers(report)
+    gone = [window([0.1], [NO_ANSWER])]
+    report.rows.append(row_of(SERVER, 1, Closed(4), gone, 0.05, None))
+    with pytest.raises(EnvironmentProblem, match=r"none with batch 1, 4 at once: .*no answer"):
+        reports.require_answers(report)
 
 
 def test_what_is_shown(report: Report, tmp_path: Path) -> None:

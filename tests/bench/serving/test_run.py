@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -71,7 +72,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "PHOTOS", 2)
     monkeypatch.setattr(run, "REQUESTS", 2)
     monkeypatch.setattr(run, "environment", lambda: {"cpu": "quick"})
-    monkeypatch.setattr(shutil, "which", lambda _: None)
 
 
 def measured(
@@ -90,7 +90,10 @@ def measured(
         )  # fmt: skip
 
 
-def test_a_server_is_measured_beside_the_session(server: Server, tiny_export: Path) -> None:
+def test_a_server_is_measured_beside_the_session(
+    server: Server, tiny_export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     report = measured(server, tiny_export, loads=Loads((1,), shares=(0.5,)), peers=("triton",))
     everyone = {SERVER, ALONE, CEILING}
     closed, opened = report.rows[:3], report.rows[3:]
@@ -115,6 +118,19 @@ def test_other_answers_are_not_timed(server: Server, tiny_export: Path) -> None:
     other = Server(server.session, off=1.0)
     with pytest.raises(VerificationError, match=r"server: expected logits within 0.01 .* found 1"):
         measured(other, tiny_export, body="photo")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["litserve", "triton"])
+def test_peers_answer_as_the_session(server: Server, tiny_export: Path, peer: str) -> None:
+    there = {"litserve": find_spec("litserve"), "triton": shutil.which("tritonserver")}
+    if not there[peer]:
+        pytest.skip(f"no {peer}; docs/benchmarks.md says where it comes from")
+    report = measured(server, tiny_export, peers=(peer,))
+    [row] = [row for row in report.rows if row.contestant == peer]
+    assert row.outcomes == {"200": row.requests}
+    assert row.server_cores is not None
+    assert report.idle_cores.keys() == {SERVER, peer}
 
 
 def test_what_cannot_be_measured_is_refused(
