@@ -60,6 +60,10 @@ MinAgreement = Annotated[
 Overwrite = Annotated[
     bool, option(OUTPUT, None, "Replace the export in --out.", show_default=False)
 ]
+Triton = Annotated[
+    Path | None,
+    option(OUTPUT, "DIR", "Also write a model repository for Triton Inference Server."),
+]
 
 
 def export(
@@ -74,6 +78,7 @@ def export(
     atol: Atol = None,
     min_agreement: MinAgreement = None,
     overwrite: Overwrite = False,
+    triton: Triton = None,
     trt: Trt = False,
     batch: Batch = None,
     workspace: Workspace = None,
@@ -88,8 +93,9 @@ def export(
 ) -> None:
     """Export an adapted model to ONNX, and with --trt to TensorRT; prove both equal.
 
-    With an export in place of the run, --trt only builds engines, and needs no PyTorch. TensorRT
-    builds for the GPU at hand; TensorRT for RTX builds on any machine, and `verify` proves there.
+    With an export in place of the run, --trt only builds engines and --triton only writes the
+    repository; neither needs PyTorch. TensorRT builds for the GPU at hand; TensorRT for RTX builds
+    on any machine, and `verify` proves there.
 
     Example: microclip-deploy export runs/birds -o exports/birds --dtype fp16 --trt
     """
@@ -105,7 +111,7 @@ def export(
     proving: dict[str, Any] = {"images": images, "device": device}
     proving |= {"atol": atol, "min_agreement": min_agreement}
     proving |= {"max_pixels": max_pixels, "bit_depth": bit_depth}
-    if build is not None and is_export(source):
+    if (build is not None or triton is not None) and is_export(source):
         directory = _inside(source, out_dir)
     else:
         precision = _precision(dtype, calibration)
@@ -126,6 +132,12 @@ def export(
         built = run_build(directory, build, notes, timing_cache=timing_cache, **proving)
         if built is not None:
             _show(built, as_json)
+    if triton is not None:
+        from microclip_deploy.export.triton.repository import write_repository
+
+        models = write_repository(directory, triton, notes)
+        if as_json:
+            print_json({"repository": str(triton), "models": models})
     next_steps.tell(
         notes,
         next_steps.predict(directory),
@@ -135,11 +147,11 @@ def export(
 
 
 def _inside(export: Path, out_dir: Path | None) -> Path:
-    """Return the export, inside which its engines are built."""
+    """Return the export, which stays where it is."""
     if out_dir is not None:
         raise UsageError(
-            f"--out {out_dir}: expected none with the export {export}, whose engines are built "
-            "inside it; leave it out"
+            f"--out {out_dir}: expected none with the export {export}, which is not written anew; "
+            "leave it out"
         )
     return export
 
