@@ -7,17 +7,16 @@
             config.pbtxt
             labels.txt        class names, for Triton's classification extension
             1/model.py
-            1/export/         the export, verified
+            1/export/         a copy of the export
         NAME_onnx/            backend onnxruntime: the graph with the present classes inside
         NAME_tensorrt/        backend tensorrt: the proven engines of the whole graph, if any
 
-Every model directory is complete or absent. Files that stay as they are become hard links where
-that works. Classes are those of the moment: labels, graph and export of a directory agree, and
-Triton changes from one directory to the next when it loads the model again.
+Every model directory is complete or absent, and needs nothing outside it. Classes are those of the
+moment: labels, graph and export of a directory agree, and Triton changes from one directory to the
+next when it loads the model again.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from rich.console import Console
 from microclip_deploy import artifact
 from microclip_deploy.errors import UsageError
 from microclip_deploy.serving.engines import FULL_PLAN, Engines, current_engines
-from microclip_deploy.serving.exported import FULL, Export, TensorSpec, read_export
+from microclip_deploy.serving.exported import CLASSIFIER, FULL, Export, TensorSpec, read_export
 from microclip_deploy.serving.flavour import TENSORRT
 
 MAX_BATCH = 32
@@ -87,7 +86,10 @@ def write_repository(export: Path, directory: Path, notes: Console) -> tuple[str
             shutil.rmtree(directory / stale)  # of classes or engines that are no more
     for model in models:
         with artifact.staged_directory(directory / model.name) as folder:
-            model.write(folder)
+            try:
+                model.write(folder)
+            except OSError as error:
+                raise artifact.write_problem(directory / model.name, error) from error
     name = models[0].name
     table = "\n".join(model.row for model in models)
     dns_name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -167,7 +169,6 @@ def _write_python(export: Export, name: str, folder: Path) -> None:
     shutil.copytree(
         export.directory,
         version / "export",
-        copy_function=_link,
         ignore=shutil.ignore_patterns(".*"),  # locks, and what is only being written
     )
     copied = read_export(version / "export")  # classes may have changed meanwhile
@@ -193,8 +194,8 @@ def _write_onnx(export: Export, name: str, folder: Path) -> None:
     [stored] = (entry for entry in model.metadata_props if entry.key == "names")
     stored.value = names
     artifact.write_bytes(version / "model.onnx", model.SerializeToString())
-    for path in export.directory.glob("*.data"):
-        _link(str(path), str(version / path.name))
+    for shared in (file for file in export.stored["files"] if file.endswith(".data")):
+        shutil.copy(export.directory / shared, version)
     _write_config("onnxruntime.pbtxt", name, export, _outputs(export), folder)
 
 
@@ -206,7 +207,7 @@ def _write_tensorrt(export: Export, engines: Sequence[Engines], name: str, folde
     for each, plan in zip(engines, plans.values(), strict=True):
         artifact.write_bytes(version / plan, each.plan(FULL_PLAN))
     classifier = export.manifest.classifier
-    _link(str(export.directory / classifier), str(folder / "classifier.safetensors"))
+    shutil.copy(export.directory / classifier, folder / CLASSIFIER)
     listed = (f'cc_model_filenames {{ key: "{cc}" value: "{plan}" }}' for cc, plan in plans.items())
     profiles = range(min(len(each.options.batches()) for each in known))
     _write_config(
@@ -275,11 +276,3 @@ def _output(spec: TensorSpec, classes: int, *, batched: bool) -> str:
 
 def _filled(template: str, **values: object) -> str:
     return Template((_FILES / template).read_text("utf-8")).substitute(values)
-
-
-def _link(source: str, target: str) -> None:
-    """Make a file appear in another place, without a copy where the file system allows it."""
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or none with links
-        shutil.copy2(source, target)
