@@ -33,6 +33,11 @@ EXTRA_OF: Mapping[str, str] = {
     "cpuinfo": "bench",
     "psutil": "bench",
     "pynvml": "bench",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "httptools": "serve",
+    "prometheus_client": "serve",
+    "python_multipart": "serve",
     "tensorrt": "gpu",
     "cupy": "gpu",
 }

@@ -33,9 +33,8 @@ from microclip_deploy.serving.engines import FULL_PLAN, Engines, current_engines
 from microclip_deploy.serving.exported import CLASSIFIER, FULL, Export, TensorSpec, read_export
 from microclip_deploy.serving.flavour import TENSORRT
 
-MAX_BATCH = 32
-MAX_QUEUE = 256
-TIMEOUT_S = 30
+MAX_BATCH, MAX_QUEUE, TIMEOUT_S = 32, 256, 30
+"""As `serve` has them by itself."""
 
 _PREFERRED = (8, 16, 32)
 _OURS = "Written by `microclip-deploy export --triton`"

@@ -49,6 +49,7 @@ from microclip_deploy.cli.options import (
     recipe_names,
 )
 from microclip_deploy.cli.recipes import recipes
+from microclip_deploy.cli.serve import serve
 from microclip_deploy.console import (
     ReaderGone,
     checked_stdout,
@@ -323,6 +324,7 @@ def predict(
 
 deploy()(export)
 deploy()(verify)
+deploy()(serve)
 app.add_typer(classes_app, name="classes", rich_help_panel=DEPLOY)
 app.add_typer(bench_app, name="bench", rich_help_panel=DEPLOY)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import count, islice
 from numbers import Integral
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,18 +182,28 @@ def _classified(session: "Session", views: list[_View], top_k: int) -> Iterator[
         )
 
 
-def guesses(
-    session: "Session", logits: NDArray[np.float32], top_k: int
-) -> Iterator[tuple[Guess, ...]]:
+class Names(Protocol):
+    """What knows the names of classes, as a session does."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return them in the order of the logits."""
+
+    @property
+    def unadapted(self) -> frozenset[str]:
+        """Return those that were added after the adaptation."""
+
+
+def guesses(known: Names, logits: NDArray[np.float32], top_k: int) -> Iterator[tuple[Guess, ...]]:
     """Yield the `top_k` best classes, or all if there are fewer, of each row of (B, C) logits.
 
     Of equal logits the class that is named first comes first.
     """
     order = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
     for best, row, shares in zip(order.tolist(), logits, softmax(logits), strict=True):
-        names = [session.classes[c] for c in best]
+        names = [known.classes[c] for c in best]
         yield tuple(
-            Guess(name, float(shares[c]), float(row[c]), adapted=name not in session.unadapted)
+            Guess(name, float(shares[c]), float(row[c]), adapted=name not in known.unadapted)
             for c, name in zip(best, names, strict=True)
         )
 

@@ -18,6 +18,7 @@ from microclip_deploy.cli.main import main
 from microclip_deploy.errors import CheckpointError, UsageError
 from microclip_deploy.export.class_rows import remove_classes
 from microclip_deploy.export.triton.repository import write_repository
+from microclip_deploy.server.settings import Settings
 from microclip_deploy.serving import Prediction, open_session
 from microclip_deploy.serving.engines import (
     ENGINES,
@@ -96,9 +97,12 @@ def test_configurations_describe_what_the_session_takes_and_gives(
     assert shapes(graph.output) == outputs
     [accelerator] = graph.optimization.execution_accelerators.gpu_execution_accelerator
     assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", {"use_tf32": "0"})
+    usual = Settings()
     for each, name, backend in ((served, "tiny", "python"), (graph, "tiny_onnx", "onnxruntime")):
         assert (each.name, each.backend) == (name, backend)
-        assert each.dynamic_batching.default_queue_policy.max_queue_size > 0
+        queue = each.dynamic_batching.default_queue_policy
+        assert (each.max_batch_size, queue.max_queue_size) == (usual.max_batch, usual.max_queue)
+        assert queue.default_timeout_microseconds == 1e6 * usual.timeout_s
         assert each.model_warmup[0].inputs["image"].zero_data
         labelled = {output.name for output in each.output if output.label_filename}
         assert labelled == {"logits", "probabilities"} & {output.name for output in each.output}

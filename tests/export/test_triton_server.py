@@ -29,6 +29,23 @@ QUIET = Console(quiet=True)
 CLIENTS, ROUNDS = 8, 10
 ROUNDING = 1e-4
 """Of logits, whose scale is 100: batches of other sizes add up in another order."""
+STAND_IN = """
+import onnxruntime, triton_python_backend_utils as pb
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.graph = onnxruntime.InferenceSession(args["model_repository"] + "/1/model.onnx")
+
+    def execute(self, requests):
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
+        names = [*request.requested_output_names()]
+        image = pb.get_input_tensor_by_name(request, "image").as_numpy()
+        found = self.graph.run(names, {"image": image})
+        return pb.InferenceResponse([*map(pb.Tensor, names, found)])
+"""
+"""Runs a graph in place of the backend that this server lacks."""
 
 
 class Rig(NamedTuple):
@@ -75,11 +92,18 @@ def file_of(pixels: NDArray[np.uint8], kind: str = "PNG") -> bytes:
     return stream.getvalue()
 
 
-def ask(client: Any, module: Any, name: str, values: NDArray[Any], outputs: Any = None) -> Any:
+def ask(
+    client: Any,
+    module: Any,
+    name: str,
+    values: NDArray[Any],
+    outputs: Any = None,
+    model: str = "tiny",
+) -> Any:
     """Send one input and return the result."""
     given = module.InferInput(name, values.shape, "BYTES" if values.dtype == object else "UINT8")
     given.set_data_from_numpy(values)
-    return client.infer("tiny", [given], outputs=outputs)
+    return client.infer(model, [given], outputs=outputs)
 
 
 def as_bytes(*files: bytes) -> NDArray[np.object_]:
@@ -173,6 +197,24 @@ def test_classes_change_when_the_model_is_loaded_again(rig: Rig, tmp_path: Path)
         assert {text.decode().split(":")[2] for text in named.ravel()} == set(CLASSES[1:])
         write_repository(rig.export, rig.repository, QUIET)
         client.load_model("tiny")
+
+
+def test_the_configuration_of_the_graph_is_one_that_triton_takes(rig: Rig) -> None:
+    standing_in, images = rig.repository / "graph", views(3)
+    shutil.copytree(rig.repository / "tiny_onnx", standing_in)
+    config = (standing_in / "config.pbtxt").read_text().replace("tiny_onnx", "graph")
+    (standing_in / "config.pbtxt").write_text(config.replace('"onnxruntime"', '"python"'))
+    (standing_in / "1" / "model.py").write_text(STAND_IN)
+    with over_http.InferenceServerClient(rig.server.http) as client:
+        client.load_model("graph")
+        found = ask(client, over_http, "image", images, model="graph")
+        best = [over_http.InferRequestedOutput("logits", class_count=1)]
+        named = ask(client, over_http, "image", images[:1], best, "graph").as_numpy("logits")
+    told = rig.session.predict(images)
+    np.testing.assert_allclose(found.as_numpy("logits"), told.logits, atol=ROUNDING)
+    assert (found.as_numpy("mask") == told.mask).all()
+    assert (found.as_numpy("complete")[:, 0] == told.complete).all()
+    assert named.ravel()[0].decode().endswith(f":{CLASSES[told.logits[0].argmax()]}")
 
 
 def test_health_metrics_and_unloading_tell_the_state(rig: Rig) -> None:

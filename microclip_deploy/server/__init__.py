@@ -1,0 +1,1 @@
+"""`serve`: an HTTP server around sessions, each in a process of its own."""

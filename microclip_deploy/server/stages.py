@@ -1,0 +1,51 @@
+"""How a model's time divides into encoder, cut and head."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from microclip_deploy.serving import Session, is_export
+from microclip_deploy.serving.exported import BACKBONE, HEAD
+
+_REPEATS = 5
+
+
+def stage_shares(
+    directory: Path, session: Session, image: NDArray[np.uint8], threads: int | None
+) -> Mapping[str, float]:
+    """Measure the shares of a request of one image; they add up to 1.
+
+    ONNX Runtime does not tell inside full.onnx where its time goes, so the encoder and the head are
+    timed as the graphs of their own that an export has, and the cut is the rest.
+
+    Returns:
+        Shares of "encoder", "cut" and "head"; none for what is no export on a CPU.
+    """
+    if session.device != "cpu" or not is_export(directory):
+        return {}
+    from microclip_deploy.serving.onnx_graph import OnnxGraph
+
+    backbone, head = (OnnxGraph(directory / n, threads=threads) for n in (BACKBONE, HEAD))
+    answer = session.predict(image)
+    patches = backbone.run(["patches"], {"image": image})[0]
+    feeds = {"cls": answer.cls, "patches": patches, "mask": answer.mask}
+    feeds["classifier"] = session.classifier()
+    whole = _seconds(lambda: session.predict(image))
+    encoder = _seconds(lambda: backbone.run(["cls", "patches"], {"image": image}))
+    fusion = _seconds(lambda: head.run(["logits"], feeds))
+    cut = max(whole - encoder - fusion, 0.0)
+    total = encoder + cut + fusion
+    return {"encoder": encoder / total, "cut": cut / total, "head": fusion / total}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    samples = []
+    for _ in range(_REPEATS + 1):
+        begun = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - begun)
+    return median(samples[1:])
