@@ -21,8 +21,8 @@ from microclip_deploy.processors import usable_cpus
 from microclip_deploy.serving import Prediction
 from microclip_deploy.serving.classification import softmax
 
-_MAX_READERS = 8
-"""Threads that decode photos; Pillow releases the GIL."""
+MAX_PIXELS = 50_000_000
+"""Width x height of a photo, as `serve` has it by itself."""
 
 
 class TritonPythonModel:
@@ -42,7 +42,10 @@ class TritonPythonModel:
             self._session = open_session(export, device)
         except MicroclipError as error:
             raise pb_utils.TritonModelException(str(error)) from error
-        self._readers = ThreadPoolExecutor(min(_MAX_READERS, usable_cpus()))
+        preprocess = self._session.preprocess
+        limit = min(MAX_PIXELS, preprocess.photos.max_pixels)
+        self._preprocess = preprocess.reading(max_pixels=limit)
+        self._readers = ThreadPoolExecutor(usable_cpus())
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer requests that Triton has put together; a bad one costs only itself."""
@@ -72,8 +75,8 @@ class TritonPythonModel:
         ]
 
     def _view(self, file: bytes, name: Path) -> NDArray[np.uint8]:
-        preprocess = self._session.preprocess
-        return preprocess.test_view(decode_image(io.BytesIO(file), name, preprocess.photos))
+        photo = decode_image(io.BytesIO(file), name, self._preprocess.photos)
+        return self._preprocess.test_view(photo)
 
     def _answers(self, images: list[NDArray[np.uint8]]) -> Iterator[dict[str, NDArray[Any]]]:
         """Yield what the session says about each request, all of them asked at once."""

@@ -99,6 +99,7 @@ def write_repository(export: Path, directory: Path, notes: Console) -> tuple[str
         f"Triton repository: {directory} ({', '.join(model.name for model in models)}); "
         f"how to start it: {texts[0]}",
         markup=False,
+        soft_wrap=True,
     )
     return tuple(model.name for model in models)
 
@@ -113,7 +114,9 @@ def _models(export: Export, name: str, notes: Console) -> Iterator[_Model]:
     if export.manifest.precision.startswith("int8"):
         notes.print(
             f"{name}_onnx is left out: Triton cannot tell ONNX Runtime to keep int8 products from "
-            f"saturating, which they do on processors without VNNI; {name} serves the export"
+            f"saturating, which they do on processors without VNNI; {name} serves the export",
+            markup=False,
+            soft_wrap=True,
         )
     else:
         yield _Model(

@@ -98,6 +98,8 @@ def test_configurations_describe_what_the_session_takes_and_gives(
     [accelerator] = graph.optimization.execution_accelerators.gpu_execution_accelerator
     assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", {"use_tf32": "0"})
     usual = Settings()
+    model = (tmp_path / "models" / "tiny" / "1" / "model.py").read_text("utf-8")
+    assert f"MAX_PIXELS = {usual.max_pixels:_}\n" in model
     for each, name, backend in ((served, "tiny", "python"), (graph, "tiny_onnx", "onnxruntime")):
         assert (each.name, each.backend) == (name, backend)
         queue = each.dynamic_batching.default_queue_policy

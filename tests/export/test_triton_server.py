@@ -1,6 +1,7 @@
 """What a real Triton says with a repository that `export --triton` wrote."""
 
 import io
+import re
 import shutil
 import urllib.request
 from collections.abc import Iterator
@@ -131,6 +132,19 @@ def test_answers_are_those_of_the_session(rig: Rig, module: Any) -> None:
     most_probable = answers[0].as_numpy("probabilities")[0]
     assert float(score) == pytest.approx(most_probable.max())
     assert (int(index), label) == (most_probable.argmax(), CLASSES[int(index)])
+
+
+def test_the_client_of_the_readme_names_classes(
+    rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "1.jpg").write_bytes(file_of(views(1)[0], "JPEG"))
+    [code] = re.findall(
+        r"```python\n(.*?)```", (rig.repository / "README.md").read_text(), re.DOTALL
+    )
+    for written, here in (("localhost:8000", rig.server.http), ("1.jpg", str(tmp_path / "1.jpg"))):
+        code = code.replace(written, here)
+    exec(code, {})
+    assert any(name in capsys.readouterr().out for name in CLASSES)
 
 
 def test_requests_are_put_together_and_a_bad_photo_costs_only_itself(rig: Rig) -> None:
