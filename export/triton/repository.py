@@ -40,8 +40,9 @@ _PREFERRED = (8, 16, 32)
 _OURS = "Written by `microclip-deploy export --triton`"
 _FILES = resources.files("microclip_deploy.export.triton")
 _TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "bool": "TYPE_BOOL"}
-_KINDS = ("_onnx", "_tensorrt")
-"""What follows NAME in the names of models that Triton runs by itself."""
+_KINDS = ("", "_onnx", "_tensorrt")
+"""What follows NAME in the names of the models."""
+_TEXTS = ("README.md", "kserve.yaml")
 _LABELLED = ("logits", "probabilities")
 
 
@@ -70,38 +71,59 @@ def write_repository(export: Path, directory: Path, notes: Console) -> tuple[str
         UsageError: something that this function did not write is in the way.
         EnvironmentProblem: the repository cannot be written.
     """
-    if directory.resolve().is_relative_to(export.resolve()):
-        raise UsageError(
-            f"--triton {directory}: expected a directory outside the export {export}, found one "
-            "inside it; give another"
-        )
-    read = read_export(export)
-    models = tuple(_models(read, _name(export), notes))
-    texts = [directory / name for name in ("README.md", "kserve.yaml")]
-    for path in [*texts, *(directory / model.name / "config.pbtxt" for model in models)]:
-        _require_ours(path)
-    for stale in {f"{models[0].name}{kind}" for kind in _KINDS} - {model.name for model in models}:
-        if _is_ours(directory / stale / "config.pbtxt"):
-            shutil.rmtree(directory / stale)  # of classes or engines that are no more
+    require_replaceable(export, directory)
+    read, name = read_export(export), _name(export)
+    models = tuple(_models(read, name, notes))
+    for stale in {f"{name}{kind}" for kind in _KINDS} - {model.name for model in models}:
+        shutil.rmtree(directory / stale, ignore_errors=True)  # of classes or engines of before
     for model in models:
         with artifact.staged_directory(directory / model.name) as folder:
             try:
                 model.write(folder)
             except OSError as error:
                 raise artifact.write_problem(directory / model.name, error) from error
-    name = models[0].name
     table = "\n".join(model.row for model in models)
     dns_name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    for path in texts:
-        text = _filled(path.name, name=name, table=table, dns_name=dns_name)
-        artifact.write_bytes(path, text.encode())
+    for text in _TEXTS:
+        filled = _filled(text, name=name, table=table, dns_name=dns_name)
+        artifact.write_bytes(directory / text, filled.encode())
     notes.print(
         f"Triton repository: {directory} ({', '.join(model.name for model in models)}); "
-        f"how to start it: {texts[0]}",
+        f"how to start it: {directory / _TEXTS[0]}",
         markup=False,
         soft_wrap=True,
     )
     return tuple(model.name for model in models)
+
+
+def require_replaceable(export: Path, directory: Path) -> None:
+    """Make sure that nothing but what an earlier call wrote is replaced.
+
+    Args:
+        export: its name counts; it need not be there yet.
+        directory: the repository.
+
+    Raises:
+        UsageError: something else is in the way.
+    """
+    if directory.resolve().is_relative_to(export.resolve()):
+        raise UsageError(
+            f"--triton {directory}: expected a directory outside the export {export}, found one "
+            "inside it; give another"
+        )
+    told_by = {directory / text: directory / text for text in _TEXTS}
+    models = (directory / f"{_name(export)}{kind}" for kind in _KINDS)
+    told_by |= {model: model / "config.pbtxt" for model in models}
+    for path, teller in told_by.items():
+        if (path.exists() or path.is_symlink()) and not _is_ours(teller):
+            raise UsageError(
+                f"{path}: expected nothing there, or what an earlier --triton wrote, found "
+                "something else; move it, or give another directory"
+            )
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_file() and _OURS in path.read_text("utf-8", "replace").partition("\n")[0]
 
 
 def _models(export: Export, name: str, notes: Console) -> Iterator[_Model]:
@@ -137,22 +159,6 @@ def _models(export: Export, name: str, notes: Console) -> Iterator[_Model]:
 def _name(export: Path) -> str:
     """Return the name of an export's directory as Triton, URLs and file systems take it."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", export.resolve().name).strip("_-") or "microclip"
-
-
-def _require_ours(path: Path) -> None:
-    """Make sure that nothing but an earlier file of ours, and its directory, is replaced."""
-    found = path.parent if path.name == "config.pbtxt" else path
-    if not found.exists() and not found.is_symlink():
-        return
-    if not _is_ours(path):
-        raise UsageError(
-            f"{found}: expected nothing there, or what an earlier --triton wrote, found something "
-            "else; move it, or give another directory"
-        )
-
-
-def _is_ours(path: Path) -> bool:
-    return path.is_file() and _OURS in path.read_text("utf-8", "replace").partition("\n")[0]
 
 
 def _newest(export: Export) -> list[Engines]:

@@ -188,6 +188,16 @@ def test_nothing_of_the_users_is_replaced(export: Path, tmp_path: Path, mine: st
     assert [each for each in (tmp_path / "models").rglob("*") if each.is_file()] == [path]
 
 
+def test_a_place_that_is_taken_is_told_before_anything_is_exported(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "models" / "out").mkdir(parents=True)
+    out = ["--out", str(tmp_path / "out"), "--triton", str(tmp_path / "models")]
+    assert main(["export", str(finished_run), *out]) == 2
+    assert "models/out: expected nothing there" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_repository_inside_the_export_is_refused(export: Path) -> None:
     with pytest.raises(UsageError, match="outside the export"):
         write_repository(export, export / "models", QUIET)
