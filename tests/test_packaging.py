@@ -42,6 +42,9 @@ def test_wheel_holds_one_package_with_its_data(tmp_path: Path) -> None:
     wanted = (
         "py.typed",
         "evaluation/report.html.j2",
+        "server/page/index.html",
+        "server/page/page.css",
+        "server/page/page.js",
         "recipes/default.toml",
         "recipes/demo.toml",
         "demo/model/open_clip_model.safetensors",

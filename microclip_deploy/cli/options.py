@@ -60,6 +60,7 @@ MACHINE = "Machine"
 OUTPUT = "Output"
 PROOF = "Proof"
 ENGINES = "TensorRT engines"
+SERVER = "Server"
 """Sections of --help."""
 
 
