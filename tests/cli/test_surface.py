@@ -31,7 +31,7 @@ SURFACE = {
         "--out", "--dtype", "--calibration", "--images", "--device", "--atol", "--min-agreement",
         "--overwrite", "--trt", "--batch", "--workspace", "--opt-level", "--timing-cache",
         "--version-compatible", "--hardware-compat", "--compute", "--check", "--print-trtexec",
-        "--json", *PHOTOS,
+        "--triton", "--json", *PHOTOS,
     },
     "verify": {"--run", "--images", "--device", "--json", *PHOTOS},
     "serve": {
