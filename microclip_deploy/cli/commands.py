@@ -32,6 +32,7 @@ from microclip_deploy.evaluation.evaluation import EVALUATION, Evaluation, write
 from microclip_deploy.evaluation.overlays import OverlayWriter
 from microclip_deploy.evaluation.predict import FailedImage, Result, predict
 from microclip_deploy.evaluation.records import cell, file_name, open_writer, table
+from microclip_deploy.evaluation.remote import Server
 from microclip_deploy.serving import RunSessions, Session, is_export, open_run, open_session
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class _Tally:
 
 
 def run_predict(
-    directory: Path,
+    source: Path | Server,
     images: Sequence[Path],
     out: Console,
     notes: Console,
@@ -208,16 +209,33 @@ def run_predict(
     bit_depth: int | None = None,
     threads: int | None = None,
 ) -> None:
-    """Classify images with a run or an export, and print or write the results as they come."""
+    """Classify images and print or write the results as they come.
+
+    Args:
+        source: a run, an export, or a server, for which the device and what follows do not count.
+        images: files, folders and lists.
+        out: for results.
+        notes: for everything else.
+        top_k: classes an image.
+        output_format: of the results.
+        file: written in place of `out`.
+        overlay: folder for pictures.
+        device: as for `open_session`, like the rest.
+        batch_size: images a batch.
+        max_pixels: of a photo.
+        bit_depth: of 16-bit photos.
+        threads: of the model on a CPU.
+    """
     chosen = output_format or _format_of(file)
     overlays = OverlayWriter(overlay) if overlay else None
     tally, remarks = _Tally(), Remarks()
     own = {"max_pixels": max_pixels, "bit_depth": bit_depth, "threads": threads}
     with gpu_memory(), ExitStack() as stack:
         target = stack.enter_context(result_file(file, images)) if file else None
-        with waiting(notes, f"opening {printable(directory)}"):
-            session = stack.enter_context(open_session(directory, device, **own))
-        _tell_device(session, notes)
+        if isinstance(source, Path):
+            with waiting(notes, f"opening {printable(source)}"):
+                session = stack.enter_context(open_session(source, device, **own))
+            _tell_device(session, notes)
         with counter(notes, "looking for images") as found:
             given = list_sources(images, on_found=found)
         tell_left_out(given.left_out.summary(), notes)
@@ -225,11 +243,15 @@ def run_predict(
         scrolls = target is None and chosen != "table" and sys.stdout.isatty()
         shown = Console(quiet=True) if scrolls else notes
         progress = stack.enter_context(bar(shown, "predicting", "images")).update
-        results = predict(
-            session, given, top_k, batch_size=batch_size, remarks=remarks, progress=progress
-        )
+        if isinstance(source, Path):
+            results = predict(
+                session, given, top_k, batch_size=batch_size, remarks=remarks, progress=progress
+            )
+        else:
+            results = source.predict(given, top_k, progress=progress)
         if overlays:
-            results = overlays.drawn(results, session.preprocess)
+            seen = session if isinstance(source, Path) else source
+            results = overlays.drawn(results, seen.preprocess)
         results = tally.counting(results)
         try:
             shown_table = _write(results, chosen, target, top_k, overlays=overlay is not None)

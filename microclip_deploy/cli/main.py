@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -26,6 +27,7 @@ from microclip_deploy.cli.options import (
     METHOD,
     OUTPUT,
     PHOTOS,
+    SERVER,
     Adapted,
     AsJson,
     BatchSize,
@@ -73,6 +75,7 @@ EPILOG = (
     "failed, 6 limit missed, 130/143 interrupted (a running adaptation saves its state first), "
     "141 the reader of stdout went away."
 )
+
 
 USE, DEPLOY, LOOK = "From photos to answers", "To a server", "Try and look around"
 """Sections of the commands."""
@@ -263,15 +266,23 @@ def evaluate(
 
 @use()
 def predict(
-    directory: Adapted,
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_EXPORT",
+            help="Directory that `adapt` or `export` wrote; left out with --server.",
+            show_default=False,
+        ),
+    ],
     images: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
             metavar="IMAGES",
             help="Images, folders or lists.",
             readable=False,  # they get a row
+            show_default=False,
         ),
-    ],
+    ] = None,
     top_k: Annotated[int, option(OUTPUT, "K", "Classes to show.", min=1)] = 5,
     output_format: Annotated[
         OutputFormat | None,
@@ -296,28 +307,50 @@ def predict(
     max_pixels: MaxPixels = None,
     bit_depth: BitDepth = None,
     threads: Threads = None,
+    server: Annotated[
+        str | None,
+        option(SERVER, "URL", "Ask what `serve` started, in place of a directory."),
+    ] = None,
+    served: Annotated[
+        str | None, option(SERVER, "NAME", "One of several models there.", "--model")
+    ] = None,
+    api_key: Annotated[
+        str | None, option(SERVER, "KEY", "If it asks for one.", envvar="MICROCLIP_API_KEY")
+    ] = None,
 ) -> None:
     """Classify images with an adapted model; only a run needs PyTorch, an export does not.
 
     Example: microclip-deploy predict runs/birds new/ --out predictions.csv
     """
     from microclip_deploy.cli import commands
+    from microclip_deploy.evaluation.remote import Server
 
-    commands.run_predict(
-        directory,
-        images,
-        out,
-        notes,
-        top_k=top_k,
-        output_format=None if output_format is None else output_format.value,
-        file=out_file,
-        overlay=overlay,
-        device=device,
-        batch_size=batch_size,
-        max_pixels=max_pixels,
-        bit_depth=bit_depth,
-        threads=threads,
-    )
+    given = [directory, *(images or [])]
+    if server is None and not images:
+        raise UsageError(
+            f"predict: expected RUN_OR_EXPORT and IMAGES, found {directory} alone; name photos too"
+        )
+    with ExitStack() as stack:
+        source: Path | Server = directory
+        if server is not None:
+            source = stack.enter_context(Server(server, api_key, served))
+        commands.run_predict(
+            source,
+            given if source is not directory else given[1:],
+            out,
+            notes,
+            top_k=top_k,
+            output_format=None if output_format is None else output_format.value,
+            file=out_file,
+            overlay=overlay,
+            device=device,
+            batch_size=batch_size,
+            max_pixels=max_pixels,
+            bit_depth=bit_depth,
+            threads=threads,
+        )
+    if server is not None:
+        return
     look = next_steps.evaluate if overlay else next_steps.overlay
     next_steps.tell(notes, look(directory), next_steps.deployment(directory))
 

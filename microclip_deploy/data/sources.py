@@ -237,7 +237,7 @@ def check_images(
     good: list[int] = []
     bad: list[BadFile] = []
     remarks = Remarks()
-    for index, found in enumerate(_read_ahead(outcome, paths, threads)):
+    for index, found in enumerate(read_ahead(outcome, paths, threads)):
         if isinstance(found, BadImage):
             bad.append(BadFile(paths[index], found.reason))
         else:
@@ -292,7 +292,7 @@ def read_batches(
 
     indices: list[int] = []
     images: list[NDArray[np.uint8]] = []
-    for index, found in enumerate(_read_ahead(view, paths, threads, batch_size)):
+    for index, found in enumerate(read_ahead(view, paths, threads, batch_size)):
         if isinstance(found, BadImage):
             if on_bad is None:
                 raise found
@@ -309,7 +309,7 @@ def read_batches(
         yield ImageBatch(np.array(indices, np.int64), np.stack(images))
 
 
-def _read_ahead(
+def read_ahead(
     function: Callable[[_Item], _Result],
     items: Iterable[_Item],
     threads: int | None,

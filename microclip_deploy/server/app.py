@@ -100,6 +100,7 @@ class Endpoints:
                 "classes": facts.classes,
                 "unadapted": sorted(facts.unadapted),
                 "size": facts.shapes.side,
+                "preprocess": facts.preprocess.model_dump(mode="json"),
                 "grid": round(facts.shapes.sizes.tokens**0.5),
                 "device": facts.device,
             }

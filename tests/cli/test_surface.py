@@ -25,15 +25,20 @@ SURFACE = {
     },
     "predict": {
         "--top-k", "--format", "--out", "--overlay", "--device", "--batch-size", "--threads",
-        *PHOTOS,
+        *PHOTOS, "--server", "--model", "--api-key",
     },
     "export": {
         "--out", "--dtype", "--calibration", "--images", "--device", "--atol", "--min-agreement",
         "--overwrite", "--trt", "--batch", "--workspace", "--opt-level", "--timing-cache",
         "--version-compatible", "--hardware-compat", "--compute", "--check", "--print-trtexec",
-        "--json", *PHOTOS,
+        "--triton", "--json", *PHOTOS,
     },
     "verify": {"--run", "--images", "--device", "--json", *PHOTOS},
+    "serve": {
+        "--host", "--port", "--api-key", "--device", "--threads", "--max-batch", "--max-delay",
+        "--max-queue", "--timeout", "--body-timeout", "--max-body", "--max-pixels",
+        "--hang-timeout", "--drain-delay", "--unload-after", "--access-log",
+    },
     "classes": set(),
     "classes list": {"--json"},
     "classes add": {"--descriptions", "--model", "--pretrained", "--json"},

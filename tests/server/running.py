@@ -46,7 +46,8 @@ class Running:
 
     def workers(self) -> list[psutil.Process]:
         """Return its worker processes."""
-        return psutil.Process(self.process.pid).children()
+        found: list[psutil.Process] = psutil.Process(self.process.pid).children()
+        return found
 
     def get(self, path: str, **more: Any) -> httpx.Response:
         """Return the answer to a GET."""

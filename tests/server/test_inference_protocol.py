@@ -140,7 +140,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("body, told", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize(("body", "told"), WRONG.values(), ids=WRONG)
 def test_wrong_requests_are_explained(server: Running, body: Any, told: str) -> None:
     address = f"{server.url}/v2/models/tiny/infer"
     content = {"content": body} if isinstance(body, bytes) else {"json": body}
