@@ -124,6 +124,7 @@ def run_serving_bench(
                 _introduce(report, contestants)
                 if requests is not None:
                     most = Closed(max(loads.concurrency))
+                    notes.print(f"batch {batch}, {most}, {requests} requests")
                     _long_run(report, contestants[SERVER], server.process, batch, most, requests)
                     break
                 for load in _loads(loads, report, batch):
