@@ -1,11 +1,12 @@
 """What `bench serve` measured, as tables and one JSON document."""
 
+import datetime
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from microclip_deploy.bench import document
 from microclip_deploy.bench.latency.windows import STABLE_WINDOWS, spread_of
@@ -105,8 +106,11 @@ class Report(BaseModel):
     target: str
     """Name or address, no path."""
     body: str
-    date: str
-    contestants: dict[str, str]
+    date: str = Field(
+        default_factory=lambda: datetime.datetime.now(datetime.UTC).date().isoformat()
+    )
+    """ISO day."""
+    contestants: dict[str, str] = {}
     """Who was measured -> what it is."""
     absent: dict[str, str] = {}
     """Who was not -> why."""
@@ -265,7 +269,10 @@ def _latencies(report: Report) -> list[list[str]]:
         times = [in_ms(s) for s in row.percentiles_s.values()] or ["–"] * len(PERCENTILES)
         rates = [digits(row.right_per_s), digits(row.images_per_s)]
         use = "yes" if row.stable else "no: unstable"
-        use = use if row.concurrency else "one run"  # a queue that grows never agrees with itself
+        if (
+            row.offered_per_s or row.windows < STABLE_WINDOWS
+        ):  # nothing was repeated until it agreed
+            use = "one run"
         spread = "–" if row.spread is None else percent(row.spread)
         cells = [*times, str(row.right // 100), *rates, spread, use]
         rows.append([row.contestant, str(row.batch), row.load, *cells])

@@ -1,6 +1,5 @@
 """`bench serve`: a server under load, beside the session alone and other servers, taking turns."""
 
-import datetime
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -107,26 +106,20 @@ def run_serving_bench(
         if peers and held is None:
             raise UsageError("--peers: expected an export that they serve too; give --against DIR")
         photos, about = _photos(images, server.model.size, notes)
+        options = _options(where, plan, about)
         report = Report(
-            target=server.name,
-            body=body,
-            date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-            contestants={},
-            slo=slo,
-            options=_options(where, plan, about),
-            environment=machine,
+            target=server.name, body=body, slo=slo, options=options, environment=machine
         )
         for batch in batches if body == "pixels" else (1,):
             given = photos if body == "photo" else _views(photos, server.model.size, batch)
             with contestants_of(server, held, given, peers, report.absent) as contestants:
                 if requests is not None:
-                    contestants = {SERVER: contestants[SERVER]}
-                _introduce(report, contestants)
-                if requests is not None:
+                    _introduce(report, {SERVER: contestants[SERVER]})
                     most = Closed(max(loads.concurrency))
                     notes.print(f"batch {batch}, {most}, {requests} requests")
                     _long_run(report, contestants[SERVER], server.process, batch, most, requests)
                     break
+                _introduce(report, contestants)
                 for load in _loads(loads, report, batch):
                     notes.print(f"batch {batch}, {load}")
                     report.rows += _turns(contestants, batch, plan, slo, load)

@@ -15,10 +15,13 @@ Answers = Callable[[str, bytes], tuple[int, bytes] | None]
 
 @contextmanager
 def stand_in(answers: Answers) -> Iterator[Endpoint]:
+    opened: list[asyncio.Transport] = []
+
     class Protocol(asyncio.Protocol):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             assert isinstance(transport, asyncio.Transport)
             self.transport = transport
+            opened.append(transport)
             self.begin()
 
         def begin(self) -> None:
@@ -43,6 +46,12 @@ def stand_in(answers: Answers) -> Iterator[Endpoint]:
             head = f"HTTP/1.1 {status} said\r\nContent-Length: {len(body)}\r\n\r\n"
             self.transport.write(head.encode() + body)
 
+    async def close() -> None:  # an open transport warns when it is collected, in another test
+        server.close()
+        for transport in opened:
+            transport.abort()
+        await asyncio.sleep(0)
+
     loop = asyncio.new_event_loop()
     server = loop.run_until_complete(loop.create_server(Protocol, "127.0.0.1", 0, backlog=500))
     thread = Thread(target=loop.run_forever)
@@ -50,7 +59,7 @@ def stand_in(answers: Answers) -> Iterator[Endpoint]:
     try:
         yield Endpoint(*server.sockets[0].getsockname())
     finally:
+        asyncio.run_coroutine_threadsafe(close(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        server.close()
         loop.close()
