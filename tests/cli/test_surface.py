@@ -57,6 +57,11 @@ SURFACE = {
     "bench saliency": {
         "--pretrained", "--cutouts", "--backgrounds", "--photos", "--sizes", "--out", "--json",
     },
+    "bench serve": {
+        "--against", "--model", "--api-key", "--pid", "--device", "--dtype", "--threads", "--body",
+        "--images", "--batches", "--concurrency", "--rate", "--load", "--peers", "--warmup",
+        "--duration", "--until-stable", "--requests", "--slo", "--out", "--json",
+    },
     "bench ncut": {"--batches", "--tokens", "--dtype", "--device", "--out", "--json"},
     "demo": {"--out", "--write-images", "--seed", "--device", "--json"},
     "doctor": {"--require", "--json"},
