@@ -42,6 +42,9 @@ def test_wheel_holds_one_package_with_its_data(tmp_path: Path) -> None:
     wanted = (
         "py.typed",
         "evaluation/report.html.j2",
+        "server/page/index.html",
+        "server/page/page.css",
+        "server/page/page.js",
         "recipes/default.toml",
         "recipes/demo.toml",
         "demo/model/open_clip_model.safetensors",
@@ -55,5 +58,9 @@ def test_wheel_holds_one_package_with_its_data(tmp_path: Path) -> None:
         "bench/latency/page.html.j2",
         "bench/latency/run.py",
         "export/__init__.py",
+        "export/triton/README.md",
+        "export/triton/kserve.yaml",
+        "export/triton/model.py",
+        "export/triton/python.pbtxt",
     )
     assert {f"microclip_deploy/{path}" for path in wanted} <= set(names)

@@ -15,7 +15,7 @@ from tests.server.running import Running, running
 Encode = Callable[..., bytes]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tiny_export: Path) -> Iterator[Running]:
     """Return a server of one model, "tiny"."""
     with running(f"tiny={tiny_export}", "--max-batch", "4") as started:
