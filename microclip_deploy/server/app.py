@@ -163,7 +163,8 @@ class Endpoints:
     async def infer(self, request: Request) -> Response:
         """Answer the protocol's inference request."""
         served = self._served(request)
-        async with self.bodies.read(request) as body, served.used() as loaded:
+        version = request.path_params.get("version")
+        async with self.bodies.read(request) as body, served.used(version) as loaded:
             most = self.catalog.settings.max_queue
             length = request.headers.get(protocol.HEADER_LENGTH)
             inputs = protocol.read(body, length, loaded.facts, most)
@@ -198,8 +199,8 @@ class Endpoints:
     async def classify(self, request: Request) -> Response:
         """Classify one photo."""
         question = Question.of(request)
-        served = self.catalog.find(question.model, question.version)
-        async with self.bodies.read(request) as body, served.used() as loaded:
+        served, version = self.catalog.find(question.model, question.version), question.version
+        async with self.bodies.read(request) as body, served.used(version) as loaded:
             due = self._due(None)
             photo = await photo_of(request.headers, body)
             shown = question.saliency == "overlay"

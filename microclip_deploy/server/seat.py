@@ -33,7 +33,11 @@ ANSWER_WITHIN_S = 1.2
 """For a ping, and the least that any batch is given: with the above, under 2 s to notice."""
 
 _USUAL_TIMES = 10
-"""A batch that takes so many times what its images usually take hangs."""
+"""A batch that takes so many times what its images usually take is late."""
+
+_GRACE_S = 4.0
+"""A late worker is not ready; after so much more it is replaced. Where processors are scarce it may
+only have had none, and to load a model again would cost more."""
 
 _LONGEST_PAUSE_S = 30.0
 """Between two attempts to start a worker that fails again and again."""
@@ -239,13 +243,14 @@ class Seat:
 
     def _hear(self, message: dict[str, Any]) -> None:
         """Take an answer to a batch or to a ping."""
+        self.ready = not self._hangs
         if "slot" in message:
             slot = message["slot"]
             batch = self._batches.pop(slot)
             errors = {int(row): reason for row, reason in message["errors"].items()}
             batch.answered(self._memory.answers(slot, len(batch)), message["seconds"], errors)
             self._image_s += (message["seconds"] / len(batch) - self._image_s) / 10
-            self._on_change()
+        self._on_change()
         if self._batches:
             self._expect(self._patience_s(max(len(batch) for batch in self._batches.values())))
         else:
@@ -267,20 +272,31 @@ class Seat:
         self._set_timer(PING_EVERY_S, ping)
 
     def _expect(self, within_s: float) -> None:
-        """End the worker unless it speaks in time."""
-        loop = asyncio.get_running_loop()
-        planned = loop.time() + within_s
+        """Take a worker that does not speak in time for not ready, and after a while for hung."""
+
+        def suspect() -> None:
+            self.ready = False
+            self._unless_late(_GRACE_S if self._hang_timeout_s is None else 0.0, hang)
 
         def hang() -> None:
-            if loop.time() > planned + _LATE_S:  # this process was busy: what was said may wait
-                self._expect(ANSWER_WITHIN_S)
-                return
             self._hangs = True
-            self.ready = False
             if self._process is not None:
                 self._process.kill()
 
-        self._set_timer(within_s, hang)
+        self._unless_late(within_s, suspect)
+
+    def _unless_late(self, after_s: float, then: Callable[[], None]) -> None:
+        """Do something at a time; if this process was busy then, give the worker another moment."""
+        loop = asyncio.get_running_loop()
+        planned = loop.time() + after_s
+
+        def over() -> None:
+            if loop.time() > planned + _LATE_S:  # what it said may wait to be read
+                self._unless_late(ANSWER_WITHIN_S, then)
+            else:
+                then()
+
+        self._set_timer(after_s, over)
 
     def _set_timer(self, after_s: float, then: Callable[[], None]) -> None:
         if self._timer is not None:

@@ -173,6 +173,11 @@ def test_idle_models_are_unloaded(exports: list[Path], encode: Encode) -> None:
         assert "/" not in answer.json()["error"]
         (exports[1] / "away").rename(manifest)
         assert ask(model="m").status_code == 200
+        within(10, lambda: not server.workers())
+        exports[1].rename(exports[1].with_name("was"))
+        shutil.copytree(exports[0], exports[1])
+        assert ask(model="m", version=two).status_code == 404
+        assert ask(model="m").json()["version"] == three
         assert "Traceback" not in server.output.read_text()
 
 

@@ -84,6 +84,19 @@ def test_a_batch_that_is_lost_is_asked_again(
     assert server.metric("microclip_batch_images_count") == batches + 7
 
 
+@lasting
+def test_a_worker_without_a_processor_is_not_replaced(server: Running, encode: Encode) -> None:
+    """It stands still for a moment, as on a machine that has too much to do."""
+    within(RESTART_S, server.is_ready)
+    [worker] = server.workers()
+    worker.suspend()
+    within(NOTICED_S, lambda: not server.is_ready())
+    worker.resume()
+    within(2, server.is_ready)
+    assert server.workers() == [worker]
+    assert server.classify(encode()).status_code == 200
+
+
 def test_workers_end_with_their_server(tiny_export: Path, encode: Encode) -> None:
     """Also one that is computing."""
     with running(f"tiny={tiny_export}", "--threads", "1", "--max-batch", "512") as server:
