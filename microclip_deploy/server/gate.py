@@ -78,7 +78,7 @@ class Gate:
                 told["X-Content-Type-Options"] = "nosniff"
                 if more or self._catalog.draining:
                     told["Connection"] = "close"
-            elif more:
+            elif more and not message.get("more_body", False):
                 await send({**message, "more_body": True})
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LINGER_S):

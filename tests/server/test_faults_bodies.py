@@ -227,6 +227,8 @@ def test_what_http_allows(server: Running, encode: Encode) -> None:
     said = ask(server, f"POST {CLASSIFY} HTTP/1.0\r\n{length}\r\n\r\n".encode() + photo)
     assert said.status == 200
     assert ask(server, head("GET", "/v2", "Content-Length: 3", CLOSE) + b"abc").status == 200
+    page = ask(server, head("GET", "/page.js", "Content-Length: 3"), b"abc")
+    assert len(page.body) == int(page.headers["content-length"])
     with connect(server) as connection:
         connection.sendall((post(length) + photo) * 20 + post(length, CLOSE) + photo)
         found = answers(connection)
@@ -240,7 +242,6 @@ def test_what_http_allows(server: Running, encode: Encode) -> None:
     assert ask(server, large).status == 413
 
 
-DEEP = "[" * 4 + "1" + "]" * 4
 HOSTILE = {
     "a long string beside short ones": {"data": ["x" * 1_000_000] + ["y"] * 100_000},
     "many empty photos": {"name": "photo", "datatype": "BYTES", "data": [""] * 500_000},
