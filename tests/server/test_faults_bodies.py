@@ -227,7 +227,7 @@ def test_what_http_allows(server: Running, encode: Encode) -> None:
     said = ask(server, f"POST {CLASSIFY} HTTP/1.0\r\n{length}\r\n\r\n".encode() + photo)
     assert said.status == 200
     assert ask(server, head("GET", "/v2", "Content-Length: 3", CLOSE) + b"abc").status == 200
-    page = ask(server, head("GET", "/page.js", "Content-Length: 3"), b"abc")
+    page = ask(server, head("GET", "/page.js", "Content-Length: 3", CLOSE), b"abc")
     assert len(page.body) == int(page.headers["content-length"])
     with connect(server) as connection:
         connection.sendall((post(length) + photo) * 20 + post(length, CLOSE) + photo)
