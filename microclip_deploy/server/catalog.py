@@ -88,11 +88,14 @@ class Served:
         task.add_done_callback(self._retiring.discard)
 
     @asynccontextmanager
-    async def used(self) -> AsyncIterator[Version]:
+    async def used(self, wanted: str | None = None) -> AsyncIterator[Version]:
         """Give the current version, loaded if need be, and keep it until the block ends.
 
+        Args:
+            wanted: the version that it must be; None for any.
+
         Raises:
-            Refusal: 503, it cannot be loaded.
+            Refusal: 503, it cannot be loaded; 404, it is another one by now.
         """
         version = self.version
         if version is None:
@@ -101,6 +104,8 @@ class Served:
             except MicroclipError as error:
                 _log.error("error: %s: %s", self.name, error)
                 raise Refusal(503, "the model cannot be loaded; see the log", "load", 5) from error
+        if wanted not in (None, version.facts.version):
+            raise _no_version()
         with version.used():
             yield version
 
@@ -125,6 +130,9 @@ class Served:
 
     async def close(self) -> None:
         """End all workers."""
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.wait([self._loading])
         if self.version is not None:
             self._retire(self.version)
         await asyncio.gather(*self._retiring)
@@ -199,13 +207,17 @@ class Catalog:
         for served in reversed(found):
             if served.facts is not None and served.facts.version == version:
                 return served
-        raise Refusal(404, "no such version of this model; GET /v1/models lists them", "model")
+        raise _no_version()
 
     def ready(self) -> bool:
         """Say whether every model can answer, or will be loaded when it is asked."""
         return not self.draining and all(
             served.state() in ("ready", "unloaded") for served in self._served
         )
+
+
+def _no_version() -> Refusal:
+    return Refusal(404, "no such version of this model; GET /v1/models lists them", "model")
 
 
 def places(given: Sequence[str]) -> list[Place]:
