@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +20,9 @@ from microclip_deploy.server.worker import version_of
 
 LOOK_EVERY_S = 1.0
 """Manifests are looked at so often."""
+
+AGAIN_AFTER_S = 30.0
+"""A changed directory that could not be loaded is tried again: its files may have come late."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +44,7 @@ class Served:
         self.version: Version | None = None
         self._settings, self._metrics = settings, metrics
         self._loading: asyncio.Task[Version] | None = None
-        self._seen = ""
+        self._seen, self._failed_at = "", -math.inf
         self._retiring: set[asyncio.Task[None]] = set()
 
     def state(self) -> str:
@@ -118,13 +122,16 @@ class Served:
         if self.version is None:
             return
         with contextlib.suppress(MicroclipError):  # gone for now: it is being replaced
-            if version_of(self.directory) in (self._seen, self.version.facts.version):
+            now, held = version_of(self.directory), self.version.facts.version
+            failed_s = asyncio.get_running_loop().time() - self._failed_at
+            if now == held or (now == self._seen and failed_s < AGAIN_AFTER_S):
                 return
             try:
                 await self.load()
                 outcome = "loaded"
             except MicroclipError as error:
                 _log.error("error: %s changed and cannot be loaded: %s", self.name, error)
+                self._failed_at = asyncio.get_running_loop().time()
                 outcome = "failed"
             self._metrics.reloads.labels(self.name, outcome).inc()
 
