@@ -12,7 +12,8 @@ from microclip_deploy.processors import usable_cpus
 
 PACKAGES = (
     "microclip-deploy", "torch", "open_clip_torch", "timm", "numpy", "pillow", "onnxruntime",
-    "onnxruntime-gpu", "onnxruntime-openvino", "tensorrt", "cupy-cuda13x",
+    "onnxruntime-gpu", "onnxruntime-openvino", "tensorrt", "cupy-cuda13x", "httptools", "starlette",
+    "uvicorn",
 )  # fmt: skip
 
 INSTRUCTIONS = (

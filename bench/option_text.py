@@ -13,7 +13,7 @@ from typer import BadParameter
 _NUMBER = r"(\d+\.?\d*|\.\d+)"  # no sign, no exponent, neither nan nor inf
 _TIME = re.compile(rf"{_NUMBER} ?(ms|s)?", re.ASCII)
 _SHARE = re.compile(rf"{_NUMBER} ?(%)?", re.ASCII)
-_PERCENTILE = re.compile(_NUMBER, re.ASCII)
+_DECIMAL = re.compile(_NUMBER, re.ASCII)
 _LIMIT = re.compile(rf"p{_NUMBER} ?= ?{_NUMBER} ?(ms|s)", re.ASCII)
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?", re.ASCII)
 
@@ -46,6 +46,21 @@ def parse_numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
+def parse_rates(text: str) -> tuple[float, ...]:
+    """Read "0.5,0.8,20" as numbers over 0, in rising order."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(_DECIMAL.fullmatch(part) and 0 < float(part) < math.inf for part in parts):
+        raise _refused("numbers over 0 such as 0.5,0.8,20", text)
+    return tuple(sorted({float(part) for part in parts}))
+
+
+def parse_choice(text: str, known: Sequence[str]) -> str:
+    """Return one of the names."""
+    if text not in known:
+        raise _refused(" or ".join(known), text)
+    return text
+
+
 def parse_names(text: str, known: Sequence[str]) -> tuple[str, ...]:
     """Return the names of a comma list; "all" and "none" are short for the obvious."""
     if text in ("all", "none"):
@@ -66,7 +81,7 @@ def parse_device(text: str) -> str:
 def parse_percentiles(text: str) -> tuple[float, ...]:
     """Read "50,90,99.9" as percentiles from 0 to 100, in rising order."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(_PERCENTILE.fullmatch(part) and float(part) <= 100 for part in parts):
+    if not all(_DECIMAL.fullmatch(part) and float(part) <= 100 for part in parts):
         raise _refused("percentiles from 0 to 100 such as 50,90,99.9", text)
     return tuple(sorted({float(part) for part in parts}))
 
@@ -88,6 +103,15 @@ def parse_limits(text: str) -> dict[float, float]:
             raise _refused(f"one limit for p{q:g}", text)
         limits[q] = limit_s
     return dict(sorted(limits.items()))
+
+
+def parse_limit(text: str) -> tuple[float, float]:
+    """Read "p95=100ms" as one percentile and its limit in seconds; "100ms" is one for p99."""
+    match = _LIMIT.fullmatch((text if "=" in text else f"p99={text}").strip())
+    q, limit_s = (float(match[1]), float(match[2]) * _SECONDS[match[3]]) if match else (0.0, 0.0)
+    if not (0 < q <= 100 and 0 < limit_s < math.inf):
+        raise _refused("one limit with a unit such as 100ms or p95=100ms", text)
+    return q, limit_s
 
 
 def _refused(expected: str, text: str) -> BadParameter:

@@ -58,5 +58,9 @@ def test_wheel_holds_one_package_with_its_data(tmp_path: Path) -> None:
         "bench/latency/page.html.j2",
         "bench/latency/run.py",
         "export/__init__.py",
+        "export/triton/README.md",
+        "export/triton/kserve.yaml",
+        "export/triton/model.py",
+        "export/triton/python.pbtxt",
     )
     assert {f"microclip_deploy/{path}" for path in wanted} <= set(names)

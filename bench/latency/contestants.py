@@ -37,7 +37,7 @@ _PLAIN_CLIP = "CLIP "
 """How the names of those begin that are [CLS] alone."""
 
 # Of logits, scale 100; int8 is held to its own proof's spirit: near, never equal.
-_CLOSE: Mapping[str, float] = {
+CLOSE: Mapping[str, float] = {
     "fp32": 1e-2,
     "fp16": 0.5,
     "bf16": 5.0,
@@ -288,7 +288,7 @@ def require_alike(contestants: Contestants, views: NDArray[np.uint8]) -> None:
         precision, whose, expected = subject.precision, "the target", answers[contestants.ours]
         if name.startswith(_PLAIN_CLIP):
             precision, whose, expected = "fp32", "[CLS] alone", _cls_logits(subject, views)
-        limit = _CLOSE["int8" if " int8 " in name else precision]
+        limit = CLOSE["int8" if " int8 " in name else precision]
         apart = float(np.median(np.abs(logits - expected).max(axis=1)))
         if not apart <= limit:
             raise VerificationError(

@@ -31,11 +31,9 @@ from microclip_deploy.bench.latency.report import (
 from microclip_deploy.bench.latency.subject import Subject, subject_of
 from microclip_deploy.bench.latency.windows import Measured, Plan, Request, measure
 from microclip_deploy.bench.memory import peak_rss_bytes
-from microclip_deploy.bench.photos import decoded, made_up_jpegs
+from microclip_deploy.bench.photos import decoded, described, encoded_photos
 from microclip_deploy.bench.table_text import percent
-from microclip_deploy.console import tell_left_out, tell_skipped, tell_warnings
 from microclip_deploy.data.photo import PhotoConfig
-from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import MicroclipError, require
 from microclip_deploy.serving import Session
 from microclip_deploy.serving.exported import Precision
@@ -102,7 +100,8 @@ def run_latency_bench(
     with subject_of(target, precision) as opened:
         reading = opened.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
         subject = opened._replace(preprocess=reading)
-        photos, source = _photos(images, subject, max(PHOTOS, *batches), notes)
+        most, side = max(PHOTOS, *batches), reading.size
+        photos, source = encoded_photos(images, side, PHOTOS, most, reading.photos, notes)
         options = _options(plan, threads, decoded(photos, reading.photos), photos, source)
         notes.print("opening the contestants")
         with contestants_of(subject, backends, peers, device, threads) as contestants:
@@ -156,33 +155,14 @@ def _options(
     encoded: Sequence[bytes],
     source: str,
 ) -> dict[str, str]:
-    """Say how it was measured, and how large the photos are, which decides what decoding costs."""
-    side = np.median([min(photo.size) for photo in photos])
-    kib = np.median([len(photo) for photo in encoded]) / 1024
-    typical = f"median short side {side:.0f} px, median {kib:.0f} KiB"
+    """Say how it was measured."""
     return {
         "threads": "one a core" if threads is None else str(threads),
         "warmup": f"{plan.warmup_s:g} s",
         "duration": f"{plan.duration_s:g} s",
         "until stable": percent(plan.stable),
-        "photos": f"{len(photos)} {source}, {typical}",
+        "photos": described(encoded, [min(photo.size) for photo in photos], source),
     }
-
-
-def _photos(
-    images: Path | None, subject: Subject, most: int, notes: Console
-) -> tuple[list[bytes], str]:
-    """Return encoded photos and whose: the user's files as they are, or made-up ones as JPEG."""
-    if images is None:
-        return made_up_jpegs(PHOTOS, subject.preprocess.size), "made up"
-    listed = list_images(images)
-    left_out = listed.left_out.summary()
-    tell_left_out(left_out, notes)
-    checked = check_images(listed.paths[:most], subject.preprocess.photos, max_bad="100%")
-    tell_skipped(checked.bad, notes)
-    tell_warnings(checked.remarks, notes)
-    source = f"the user's (left out: {left_out})" if left_out else "the user's"
-    return [path.read_bytes() for path in checked.good], source
 
 
 def _views(subject: Subject, photos: Sequence[bytes], count: int) -> NDArray[np.uint8]:

@@ -14,15 +14,19 @@ throughput is too low by at most the share that one request has in the window.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from threading import Barrier, Event
 from time import perf_counter, sleep
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Request = Callable[[], object]
 """One request; returns when its answer is on the host."""
+
+Taken = TypeVar("Taken")
+"""What a contestant measured in one window."""
 
 _Spans = NDArray[np.float64]
 """(requests, 2): start and end of each on the clock, seconds."""
@@ -96,17 +100,33 @@ def measure(
     three windows each within a share of their mean. Its later releases compare the largest with
     the smallest instead.
     """
-    for request in contestants.values():
-        _run_window(request, plan.warmup_s, clients)
-    windows: dict[str, list[Window]] = {name: [] for name in contestants}
+    run = {name: partial(_run_window, call, clients=clients) for name, call in contestants.items()}
+    windows = in_turns(run, plan, lambda taken: summary(taken, plan.stable).stable)
+    return {name: summary(taken, plan.stable) for name, taken in windows.items()}
+
+
+def in_turns(
+    contestants: Mapping[str, Callable[[float], Taken]],
+    plan: Plan,
+    stable: Callable[[Sequence[Taken]], bool],
+) -> dict[str, list[Taken]]:
+    """Let everyone measure one window after the other in turn.
+
+    Args:
+        contestants: by name; each measures for so many seconds and returns a window.
+        plan: how long, and how often.
+        stable: whether whoever took these windows is done.
+    """
+    for run in contestants.values():
+        run(plan.warmup_s)
+    windows: dict[str, list[Taken]] = {name: [] for name in contestants}
     unstable = list(contestants)
     for _ in range(plan.most_windows):
         for name in unstable:
             sleep(PAUSE_S)
-            seconds = plan.duration_s / STABLE_WINDOWS
-            windows[name].append(_run_window(contestants[name], seconds, clients))
-        unstable = [name for name in unstable if not summary(windows[name], plan.stable).stable]
-    return {name: summary(taken, plan.stable) for name, taken in windows.items()}
+            windows[name].append(contestants[name](plan.duration_s / STABLE_WINDOWS))
+        unstable = [name for name in unstable if not stable(windows[name])]
+    return windows
 
 
 def summary(windows: Sequence[Window], stable: float) -> Measured:
@@ -117,8 +137,7 @@ def summary(windows: Sequence[Window], stable: float) -> Measured:
         stable: share by which each of the last `STABLE_WINDOWS` may depart from their mean.
     """
     last = windows[-STABLE_WINDOWS:]
-    rates = np.array([(window.requests_per_s, window.latencies_s.mean()) for window in last])
-    spread = float(np.abs(rates / rates.mean(axis=0) - 1).max())
+    spread = spread_of([(window.requests_per_s, window.latencies_s.mean()) for window in last])
     samples_s = np.concatenate([window.latencies_s for window in last])
     return Measured(
         windows=len(windows),
@@ -127,6 +146,16 @@ def summary(windows: Sequence[Window], stable: float) -> Measured:
         samples_s=samples_s,
         requests_per_s=len(samples_s) / sum(window.seconds for window in last),
     )
+
+
+def spread_of(rates: Sequence[tuple[float, float]]) -> float:
+    """Return the largest share by which a window departs from the mean of them all.
+
+    Args:
+        rates: throughput and mean latency of each window.
+    """
+    values = np.array(rates)
+    return float(np.abs(values / values.mean(axis=0) - 1).max())
 
 
 def repeated(call: Request, *, budget_s: float, fewest: int, most: int) -> list[float]:

@@ -60,6 +60,10 @@ MinAgreement = Annotated[
 Overwrite = Annotated[
     bool, option(OUTPUT, None, "Replace the export in --out.", show_default=False)
 ]
+Triton = Annotated[
+    Path | None,
+    option(OUTPUT, "DIR", "Also write a model repository for Triton Inference Server."),
+]
 
 
 def export(
@@ -74,6 +78,7 @@ def export(
     atol: Atol = None,
     min_agreement: MinAgreement = None,
     overwrite: Overwrite = False,
+    triton: Triton = None,
     trt: Trt = False,
     batch: Batch = None,
     workspace: Workspace = None,
@@ -88,14 +93,16 @@ def export(
 ) -> None:
     """Export an adapted model to ONNX, and with --trt to TensorRT; prove both equal.
 
-    With an export in place of the run, --trt only builds engines, and needs no PyTorch. TensorRT
-    builds for the GPU at hand; TensorRT for RTX builds on any machine, and `verify` proves there.
+    With an export in place of the run, --trt only builds engines and --triton only writes the
+    repository; neither needs PyTorch. TensorRT builds for the GPU at hand; TensorRT for RTX builds
+    on any machine, and `verify` proves there.
 
     Example: microclip-deploy export runs/birds -o exports/birds --dtype fp16 --trt
     """
     require("onnx", "export")
     require("onnxruntime", "cpu")
     from microclip_deploy.export.build_options import parse_options
+    from microclip_deploy.export.triton.repository import require_replaceable, write_repository
 
     given: dict[str, Any] = {"--batch": batch, "--workspace": workspace, "--opt-level": opt_level}
     given |= {"--timing-cache": timing_cache, "--version-compatible": version_compatible or None}
@@ -105,11 +112,15 @@ def export(
     proving: dict[str, Any] = {"images": images, "device": device}
     proving |= {"atol": atol, "min_agreement": min_agreement}
     proving |= {"max_pixels": max_pixels, "bit_depth": bit_depth}
-    if build is not None and is_export(source):
+    exported = (build is not None or triton is not None) and is_export(source)
+    if exported:
         directory = _inside(source, out_dir)
     else:
         precision = _precision(dtype, calibration)
         directory = _target(out_dir, precision if trt and not check else None)
+    if triton is not None:
+        require_replaceable(directory, triton)
+    if not exported:
         from microclip_deploy.export.command import run_export
 
         proof = run_export(
@@ -121,11 +132,11 @@ def export(
     elif build is not None and check:
         _check(directory, build, as_json)
     elif build is not None:
-        from microclip_deploy.export.engine_command import run_build
-
-        built = run_build(directory, build, notes, timing_cache=timing_cache, **proving)
-        if built is not None:
-            _show(built, as_json)
+        _build(directory, build, timing_cache, proving, as_json)
+    if triton is not None:
+        models = write_repository(directory, triton, notes)
+        if as_json:
+            print_json({"repository": str(triton), "models": models})
     next_steps.tell(
         notes,
         next_steps.predict(directory),
@@ -135,11 +146,11 @@ def export(
 
 
 def _inside(export: Path, out_dir: Path | None) -> Path:
-    """Return the export, inside which its engines are built."""
+    """Return the export, which stays where it is."""
     if out_dir is not None:
         raise UsageError(
-            f"--out {out_dir}: expected none with the export {export}, whose engines are built "
-            "inside it; leave it out"
+            f"--out {out_dir}: expected none with the export {export}, which stays where it is: "
+            "engines are built inside it; leave it out"
         )
     return export
 
@@ -164,6 +175,20 @@ def _target(out_dir: Path | None, built_from: str | None) -> Path:
     if out_dir is None:
         raise UsageError("--out: expected a directory for the export, found none; give -o DIR")
     return out_dir
+
+
+def _build(
+    directory: Path,
+    build: "BuildOptions",
+    timing_cache: Path | None,
+    proving: dict[str, Any],
+    as_json: bool,
+) -> None:
+    from microclip_deploy.export.engine_command import run_build
+
+    built = run_build(directory, build, notes, timing_cache=timing_cache, **proving)
+    if built is not None:
+        _show(built, as_json)
 
 
 def _check(directory: Path, build: "BuildOptions", as_json: bool) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from microclip_deploy.cli import next_steps
-from microclip_deploy.cli.bench import app as bench_app
+from microclip_deploy.cli.bench_serving import app as bench_app
 from microclip_deploy.cli.classes import app as classes_app
 from microclip_deploy.cli.describe import app as describe_app
 from microclip_deploy.cli.doctor_text import doctor

@@ -87,7 +87,7 @@ Exportable = Annotated[
     Path,
     typer.Argument(
         metavar="RUN",
-        help="Run directory that `adapt` wrote; with --trt also what `export` wrote.",
+        help="Run directory that `adapt` wrote; with --trt or --triton also what `export` wrote.",
         show_default=False,
     ),
 ]

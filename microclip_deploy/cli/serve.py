@@ -109,6 +109,8 @@ def serve(
             f"--hang-timeout: expected at most --timeout ({timeout:g} s), found {hang_timeout:g}; "
             "lower it"
         )
+    if api_key == "":
+        raise UsageError("--api-key: expected a key, found nothing; leave it out to ask for none")
     run(
         places(models),
         Settings(

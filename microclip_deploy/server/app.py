@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -17,7 +18,6 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from microclip_deploy.errors import MicroclipError
 from microclip_deploy.server import inference_protocol as protocol
 from microclip_deploy.server.access_log import AccessLog
 from microclip_deploy.server.batcher import Answer
@@ -123,6 +123,8 @@ class Endpoints:
 
     async def index(self, request: Request) -> Response:
         """Return the models as Triton's clients list them."""
+        async with self.bodies.read(request):  # a filter, which changes nothing
+            pass
         return JSONResponse(
             [
                 {
@@ -161,40 +163,55 @@ class Endpoints:
     async def infer(self, request: Request) -> Response:
         """Answer the protocol's inference request."""
         served = self._served(request)
-        async with self.bodies.read(request) as body, served.used() as loaded:
+        version = request.path_params.get("version")
+        async with self.bodies.read(request) as body, served.used(version) as loaded:
             most = self.catalog.settings.max_queue
             length = request.headers.get(protocol.HEADER_LENGTH)
             inputs = protocol.read(body, length, loaded.facts, most)
             due = self._due(inputs.timeout_s())
-            images, seen = inputs.images, []
-            if images is None:
-                seen = await self._views(inputs.photos, loaded)
-                images = np.stack([view.pixels for view in seen])
-            answer = await _unless_gone(request, loaded.batcher.ask(images, due))
+            seen, answer = await _unless_gone(
+                request, self._answered(inputs.photos, inputs.images, loaded, due)
+            )
             self._told(request, served, loaded, seen, answer)
             outputs = {"logits": answer.prediction.logits, "probabilities": _shares(answer)}
             outputs |= answer.prediction._asdict()
             content, headers = protocol.write(inputs, served.name, loaded.facts, outputs)
             return Response(content, headers=headers)
 
-    async def _views(self, photos: list[bytes], loaded: Version) -> list[View]:
-        """Read the photos of a request; a bad one refuses all of them."""
-        preprocess = loaded.facts.preprocess
-        return await asyncio.gather(*(self.intake.view(each, preprocess) for each in photos))
+    async def _answered(
+        self,
+        photos: list[bytes],
+        images: NDArray[np.uint8] | None,
+        loaded: Version,
+        due: float,
+        *,
+        shown: bool = False,
+    ) -> tuple[list[View], Answer]:
+        """Ask the model about images, or photos, of which a bad one refuses all."""
+        views: list[View] = []
+        if images is None:
+            preprocess = loaded.facts.preprocess
+            reading = (self.intake.view(each, preprocess, due, shown=shown) for each in photos)
+            views = await asyncio.gather(*reading)
+            images = np.stack([view.pixels for view in views])
+        return views, await loaded.batcher.ask(images, due)
 
     async def classify(self, request: Request) -> Response:
         """Classify one photo."""
         question = Question.of(request)
-        served = self.catalog.find(question.model, question.version)
-        async with self.bodies.read(request) as body, served.used() as loaded:
+        served, version = self.catalog.find(question.model, question.version), question.version
+        async with self.bodies.read(request) as body, served.used(version) as loaded:
             due = self._due(None)
             photo = await photo_of(request.headers, body)
             shown = question.saliency == "overlay"
-            view = await self.intake.view(photo, loaded.facts.preprocess, shown=shown)
-            asked = loaded.batcher.ask(view.pixels[None], due)
-            answer = await _unless_gone(request, asked)
+            asked = self._answered([photo], None, loaded, due, shown=shown)
+            [view], answer = await _unless_gone(request, asked)
             timing_s = self._told(request, served, loaded, [view], answer)
-            told = answer_to(question, loaded.facts, view, answer.prediction)
+            prediction = answer.prediction
+            if question.saliency == "none":
+                told = answer_to(question, loaded.facts, view, prediction)
+            else:  # a picture of a large photo takes a while
+                told = await asyncio.to_thread(answer_to, question, loaded.facts, view, prediction)
             told |= {"model": served.name, "version": loaded.facts.version}
             told["id"] = request.state.id
             timing_s["total"] = time.perf_counter() - request.state.begun
@@ -212,7 +229,9 @@ class Endpoints:
         assert isinstance(error, HTTPException)
         told = {404: "no such address; see /openapi.json", 405: "expected another method here"}
         message = told.get(error.status_code, error.detail)
-        return await self.refuse(request, Refusal(error.status_code, message, "address"))
+        headers = error.headers or {}
+        refusal = Refusal(error.status_code, message, "address", headers=headers)
+        return await self.refuse(request, refusal)
 
     async def fail(self, request: Request, error: Exception) -> Response:
         """Answer after a mistake of ours, which the gate logs."""
@@ -247,7 +266,9 @@ def _shares(answer: Answer) -> np.ndarray[Any, np.dtype[np.float32]]:
     return softmax(answer.prediction.logits).astype(np.float32)
 
 
-async def _unless_gone(request: Request, asked: Any) -> Answer:
+async def _unless_gone(
+    request: Request, asked: Coroutine[Any, Any, tuple[list[View], Answer]]
+) -> tuple[list[View], Answer]:
     """Wait for an answer; leave the queue when the client goes.
 
     Raises:
@@ -263,8 +284,7 @@ async def _unless_gone(request: Request, asked: Any) -> Answer:
     try:
         await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
-            result: Answer = answer.result()
-            return result
+            return answer.result()
         raise Refusal(499, "the client is gone", "gone")
     finally:
         answer.cancel()
@@ -272,7 +292,7 @@ async def _unless_gone(request: Request, asked: Any) -> Answer:
 
 
 def make_app(
-    catalog: Catalog, on_failure: Callable[[MicroclipError], None] = lambda error: None
+    catalog: Catalog, on_failure: Callable[[BaseException], None] = lambda error: None
 ) -> ASGIApp:
     """Return the application of a server; its lifespan loads and unloads the models.
 
@@ -290,7 +310,7 @@ def make_app(
         try:
             await catalog.open()
             yield
-        except MicroclipError as error:
+        except BaseException as error:
             on_failure(error)
             raise
         finally:

@@ -6,6 +6,7 @@ too late leave the queue before they cost anything.
 """
 
 import asyncio
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.server.refusal import Refusal
+from microclip_deploy.server.refusal import Refusal, late
 from microclip_deploy.server.seat import Seat
 from microclip_deploy.serving.session import Prediction
 
@@ -75,15 +76,19 @@ class Batch:
                 waited = max(now - job.since - seconds, 0.0)
                 job.answer.set_result(Answer(own, waited, seconds))
 
-    def lost(self, reason: str) -> None:
-        """Queue the jobs again, each for a batch of its own; refuse one that was alone."""
-        if len(self._jobs) == 1 and self._jobs[0].alone:
+    def lost(self, reason: str, *, computing: bool) -> None:
+        """Queue the jobs again.
+
+        One of those that were computed may be the cause: each gets a batch of its own, and one that
+        was alone already is refused.
+        """
+        if computing and len(self._jobs) == 1 and self._jobs[0].alone:
             self._jobs[0].refuse(
                 Refusal(503, f"the worker {reason} on this image; send another", "worker", 1)
             )
             return
         for job in reversed(self._jobs):
-            job.alone = True
+            job.alone = job.alone or computing
             self._batcher.put_back(job)
 
 
@@ -120,14 +125,16 @@ class Batcher:
         self.pump()
         try:
             async with asyncio.timeout_at(due):
-                answers = [await job.answer for job in jobs]
+                answers = await asyncio.gather(*(job.answer for job in jobs))
         except TimeoutError:
-            raise Refusal(
-                504, "no answer within the time limit; send fewer at once", "late"
-            ) from None
+            raise late() from None
         finally:
             for job in jobs:
+                if job.answer.done() and not job.answer.cancelled():
+                    continue
                 job.answer.cancel()
+                with contextlib.suppress(ValueError):  # a worker has it
+                    self._jobs.remove(job)
         if len(answers) == 1:
             return answers[0]
         parts = zip(*(answer.prediction for answer in answers), strict=True)
@@ -136,6 +143,8 @@ class Batcher:
         return Answer(whole, waited, sum(answer.model_s for answer in answers))
 
     def _require_room(self, images: int) -> None:
+        if all(seat.failed for seat in self._seats):
+            raise _no_worker()
         waiting = self.waiting()
         if waiting and waiting + images > self._max_queue:
             raise Refusal(
@@ -158,6 +167,8 @@ class Batcher:
 
     def pump(self) -> None:
         """Give waiting jobs to seats that can take them."""
+        if all(seat.failed for seat in self._seats):
+            self.refuse_all(_no_worker())
         while self._jobs:
             seat = min(self._seats, key=lambda s: (not s.ready, s.load()))
             if not (seat.free() or (seat.can_prepare() and self._is_full())):
@@ -199,3 +210,7 @@ class Batcher:
             if job.alone:
                 break
         return taken
+
+
+def _no_worker() -> Refusal:
+    return Refusal(503, "no worker can be started; see the log, and send again later", "worker", 5)

@@ -32,7 +32,8 @@ class Bodies:
         body = bytearray()
         try:
             await self._fill(body, request)
-            yield _decompressed(bytes(body), request.headers, self._limit)
+            self._unpack(body, request.headers)
+            yield bytes(body)
         finally:
             self._held -= len(body)
 
@@ -45,13 +46,23 @@ class Bodies:
                     self._held += len(chunk)
                     if len(body) > self._limit:
                         raise _too_large(self._limit)
-                    if self._held > self._room:
-                        raise Refusal(429, "too much is being sent; send again later", "full", 1)
+                    self._require_room()
         except TimeoutError:
             told = f"expected the body within {self._timeout_s:g} s; send faster"
             raise Refusal(408, told, "slow") from None
         except ClientDisconnect:
             raise Refusal(400, "the body ended early", "gone") from None
+
+    def _unpack(self, body: bytearray, headers: Headers) -> None:
+        """Put what was compressed in the place of the body."""
+        unpacked = _decompressed(body, headers, self._limit)
+        self._held += len(unpacked) - len(body)
+        body[:] = unpacked
+        self._require_room()
+
+    def _require_room(self) -> None:
+        if self._held > self._room:
+            raise Refusal(429, "too much is being sent; send again later", "full", 1)
 
 
 def _require_small(headers: Headers, limit: int) -> None:
@@ -67,7 +78,7 @@ def _too_large(limit: int) -> Refusal:
     return Refusal(413, f"expected a body of at most {limit} bytes, found more; send less", "large")
 
 
-def _decompressed(body: bytes, headers: Headers, limit: int) -> bytes:
+def _decompressed(body: bytearray, headers: Headers, limit: int) -> bytes | bytearray:
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding == "identity":
         return body

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +20,9 @@ from microclip_deploy.server.worker import version_of
 
 LOOK_EVERY_S = 1.0
 """Manifests are looked at so often."""
+
+AGAIN_AFTER_S = 30.0
+"""A changed directory that could not be loaded is tried again: its files may have come late."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +44,7 @@ class Served:
         self.version: Version | None = None
         self._settings, self._metrics = settings, metrics
         self._loading: asyncio.Task[Version] | None = None
-        self._seen = ""
+        self._seen, self._failed_at = "", -math.inf
         self._retiring: set[asyncio.Task[None]] = set()
 
     def state(self) -> str:
@@ -88,11 +92,14 @@ class Served:
         task.add_done_callback(self._retiring.discard)
 
     @asynccontextmanager
-    async def used(self) -> AsyncIterator[Version]:
+    async def used(self, wanted: str | None = None) -> AsyncIterator[Version]:
         """Give the current version, loaded if need be, and keep it until the block ends.
 
+        Args:
+            wanted: the version that it must be; None for any.
+
         Raises:
-            Refusal: 503, it cannot be loaded.
+            Refusal: 503, it cannot be loaded; 404, it is another one by now.
         """
         version = self.version
         if version is None:
@@ -101,6 +108,8 @@ class Served:
             except MicroclipError as error:
                 _log.error("error: %s: %s", self.name, error)
                 raise Refusal(503, "the model cannot be loaded; see the log", "load", 5) from error
+        if wanted not in (None, version.facts.version):
+            raise _no_version()
         with version.used():
             yield version
 
@@ -113,18 +122,24 @@ class Served:
         if self.version is None:
             return
         with contextlib.suppress(MicroclipError):  # gone for now: it is being replaced
-            if version_of(self.directory) in (self._seen, self.version.facts.version):
+            now, held = version_of(self.directory), self.version.facts.version
+            failed_s = asyncio.get_running_loop().time() - self._failed_at
+            if now == held or (now == self._seen and failed_s < AGAIN_AFTER_S):
                 return
             try:
                 await self.load()
                 outcome = "loaded"
             except MicroclipError as error:
                 _log.error("error: %s changed and cannot be loaded: %s", self.name, error)
+                self._failed_at = asyncio.get_running_loop().time()
                 outcome = "failed"
             self._metrics.reloads.labels(self.name, outcome).inc()
 
     async def close(self) -> None:
         """End all workers."""
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.wait([self._loading])
         if self.version is not None:
             self._retire(self.version)
         await asyncio.gather(*self._retiring)
@@ -199,13 +214,17 @@ class Catalog:
         for served in reversed(found):
             if served.facts is not None and served.facts.version == version:
                 return served
-        raise Refusal(404, "no such version of this model; GET /v1/models lists them", "model")
+        raise _no_version()
 
     def ready(self) -> bool:
         """Say whether every model can answer, or will be loaded when it is asked."""
         return not self.draining and all(
             served.state() in ("ready", "unloaded") for served in self._served
         )
+
+
+def _no_version() -> Refusal:
+    return Refusal(404, "no such version of this model; GET /v1/models lists them", "model")
 
 
 def places(given: Sequence[str]) -> list[Place]:

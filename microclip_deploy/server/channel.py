@@ -11,7 +11,6 @@ import json
 import math
 import mmap
 import os
-import select
 import socket
 import tempfile
 from typing import Any, NamedTuple, Self
@@ -121,15 +120,13 @@ class Inbox:
     def __init__(self, end: socket.socket) -> None:
         self._socket, self._pending = end, b""
 
-    def read(self, timeout_s: float) -> dict[str, Any] | None:
-        """Return the next message; None if there is none in time.
+    def read(self) -> dict[str, Any]:
+        """Return the next message.
 
         Raises:
             EOFError: the other side is gone.
         """
         while b"\n" not in self._pending:
-            if not select.select([self._socket], [], [], timeout_s)[0]:
-                return None
             part = self._socket.recv(1 << 20)
             self._pending += part
             if not part or len(self._pending) > _LONGEST:

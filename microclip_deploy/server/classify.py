@@ -1,5 +1,7 @@
 """POST /v1/classify: a photo in, its classes and where the model looked out."""
 
+import asyncio
+import re
 from collections.abc import AsyncGenerator
 from typing import Any, NamedTuple, Self
 
@@ -19,6 +21,9 @@ from microclip_deploy.serving.session import Prediction
 
 MOST_CLASSES = 100_000
 """Of `top_k`."""
+
+_PART = 65_536
+"""Bytes of a form that are read in one go."""
 
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -44,7 +49,7 @@ class Question(NamedTuple):
         if unknown or len(given) != len(given.multi_items()):
             raise _refused(f"expected the parameters {', '.join(cls._fields)}, each once")
         top_k, form, heads = given.get("top_k", "5"), given.get("saliency", "none"), "heads"
-        if not (top_k.isascii() and top_k.isdigit() and 1 <= int(top_k) <= MOST_CLASSES):
+        if not re.fullmatch("[0-9]{1,6}", top_k) or not 1 <= int(top_k) <= MOST_CLASSES:
             raise _refused(f"expected top_k from 1 to {MOST_CLASSES}")
         if form not in FORMS:
             raise _refused(f"expected saliency as one of {', '.join(FORMS)}")
@@ -83,7 +88,9 @@ class _Parser(MultiPartParser):
 
 async def _uploaded(headers: Headers, body: bytes) -> bytes:
     async def stream() -> AsyncGenerator[bytes, None]:
-        yield body
+        for start in range(0, len(body), _PART):
+            yield body[start : start + _PART]
+            await asyncio.sleep(0)  # others have their turn
 
     try:
         form = await _Parser(headers, stream(), max_files=1, max_fields=8).parse()

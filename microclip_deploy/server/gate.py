@@ -1,5 +1,7 @@
 """What every request passes: its id, the API key, errors as JSON, metrics and the access log."""
 
+import asyncio
+import contextlib
 import hmac
 import logging
 import re
@@ -22,15 +24,16 @@ _KEPT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _PROTECTED = re.compile(r"/(v1/|v2/models/|v2/repository/)")
 """Paths that need the API key; health, metrics and the page do not."""
 
-_CLOSED = {400, 408, 413, 429}
-"""After these the rest of a body may still be on its way: the connection is closed."""
+_LINGER_S = 1.0
+"""An early answer is followed by listening to the rest of the body for so long: a connection that
+is closed under a client that still sends may take the answer with it."""
 
 _log = logging.getLogger(__name__)
 
 
 def refused(refusal: Refusal) -> Response:
     """Return the answer that tells a client of a refusal."""
-    headers = {}
+    headers = dict(refusal.headers)
     if refusal.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if refusal.retry_after_s is not None:
@@ -58,7 +61,13 @@ class Gate:
         given = headers.get(REQUEST_ID, "")
         identity = given if _KEPT_ID.fullmatch(given) else uuid.uuid4().hex
         scope["state"] = {**scope.get("state", {}), "id": identity, "begun": begun}
-        status = 0
+        status, more = 0, _has_body(headers)
+
+        async def hear() -> Message:
+            nonlocal more
+            message = await receive()
+            more = more and message["type"] == "http.request" and message["more_body"]
+            return message
 
         async def tell(message: Message) -> None:
             nonlocal status
@@ -67,16 +76,23 @@ class Gate:
                 told = MutableHeaders(scope=message)
                 told[REQUEST_ID] = identity
                 told["X-Content-Type-Options"] = "nosniff"
-                if status in _CLOSED or self._catalog.draining:
+                if more or self._catalog.draining:
                     told["Connection"] = "close"
+            elif more and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LINGER_S):
+                        while more:
+                            await hear()
+                message = {"type": "http.response.body"}
             await send(message)
 
         try:
             if self._lacks_key(scope["path"], headers):
                 told = "expected the API key as X-API-Key or Bearer token; send it"
-                await refused(Refusal(401, told, "key"))(scope, receive, tell)
+                await refused(Refusal(401, told, "key"))(scope, hear, tell)
             else:
-                await self._app(scope, receive, tell)
+                await self._app(scope, hear, tell)
         except Exception:  # its answer has been sent
             _log.exception("error: request %s failed; please report it", identity)
         finally:
@@ -86,7 +102,7 @@ class Gate:
         if self._key is None or not _PROTECTED.match(path):
             return False
         given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
-        return not hmac.compare_digest(given.encode(), self._key)
+        return not hmac.compare_digest(given.encode("latin-1"), self._key)
 
     def _note(self, scope: Scope, status: int, seconds: float, identity: str) -> None:
         """Count and log an answer; a status of 0: the client went first."""
@@ -104,3 +120,7 @@ class Gate:
             **scope["state"].get("log", {}),
         }
         self._access_log.write(entry)
+
+
+def _has_body(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"

@@ -26,6 +26,9 @@ IMAGE, PHOTO = "image", "photo"
 
 _CLASSIFIED = ("logits", "probabilities")
 
+_LONGEST_US = 1e15
+"""Of a time limit; JSON knows numbers that a float does not."""
+
 
 class Tensor(BaseModel):
     """An input."""
@@ -64,7 +67,9 @@ class Inputs(NamedTuple):
     def timeout_s(self) -> float | None:
         """Return the client's own time limit; the parameter is in microseconds, as Triton's."""
         given = self.request.parameters.get("timeout")
-        return 1e-6 * given if isinstance(given, (int, float)) and given > 0 else None
+        if not isinstance(given, (int, float)) or not given > 0:  # NaN, too
+            return None
+        return 1e-6 * min(given, _LONGEST_US)
 
 
 def read(body: bytes, json_length: str | None, facts: Facts, most: int) -> Inputs:
@@ -96,7 +101,7 @@ def read(body: bytes, json_length: str | None, facts: Facts, most: int) -> Input
 
 
 def _whole(text: str, most: int) -> int:
-    if text.isascii() and text.isdigit() and int(text) <= most:
+    if text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= most:
         return int(text)
     raise _refused(
         "expected Inference-Header-Content-Length within the body; count the JSON's bytes"
@@ -118,28 +123,40 @@ def _images(tensor: Tensor, rest: memoryview, facts: Facts, most: int) -> NDArra
             )
         return np.frombuffer(binary, np.uint8).reshape(tensor.shape)
     try:
-        numbers = np.array(tensor.data)
-        if numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() > 255:
-            raise ValueError("other numbers")
-        return numbers.reshape(tensor.shape).astype(np.uint8)
-    except (ValueError, TypeError, OverflowError) as error:
+        return np.frombuffer(bytes(_flat(tensor.data)), np.uint8).reshape(tensor.shape)
+    except (ValueError, TypeError) as error:
         raise _refused(
             f"expected {math.prod(tensor.shape)} whole numbers from 0 to 255 as data of {IMAGE}"
         ) from error
 
 
+def _flat(data: Any) -> list[Any]:
+    """Return the numbers of a list, which may be nested as the shape is.
+
+    Raises:
+        TypeError: something else.
+    """
+    if not isinstance(data, list):
+        raise TypeError("no list")
+    while data and isinstance(data[0], list):
+        data = [number for row in data for number in row]
+    numbers: list[Any] = data
+    return numbers
+
+
 def _photos(tensor: Tensor, rest: memoryview, most: int) -> list[bytes]:
     count = math.prod(tensor.shape)
-    if tensor.datatype != "BYTES" or not 1 <= count <= most or min(tensor.shape) < 1:
+    positive = bool(tensor.shape) and min(tensor.shape) > 0
+    if tensor.datatype != "BYTES" or not positive or count > most:
         raise _refused(
             f"expected {PHOTO} as BYTES [B] with B from 1 to {most}, found {tensor.datatype[:16]} "
             f"{tensor.shape}; send encoded files"
         )
     binary = _binary(tensor, rest)
-    photos = _elements(binary) if binary is not None else _texts(tensor.data)
-    if len(photos) != count:
-        raise _refused(f"expected {count} photos, found {len(photos)}; shape and data must agree")
-    return photos
+    photos = _elements(binary, count) if binary is not None else tensor.data
+    if not isinstance(photos, list) or len(photos) != count:
+        raise _refused(f"expected a list of {count} {PHOTO}s as data; shape and data must agree")
+    return photos if binary is not None else [from_base64(text) for text in photos]
 
 
 def _binary(tensor: Tensor, rest: memoryview) -> memoryview | None:
@@ -152,23 +169,20 @@ def _binary(tensor: Tensor, rest: memoryview) -> memoryview | None:
     return rest
 
 
-def _elements(data: memoryview) -> list[bytes]:
-    """Return the elements of a BYTES tensor, each after its length: 4 bytes, little-endian."""
-    found, at = [], 0
-    while at < len(data):
+def _elements(data: memoryview, count: int) -> list[bytes]:
+    """Return the elements of a BYTES tensor, each after its length: 4 bytes, little-endian.
+
+    Where there are more than `count`, one of them too many shows it.
+    """
+    found: list[bytes] = []
+    at = 0
+    while at < len(data) and len(found) <= count:
         size = int.from_bytes(data[at : at + 4], "little")
         at += 4 + size
         if at > len(data):
             raise _refused(f"expected elements of {PHOTO} that end within the body")
         found.append(bytes(data[at - size : at]))
     return found
-
-
-def _texts(data: object) -> list[bytes]:
-    """Return photos that stand in JSON as base64."""
-    if isinstance(data, list):
-        return [from_base64(text) for text in data]
-    raise _refused(f"expected a list of base64 texts as data of {PHOTO}")
 
 
 def write(

@@ -15,7 +15,7 @@ from PIL import Image
 from microclip_deploy.data.decode import BadImage, decode_image
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.processors import usable_cpus
-from microclip_deploy.server.refusal import Refusal
+from microclip_deploy.server.refusal import Refusal, late
 
 SHOWN_SIDE = 1024
 """Longest side of an overlay, pixels."""
@@ -42,23 +42,31 @@ class Intake:
         self._waiting, self._max_waiting = 0, max_waiting
         self._max_pixels = max_pixels
 
-    async def view(self, body: bytes, preprocess: Preprocess, *, shown: bool = False) -> View:
+    async def view(
+        self, body: bytes, preprocess: Preprocess, due: float, *, shown: bool = False
+    ) -> View:
         """Read a photo.
 
         Args:
             body: the bytes of a file.
             preprocess: of the model that will see it.
+            due: when it is too late, in the loop's time.
             shown: keep a small copy to draw on.
 
         Raises:
-            Refusal: 400, it is no photo or a bad one; 429, too many wait.
+            Refusal: 400, it is no photo or a bad one; 429, too many wait; 504, too late.
         """
         if self._waiting >= self._max_waiting:
             raise Refusal(429, "too many photos are waiting; send again later", "full", 1)
         self._waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, self._read, body, preprocess, shown)
+            async with asyncio.timeout_at(due):
+                return await loop.run_in_executor(
+                    self._threads, self._read, body, preprocess, shown
+                )
+        except TimeoutError:
+            raise late() from None
         except BadImage as error:
             raise Refusal(
                 400,
@@ -94,7 +102,9 @@ def from_base64(text: object) -> bytes:
         Refusal: 400, no base64.
     """
     try:
-        return base64.b64decode(str(text), validate=True)
+        if not isinstance(text, str):
+            raise ValueError("no text")
+        return base64.b64decode(text, validate=True)
     except ValueError as error:
         raise Refusal(
             400, "expected photos as base64 text; send the bytes as binary data", "body"

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from microclip_deploy.errors import EnvironmentProblem, Interrupted, MicroclipError
+from microclip_deploy.errors import EnvironmentProblem, Interrupted
 from microclip_deploy.server.app import make_app
 from microclip_deploy.server.catalog import Catalog, Place
 from microclip_deploy.server.connection import Connection
@@ -32,10 +33,9 @@ class Server(uvicorn.Server):
         self._catalog = catalog
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; a second signal ends at once."""
-        if self._catalog.draining:
-            super().handle_exit(sig, frame)
-            return
+        """Begin to drain; a second signal ends at once, as one does before the port is open."""
+        if self._catalog.draining or not self.started:  # workers end with their sockets
+            os._exit(128 + sig)
         self._catalog.draining = True
         delay_s = self._catalog.settings.drain_delay_s
         self._loop.call_soon_threadsafe(
@@ -49,6 +49,7 @@ class Server(uvicorn.Server):
         if self.started:
             [listener, *_] = self.servers[0].sockets
             host, port = listener.getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
             _log.warning("serving on http://%s:%d (Ctrl-C ends it)", host, port)
 
 
@@ -64,7 +65,7 @@ def serve(places: Sequence[Place], settings: Settings) -> None:
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what it would say, we say
     _allow_many_connections()
     catalog = Catalog(places, settings, Metrics())
-    failure: list[MicroclipError] = []
+    failure: list[BaseException] = []
     config = uvicorn.Config(
         make_app(catalog, failure.append),
         host=settings.host,
@@ -87,7 +88,7 @@ def serve(places: Sequence[Place], settings: Settings) -> None:
         raise
 
 
-def _start_problem(failure: Sequence[MicroclipError], settings: Settings) -> MicroclipError:
+def _start_problem(failure: Sequence[BaseException], settings: Settings) -> BaseException:
     if failure:
         return failure[0]
     return EnvironmentProblem(

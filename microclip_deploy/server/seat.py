@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.errors import EnvironmentProblem, MicroclipError
+from microclip_deploy.errors import CheckpointError, EnvironmentProblem, MicroclipError
 from microclip_deploy.server.channel import READY, SLOTS, Memory, Shapes, line
 from microclip_deploy.server.worker import Options
 from microclip_deploy.serving.answer_block import Sizes
@@ -33,7 +33,11 @@ ANSWER_WITHIN_S = 1.2
 """For a ping, and the least that any batch is given: with the above, under 2 s to notice."""
 
 _USUAL_TIMES = 10
-"""A batch that takes so many times what its images usually take hangs."""
+"""A batch that takes so many times what its images usually take is late."""
+
+_GRACE_S = 4.0
+"""A late worker is not ready; after so much more it is replaced. Where processors are scarce it may
+only have had none, and to load a model again would cost more."""
 
 _LONGEST_PAUSE_S = 30.0
 """Between two attempts to start a worker that fails again and again."""
@@ -74,8 +78,8 @@ class Batch(Protocol):
     def answered(self, answers: Prediction, seconds: float, errors: Mapping[int, str]) -> None:
         """Take what the worker said; the arrays are overwritten later."""
 
-    def lost(self, reason: str) -> None:
-        """Hear that the worker is gone."""
+    def lost(self, reason: str, *, computing: bool) -> None:
+        """Hear that the worker is gone, which computed this batch or would have done so later."""
 
 
 class Seat:
@@ -93,6 +97,8 @@ class Seat:
         """
         self.facts: Facts | None = None
         self.ready = False
+        self.failed = False
+        """The last attempt to start the worker failed."""
         self.restarts = 0
         self._options, self._hang_timeout_s, self._on_change = options, hang_timeout_s, on_change
         self._batches: dict[int, Batch] = {}
@@ -156,10 +162,11 @@ class Seat:
             MicroclipError: as `start`.
         """
         own, its = socket.socketpair()
+        process = None
         command = [sys.executable, "-m", "microclip_deploy.server.worker"]
         try:
             with its:
-                self._process = subprocess.Popen(
+                self._process = process = subprocess.Popen(
                     [*command, str(its.fileno()), json.dumps(self._options)],
                     pass_fds=[its.fileno()],
                     stdin=subprocess.DEVNULL,
@@ -167,14 +174,21 @@ class Seat:
                 )
             first, descriptors, _, _ = socket.recv_fds(own, 1, 1)
             with own.makefile("rb") as stream:
-                told = json.loads(stream.readline(_LINE_LIMIT) or b"{}")
-            if first != READY:
-                raise _failure(told, self._process.wait())
-            self._memory, self.facts = _facts(told, descriptors[0])
+                words = stream.readline(_LINE_LIMIT)
+            told = json.loads(words) if words.endswith(b"\n") else {}
+            if first != READY or not told:
+                raise _failure(told, process.wait())
+            memory, facts = _facts(told, descriptors[0])
+            if self.facts is not None and facts.version != self.facts.version:
+                raise CheckpointError(
+                    f"{self._options.directory}: expected version {self.facts.version}, found "
+                    f"{facts.version}; it was replaced and is loaded as a version of its own"
+                )
+            self._memory, self.facts = memory, facts
         except BaseException as error:
             own.close()
             self._end()
-            if isinstance(error, OSError):
+            if isinstance(error, (OSError, ValueError)):
                 raise EnvironmentProblem(f"serve: a worker cannot be started: {error}") from error
             raise
         self._image_s = told["image_s"]
@@ -197,13 +211,15 @@ class Seat:
                 connection = await asyncio.to_thread(self._launched)
             except MicroclipError as error:
                 connection = None
+                self.failed = True
+                self._on_change()
                 _log.error("error: the worker on %s cannot start: %s", self._options.device, error)
 
     async def _listen(self, connection: socket.socket) -> None:
         """Hand out answers until the worker dies or hangs; it is gone afterwards."""
         reader, self._writer = await asyncio.open_connection(sock=connection, limit=_LINE_LIMIT)
         self._timer: asyncio.TimerHandle | None = None
-        self.ready, self._hangs = True, False
+        self.ready, self.failed, self._hangs = True, False, False
         self._idle()
         self._on_change()
         reason = "died"
@@ -218,22 +234,23 @@ class Seat:
                 self._timer.cancel()
             self._writer.close()
             reason = "hung" if self._hangs else reason
-            lost, self._batches = self._batches, {}
-            for batch in lost.values():
-                batch.lost(reason)
+            lost, self._batches = list(self._batches.values()), {}
+            for batch in reversed(lost):  # the first one was computed, the other one waited
+                batch.lost(reason, computing=batch is lost[0])
             self._on_change()
         _log.error("error: the worker on %s %s; starting another", self._options.device, reason)
         await asyncio.to_thread(self._end)
 
     def _hear(self, message: dict[str, Any]) -> None:
         """Take an answer to a batch or to a ping."""
+        self.ready = not self._hangs
         if "slot" in message:
             slot = message["slot"]
             batch = self._batches.pop(slot)
             errors = {int(row): reason for row, reason in message["errors"].items()}
             batch.answered(self._memory.answers(slot, len(batch)), message["seconds"], errors)
             self._image_s += (message["seconds"] / len(batch) - self._image_s) / 10
-            self._on_change()
+        self._on_change()
         if self._batches:
             self._expect(self._patience_s(max(len(batch) for batch in self._batches.values())))
         else:
@@ -249,25 +266,37 @@ class Seat:
 
         def ping() -> None:
             self._writer.write(line({"ping": True}))
-            self._expect(ANSWER_WITHIN_S)
+            # It may be at its golden image.
+            self._expect(max(ANSWER_WITHIN_S, _USUAL_TIMES * self._image_s))
 
         self._set_timer(PING_EVERY_S, ping)
 
     def _expect(self, within_s: float) -> None:
-        """End the worker unless it speaks in time."""
-        loop = asyncio.get_running_loop()
-        planned = loop.time() + within_s
+        """Take a worker that does not speak in time for not ready, and after a while for hung."""
+
+        def suspect() -> None:
+            self.ready = False
+            self._unless_late(_GRACE_S if self._hang_timeout_s is None else 0.0, hang)
 
         def hang() -> None:
-            if loop.time() > planned + _LATE_S:  # this process was busy: what was said may wait
-                self._expect(ANSWER_WITHIN_S)
-                return
             self._hangs = True
-            self.ready = False
             if self._process is not None:
                 self._process.kill()
 
-        self._set_timer(within_s, hang)
+        self._unless_late(within_s, suspect)
+
+    def _unless_late(self, after_s: float, then: Callable[[], None]) -> None:
+        """Do something at a time; if this process was busy then, give the worker another moment."""
+        loop = asyncio.get_running_loop()
+        planned = loop.time() + after_s
+
+        def over() -> None:
+            if loop.time() > planned + _LATE_S:  # what it said may wait to be read
+                self._unless_late(ANSWER_WITHIN_S, then)
+            else:
+                then()
+
+        self._set_timer(after_s, over)
 
     def _set_timer(self, after_s: float, then: Callable[[], None]) -> None:
         if self._timer is not None:

@@ -40,11 +40,11 @@ class Version:
         for device in settings.devices:
             options = Options(str(directory), device, settings.threads, settings.max_batch)
             seats.append(Seat(options, settings.hang_timeout_s, batcher.pump))
-        started = await asyncio.gather(*(seat.start() for seat in seats), return_exceptions=True)
-        for outcome in started:
-            if isinstance(outcome, BaseException):
-                await asyncio.gather(*(seat.stop() for seat in seats))
-                raise outcome
+        try:
+            await asyncio.gather(*(seat.start() for seat in seats))
+        except BaseException:
+            await asyncio.gather(*(seat.stop() for seat in seats))
+            raise
         assert seats[0].facts is not None
         return cls(seats[0].facts, batcher, seats)
 
@@ -84,5 +84,6 @@ class Version:
                 await self._unused.wait()
         except TimeoutError:
             pass
-        self.batcher.refuse_all(Refusal(503, "the model was unloaded; send again", "unloaded", 1))
         await asyncio.gather(*(seat.stop() for seat in self._seats))
+        self.batcher.refuse_all(Refusal(503, "the model was unloaded; send again", "unloaded", 1))
+        self._seats.clear()  # their memory ends here, not when the garbage collector comes

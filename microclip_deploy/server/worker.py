@@ -8,9 +8,12 @@ too, in a terminal and under systemd; it ignores them, because the server still 
 import hashlib
 import json
 import logging
+import os
+import select
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +30,7 @@ from microclip_deploy.serving.answer_block import Sizes
 from microclip_deploy.serving.session import Prediction
 
 GOLDEN_EVERY_S = 30.0
-"""An idle worker asks itself the golden image so often."""
+"""A worker asks itself the golden image so often, when it is idle."""
 
 _ATTEMPTS = 5
 """How often a model is opened whose manifest changes meanwhile."""
@@ -123,18 +126,19 @@ class Worker:
         Raises:
             MicroclipError: the model fails on the golden image.
         """
-        inbox = Inbox(end)
+        inbox, checked = Inbox(end), time.monotonic()
         while True:
             try:
-                message = inbox.read(GOLDEN_EVERY_S)
+                message = inbox.read()
             except EOFError:
                 return
-            if message is None:
-                self.golden.check(self.session)
-            elif "slot" in message:
+            if "slot" in message:
                 end.sendall(line(self.answer(memory, message["slot"], message["count"])))
-            else:
-                end.sendall(line(message))  # a ping
+                continue
+            end.sendall(line(message))  # a ping, which comes when there is nothing to do
+            if time.monotonic() - checked > GOLDEN_EVERY_S:
+                self.golden.check(self.session)
+                checked = time.monotonic()
 
 
 def _opened(directory: Path, options: Options) -> tuple[Session, str]:
@@ -160,12 +164,21 @@ def _row(answers: Prediction, row: int) -> Prediction:
     return Prediction._make(field[row : row + 1] for field in answers)
 
 
+def _end_with(end: socket.socket) -> None:
+    """End when the other side is gone, also in the middle of a load or of a batch that hangs."""
+    poll = select.poll()
+    poll.register(end, 0)
+    poll.poll()
+    os._exit(0)
+
+
 def main(descriptor: int, options: Options) -> int:
     """Run a worker on an inherited socket; return the exit code of its process."""
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     with socket.socket(fileno=descriptor) as end:
+        threading.Thread(target=_end_with, args=(end,), daemon=True).start()
         try:
             worker = Worker(options)
             memory, shared = Memory.allocate(worker.shapes)
@@ -173,9 +186,9 @@ def main(descriptor: int, options: Options) -> int:
             end.sendall(FAILED + line({"error": str(error), "exit_code": error.exit_code}))
             return error.exit_code
         memory.classifier()[...] = worker.session.classifier()
-        socket.send_fds(end, [READY], [shared])
-        end.sendall(line(worker.hello()))
         try:
+            socket.send_fds(end, [READY], [shared])
+            end.sendall(line(worker.hello()))
             worker.serve(memory, end)
         except MicroclipError as error:
             _log.error("error: %s", error)

@@ -298,6 +298,20 @@ def unproven_engines(export: Export, here: Target) -> list[Engines]:
     return [engines for engines in fitting if not engines.manifest.is_proven(here)]
 
 
+def current_engines(export: Export) -> list[Engines]:
+    """Return the engines that were built from an export's present graphs, whatever they run on.
+
+    Those of one compute capability come in the order of their versions.
+
+    Raises:
+        CheckpointError: some are damaged.
+    """
+    folders = (path.parent for path in (export.directory / ENGINES).glob(f"*/{artifact.MANIFEST}"))
+    built = [read_engines(directory) for directory in folders]
+    current = [engines for engines in built if _stale(engines.manifest, export) is None]
+    return sorted(current, key=lambda engines: _numbers(engines.manifest.target.tensorrt))
+
+
 def _fitting(export: Export, here: Target) -> tuple[list[Engines], list[str]]:
     """Return what runs here, that built for exactly this machine first, and why others do not."""
     folder = export.directory / ENGINES

@@ -34,7 +34,7 @@ SURFACE = {
         "--out", "--dtype", "--calibration", "--images", "--device", "--atol", "--min-agreement",
         "--overwrite", "--trt", "--batch", "--workspace", "--opt-level", "--timing-cache",
         "--version-compatible", "--hardware-compat", "--compute", "--check", "--print-trtexec",
-        "--json", *PHOTOS,
+        "--triton", "--json", *PHOTOS,
     },
     "verify": {"--run", "--images", "--device", "--json", *PHOTOS},
     "serve": {
@@ -59,6 +59,11 @@ SURFACE = {
     },
     "bench saliency": {
         "--pretrained", "--cutouts", "--backgrounds", "--photos", "--sizes", "--out", "--json",
+    },
+    "bench serve": {
+        "--against", "--model", "--api-key", "--pid", "--device", "--dtype", "--threads", "--body",
+        "--images", "--batches", "--concurrency", "--rate", "--load", "--peers", "--warmup",
+        "--duration", "--until-stable", "--requests", "--slo", "--out", "--json",
     },
     "bench ncut": {"--batches", "--tokens", "--dtype", "--device", "--out", "--json"},
     "demo": {"--out", "--write-images", "--seed", "--device", "--json"},

@@ -17,6 +17,7 @@ class FakeSeat:
 
     def __init__(self) -> None:
         self.ready = True
+        self.failed = False
         self.batches: list[Any] = []
         self.sizes: list[int] = []
 
@@ -47,7 +48,7 @@ class FakeSeat:
 
     def die(self) -> None:
         batch, _ = self.batches.pop(0)
-        batch.lost("died")
+        batch.lost("died", computing=True)
 
 
 def image(value: int, count: int = 1) -> Any:

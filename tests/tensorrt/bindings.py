@@ -56,7 +56,7 @@ def bindings(version: str, cache: Path) -> Path:
         (folder / "tensorrt_libs.py").touch()
         _write_libraries(folder / "tensorrt")
 
-    return _kept(version, cache, [f"tensorrt-cu13-bindings=={version}"], finish, _TOOLS)
+    return kept(version, cache, [f"tensorrt-cu13-bindings=={version}"], finish, _TOOLS)
 
 
 def rtx(cache: Path) -> Path:
@@ -66,10 +66,10 @@ def rtx(cache: Path) -> Path:
         Unavailable: as `bindings`.
     """
     wanted = [f"tensorrt-rtx-cu13-{part}=={RTX_VERSION}" for part in ("bindings", "libs")]
-    return _kept(f"rtx-{RTX_VERSION}", cache, wanted, lambda _: None, ())
+    return kept(f"rtx-{RTX_VERSION}", cache, wanted, lambda _: None, ())
 
 
-def _kept(
+def kept(
     name: str,
     cache: Path,
     wanted: Sequence[str],

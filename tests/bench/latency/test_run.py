@@ -22,6 +22,7 @@ from microclip_deploy.bench.latency import contestants, run, stages, subject, wi
 from microclip_deploy.bench.latency.contestants import BACKENDS, PEERS, Contestants, contestants_of
 from microclip_deploy.bench.latency.report import COPY, PRODUCT, Report, read_report
 from microclip_deploy.bench.latency.subject import Subject, subject_of
+from microclip_deploy.bench.photos import encoded_photos
 from microclip_deploy.cli.main import main
 from microclip_deploy.errors import EnvironmentProblem, UsageError, VerificationError
 from microclip_deploy.export.proof.probes import made_up_photos
@@ -202,13 +203,14 @@ def test_no_backend_that_works_is_an_error(
 def test_the_photos_of_the_users_are_decoded(
     target: Subject, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    encoded, _ = run._photos(photos, target, 32, QUIET)
+    reading = target.preprocess.photos
+    encoded, _ = encoded_photos(photos, 32, 2, 32, reading, QUIET)
     assert encoded[0] == min(photos.rglob("*.png")).read_bytes()
     assert run._views(target, encoded, 40).shape == (40, 32, 32, 3)
     (tmp_path / "bad.jpg").write_text("no photo")
     next(iter(made_up_photos(32).read())).save(tmp_path / "good.png")
     (tmp_path / "a.heic2").touch()
-    read, source = run._photos(tmp_path, target, 32, Console(width=200))
+    read, source = encoded_photos(tmp_path, 32, 2, 32, reading, Console(width=200))
     assert (len(read), source) == (1, "the user's (left out: 1 .heic2)")
     assert "bad.jpg: no image of a known format" in capsys.readouterr().out
 

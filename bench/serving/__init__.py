@@ -1,0 +1,1 @@
+"""`bench serve`: what a server takes under load, and what serving costs beyond the model."""
