@@ -19,6 +19,7 @@ import typer
 from microclip_deploy.cli import next_steps
 from microclip_deploy.cli.bench import app as bench_app
 from microclip_deploy.cli.classes import app as classes_app
+from microclip_deploy.cli.describe import app as describe_app
 from microclip_deploy.cli.doctor_text import doctor
 from microclip_deploy.cli.export import export, require_exporter, verify
 from microclip_deploy.cli.help import SectionedCommand, SectionedGroup
@@ -112,6 +113,9 @@ def options(
     ] = False,
 ) -> None:
     """Take what belongs to no command."""
+
+
+app.add_typer(describe_app, name="describe", rich_help_panel=USE)
 
 
 @use()

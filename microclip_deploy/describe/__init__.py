@@ -1,1 +1,1 @@
-"""Class descriptions written by a language model: asked for, checked, and kept with their origin."""
+"""Class descriptions by a language model: asked for, checked, and kept with their origin."""
