@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from microclip_deploy.describe import endpoint
-from microclip_deploy.describe.run import Outcome, run_describe
+from microclip_deploy.describe.run import Judge, Outcome, run_describe
 from microclip_deploy.describe.settings import Settings
 from tests.describe.fake_endpoint import KEY, FakeEndpoint, running
 
@@ -18,7 +18,7 @@ class Describe(Protocol):
 
     path: Path
 
-    def __call__(self, *names: str, **settings: Any) -> Outcome: ...
+    def __call__(self, *names: str, judge: Judge | None = None, **settings: Any) -> Outcome: ...
 
 
 @pytest.fixture
@@ -35,10 +35,10 @@ def describe(server: FakeEndpoint, tmp_path: Path) -> Describe:
     class _Describe:
         path = tmp_path / "birds.jsonl"
 
-        def __call__(self, *names: str, **settings: Any) -> Outcome:
+        def __call__(self, *names: str, judge: Judge | None = None, **settings: Any) -> Outcome:
             given = {"model": "m", "endpoint": server.url, "per_class": 2, "concurrency": 1}
             chosen = Settings(**{**given, **settings})
             notes = Console(stderr=True, quiet=True)
-            return run_describe(names, self.path, chosen, notes, key=KEY)
+            return run_describe(names, self.path, chosen, notes, key=KEY, judge=judge)
 
     return _Describe()
