@@ -173,8 +173,15 @@ def _expected(found: "Estimate") -> str:
 def _told(outcome: "Outcome") -> str:
     spent = "" if outcome.cost is None else f", {outcome.cost:.4f} USD"
     dropped = f", {outcome.dropped} dropped" if outcome.dropped else ""
+    missing = (
+        f"{outcome.missing} of the sentences asked for did not come; the same command asks again "
+        "where a reply gave none\n"
+        if outcome.missing
+        else ""
+    )
     return (
         f"{outcome.sentences} sentences about {outcome.classes} classes{dropped}: {outcome.path}\n"
+        f"{missing}"
         f"{outcome.calls} calls made, {outcome.noted} were in the journal; "
         f"{outcome.used.tokens_in:,} tokens in, {outcome.used.tokens_out:,} out{spent}"
     )

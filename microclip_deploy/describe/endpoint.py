@@ -2,7 +2,7 @@
 
     408, 409, 429, 5xx        asked again after what Retry-After says, or after 1, 2, 4 ... seconds
     timeout, cut, no JSON     likewise
-    400, 422                  asked with less structure: json_schema > json_object > plain text
+    400, 422, response_format asked with less structure, down to plain text
     everything else           given up at once
 
 What a failed request cost is unknown unless its status is below 500: its worst case counts.
@@ -45,7 +45,6 @@ LARGEST_REPLY = 4 << 20
 TEMPLATE_TOKENS = 256
 """Most that a chat template is taken to add to a prompt."""
 
-_FORMS = ("json_schema", "json_object", "text")
 _ATTEMPTED_AGAIN = (408, 409, 429)
 _SHOWN = 300  # characters of an endpoint's message
 
@@ -96,6 +95,18 @@ class _Again(Exception):
 
 class _Simpler(Exception):
     """The question is to be asked with less structure, at once."""
+
+
+def _shapes(count: int) -> tuple[dict[str, Any] | None, ...]:
+    """Return the ways to ask for JSON, the strictest first; None asks with words alone."""
+    schema = replies.schema(count)
+    named = {"name": "sentences", "strict": True, "schema": schema}
+    return (
+        {"type": "json_schema", "json_schema": named},
+        {"type": "json_object", "schema": schema},  # llama-cpp-python, Together, Fireworks
+        {"type": "json_object"},
+        None,
+    )
 
 
 class _Bounded(httpx2.AsyncByteStream):
@@ -152,7 +163,7 @@ class Endpoint:
         self.name = endpoint_name(url)
         self._model, self._key, self._timeout_s = model, key, timeout_s
         self._sampling = {"temperature": temperature, "seed": seed}
-        self._form = 0
+        self._shape = 0
         self._most = "max_tokens"
         self._not_before = 0.0
         self._client = openai.AsyncOpenAI(
@@ -191,7 +202,8 @@ class Endpoint:
             await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
             try:
                 async with attempt(worst) as charge:
-                    return await self._send(self._body(messages, count, max_tokens), charge)
+                    body = self._body(messages, count, max_tokens)
+                    return await self._send(body, count, charge)
             except _Simpler:
                 continue
             except _Again as again:
@@ -201,14 +213,10 @@ class Endpoint:
                 self._postpone(again.wait_s, failed)
 
     def _body(self, messages: Sequence[Message], count: int, max_tokens: int) -> dict[str, Any]:
-        form = _FORMS[self._form]
-        shape: dict[str, Any] = {"response_format": {"type": form}}
-        if form == "json_schema":
-            named = {"name": "sentences", "strict": True, "schema": replies.schema(count)}
-            shape["response_format"]["json_schema"] = named
         sampling = {**self._sampling, self._most: max_tokens}
         asked = {"model": self._model, "messages": list(messages), **sampling}
-        return asked if form == "text" else {**asked, **shape}
+        shape = _shapes(count)[self._shape]
+        return asked if shape is None else {**asked, "response_format": shape}
 
     def _postpone(self, wait_s: float | None, failed: int) -> None:
         """Let all questions wait for as long as the endpoint asked, or ever longer.
@@ -222,7 +230,7 @@ class Endpoint:
             raise self._given_up(f"asks to wait for {wait_s:.0f} seconds; wait that long")
         self._not_before = max(self._not_before, time.monotonic() + wait_s)
 
-    async def _send(self, body: dict[str, Any], charge: Charge) -> Reply:
+    async def _send(self, body: dict[str, Any], count: int, charge: Charge) -> Reply:
         try:
             async with asyncio.timeout(self._timeout_s):
                 response = await self._client.post(
@@ -233,7 +241,7 @@ class Endpoint:
         except openai.APIStatusError as error:
             if error.status_code < 500:  # behind a gateway that failed, the model may have run
                 charge.used = Usage()
-            raise self._refusal(error, body) from None
+            raise self._refusal(error, body, count) from None
         except openai.APIConnectionError as error:
             cause = error.__cause__
             if isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout):
@@ -259,25 +267,28 @@ class Endpoint:
         text = self._scrubbed(choice.message.content or "")
         return Reply(text, self._said(body.id or "")[:100], problem)
 
-    def _refusal(self, error: openai.APIStatusError, body: dict[str, Any]) -> Exception:
+    def _refusal(self, error: openai.APIStatusError, body: dict[str, Any], count: int) -> Exception:
         """Return what to do about an error status."""
         status = error.status_code
-        said = self._said(str(getattr(error.body, "get", lambda _: None)("message") or error))
-        if status in (400, 422) and (simpler := self._simplified(said, body)):
+        told = error.body.get("message") if isinstance(error.body, dict) else None
+        text = told if isinstance(told, str) else str(error)
+        refused = status in (400, 422) or "response_format" in text  # llama-cpp-python: 500
+        if refused and (simpler := self._simplified(text, body, count)):
             return simpler
+        said = self._said(text)
         if error.code != "insufficient_quota" and (status in _ATTEMPTED_AGAIN or status >= 500):
             return _Again(f"answers {status}: {said}", _retry_after(error.response.headers))
         return self._given_up(f"answers {status}: {said}")
 
-    def _simplified(self, said: str, body: dict[str, Any]) -> _Simpler | None:
+    def _simplified(self, told: str, body: dict[str, Any], count: int) -> _Simpler | None:
         """Ask for less from now on, if this request asked for something that can be left out."""
-        if "max_completion_tokens" in said and "max_tokens" in body:
+        if "max_completion_tokens" in told and "max_tokens" in body:
             self._most = "max_completion_tokens"
             return _Simpler()
-        form = _FORMS.index(body.get("response_format", {}).get("type", "text"))
-        if form == len(_FORMS) - 1:
+        if "response_format" not in body:
             return None
-        self._form = max(self._form, form + 1)  # several questions may be refused at once
+        if body["response_format"] == _shapes(count)[self._shape]:  # or another call was faster
+            self._shape += 1
         return _Simpler()
 
     def _given_up(self, reason: str) -> EnvironmentProblem:

@@ -43,6 +43,8 @@ class Outcome(NamedTuple):
     sentences: int
     """That were kept."""
     dropped: int
+    missing: int
+    """That were asked for and did not come."""
     calls: int
     """Made by this run."""
     noted: int
@@ -97,7 +99,15 @@ def run_describe(
         raise _to_be_continued(stopped, noted + made, len(plan), path)
     _require_all(names, kept, path)
     return Outcome(
-        path, len(names), sum(kept.values()), dropped, made, noted, budget.spent, budget.cost
+        path=path,
+        classes=len(names),
+        sentences=sum(kept.values()),
+        dropped=dropped,
+        missing=sum(call.sentences for call in plan) - sum(kept.values()) - dropped,
+        calls=made,
+        noted=noted,
+        used=budget.spent,
+        cost=budget.cost,
     )
 
 

@@ -100,25 +100,32 @@ def test_an_address_where_nobody_listens_is_told(describe: Describe) -> None:
         describe("crane", "heron", endpoint="http://127.0.0.1:1/v1")
 
 
-def only(*forms: str) -> Answer:
-    """Answer where one of these response formats is asked for."""
+def form_of(body: dict[str, Any]) -> str:
+    """Return how JSON was asked for."""
+    shape = body.get("response_format", {"type": "text"})
+    return " ".join([shape["type"], *(["schema"] if "schema" in shape else [])])
+
+
+def only(form: str, code: int) -> Answer:
+    """Answer where JSON is asked for in this way."""
 
     def answer(request: fake.Request) -> None:
-        form = request.body.get("response_format", {}).get("type", "text")
-        known = fake.well if form in forms else fake.status(400, "unknown response_format")
-        known(request)
+        known = form_of(request.body) == form
+        (fake.well if known else fake.status(code, "unknown response_format"))(request)
 
     return answer
 
 
-@pytest.mark.parametrize("form", ["json_schema", "json_object", "text"])
+@pytest.mark.parametrize(
+    ("form", "code"),
+    [("json_schema", 400), ("json_object schema", 500), ("json_object", 400), ("text", 422)],
+)
 def test_less_structure_is_asked_for_where_more_is_refused(
-    form: str, server: FakeEndpoint, describe: Describe
+    form: str, code: int, server: FakeEndpoint, describe: Describe
 ) -> None:
-    server.usual = only(form)
-    assert describe("crane", "heron", concurrency=4).sentences == 4
-    last = server.bodies[-1].get("response_format", {}).get("type", "text")
-    assert last == form
+    server.usual = only(form, code)
+    assert describe("crane", "heron", concurrency=4, per_class=4).sentences == 8
+    assert form_of(server.bodies[-1]) == form
 
 
 def test_newer_names_of_a_limit_are_learnt(server: FakeEndpoint, describe: Describe) -> None:
@@ -188,7 +195,7 @@ def test_a_reply_that_stays_short_is_kept_as_it_is(
 ) -> None:
     short = fake.text(json.dumps({"sentences": ["A crane."]}))
     server.script.extend([short, fake.text("no")])
-    describe("crane", "heron", per_class=6)
+    assert describe("crane", "heron", per_class=6).missing == 2
     assert [line["text"] for line in lines(describe.path)][:1] == ["A crane."]
     assert len(lines(describe.path)) == 10
 
