@@ -7,9 +7,10 @@ answered first or on how often a run was interrupted.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 from rich.console import Console
 
@@ -31,7 +32,24 @@ from microclip_deploy.errors import (
 
 _SHOWN = 5  # classes that are named
 
-Judge = Callable[[Sequence[Sentence]], Iterable[Verdict]]
+
+class Judgement(Protocol):
+    """What was decided about sentences."""
+
+    @property
+    def kept(self) -> Sequence[Sentence]:
+        """Those that are written, by class."""
+
+    @property
+    def dropped(self) -> Sequence[Verdict]:
+        """The others, each with the reason."""
+
+    @property
+    def filtered(self) -> bool:
+        """Whether those that do not separate classes were dropped, too."""
+
+
+Judge = Callable[[Sequence[Sentence]], Judgement]
 """What decides which sentences are kept."""
 
 
@@ -101,9 +119,9 @@ def run_describe(
     return Outcome(
         path=path,
         classes=len(names),
-        sentences=sum(kept.values()),
+        sentences=kept.total(),
         dropped=dropped,
-        missing=sum(call.sentences for call in plan) - sum(kept.values()) - dropped,
+        missing=sum(call.sentences for call in plan) - kept.total() - dropped,
         calls=made,
         noted=noted,
         used=budget.spent,
@@ -135,26 +153,25 @@ def _sentences(names: Sequence[str], settings: Settings, journal: Journal) -> It
 
 def _write(
     path: Path, sentences: Iterator[Sentence], judge: Judge | None
-) -> tuple[dict[str, int], int]:
+) -> tuple[Counter[str], int]:
     """Write both files; return how many sentences of each class were kept, and dropped in all."""
-    kept: dict[str, int] = {}
-    dropped = 0
     if judge is None:
-        with staged_file(path, "w") as file:
-            for sentence in sentences:
-                _write_line(file, sentence, {"filter": "off"})
-                kept[sentence.class_name] = kept.get(sentence.class_name, 0) + 1
-        return kept, dropped
-    refused = path.with_name(f"{path.stem}.dropped.jsonl")
-    with staged_file(path, "w") as file, staged_file(refused, "w") as refused_file:
-        for sentence, reason in judge(list(sentences)):
-            if reason:
-                _write_line(refused_file, sentence, {"reason": reason})
-                dropped += 1
-            else:
-                _write_line(file, sentence, {"filter": "kept"})
-                kept[sentence.class_name] = kept.get(sentence.class_name, 0) + 1
-    return kept, dropped
+        return _write_kept(path, sentences, "off"), 0
+    judged = judge(list(sentences))
+    with staged_file(path.with_name(f"{path.stem}.dropped.jsonl"), "w") as file:
+        for sentence, reason in judged.dropped:
+            _write_line(file, sentence, {"reason": reason})
+    kept = _write_kept(path, judged.kept, "kept" if judged.filtered else "off")
+    return kept, len(judged.dropped)
+
+
+def _write_kept(path: Path, sentences: Iterable[Sentence], how: str) -> Counter[str]:
+    kept: Counter[str] = Counter()
+    with staged_file(path, "w") as file:
+        for sentence in sentences:
+            _write_line(file, sentence, {"filter": how})
+            kept[sentence.class_name] += 1
+    return kept
 
 
 def _write_line(file: IO[str], sentence: Sentence, more: dict[str, str]) -> None:
@@ -174,8 +191,8 @@ def _to_be_continued(stopped: MicroclipError, done: int, calls: int, path: Path)
     return type(stopped)(message)
 
 
-def _require_all(names: Sequence[str], kept: dict[str, int], path: Path) -> None:
-    without = [name for name in names if not kept.get(name)]
+def _require_all(names: Sequence[str], kept: Counter[str], path: Path) -> None:
+    without = [name for name in names if not kept[name]]
     if without:
         more = f" and {len(without) - _SHOWN} more" if len(without) > _SHOWN else ""
         raise DataError(

@@ -1,6 +1,8 @@
 """An endpoint for each test, and a run against it."""
 
+import ssl
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +23,13 @@ class Describe(Protocol):
     def __call__(self, *names: str, judge: Judge | None = None, **settings: Any) -> Outcome: ...
 
 
+_tls = cache(ssl.create_default_context)
+"""Reading all certificates takes longer than most tests, and no test needs them."""
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEndpoint]:
+    monkeypatch.setattr(ssl, "create_default_context", _tls)
     monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("MICROCLIP_LLM_KEY", raising=False)

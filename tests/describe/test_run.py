@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import pytest
 from microclip_deploy.describe.budget import Price, Usage
 from microclip_deploy.describe.estimate import estimate
 from microclip_deploy.describe.journal import journal_path, open_journal, read_journal
-from microclip_deploy.describe.sentence import Verdict
+from microclip_deploy.describe.sentence import Sentence, Verdict
 from microclip_deploy.describe.settings import Settings
 from microclip_deploy.errors import DataError, ThresholdError, UsageError
 from tests.describe import fake_endpoint as fake
@@ -74,8 +76,12 @@ def test_another_question_is_asked_again(
 
 
 def test_what_is_judged_unfit_is_written_apart(server: FakeEndpoint, describe: Describe) -> None:
-    def judge(sentences: Any) -> list[Verdict]:
-        return [Verdict(s, "a part" if "part" in s.text else "") for s in sentences]
+    def judge(sentences: Sequence[Sentence]) -> Any:
+        parts = [s for s in sentences if "part" in s.text]
+        kept = [s for s in sentences if s not in parts]
+        return SimpleNamespace(
+            kept=kept, dropped=[Verdict(s, "a part") for s in parts], filtered=True
+        )
 
     outcome = describe("crane", "heron", judge=judge)
     assert (outcome.sentences, outcome.dropped) == (2, 2)
