@@ -18,6 +18,7 @@ class Request(BaseHTTPRequestHandler):
 
     server: "FakeEndpoint"
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def do_POST(self) -> None:
         self.body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
