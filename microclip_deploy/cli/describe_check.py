@@ -1,5 +1,6 @@
 """`microclip-deploy describe check`: descriptions that somebody wrote by hand or elsewhere."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,15 @@ from microclip_deploy.console import bar, notes, out, print_json, waiting
 from microclip_deploy.errors import DataError, printable, require
 
 if TYPE_CHECKING:
-    from microclip_deploy.model.clip import Clip
+    from microclip_deploy.describe.judge import Judgement
+    from microclip_deploy.model.clip import Clip as ClipModel
+
+Clip = Annotated[
+    str | None,
+    option(MODEL, "NAME", "As --model of `adapt`: also count tokens, filter, and compare classes."),
+]
+ClipWeights = Annotated[str | None, option(MODEL, "TAG|FILE", "As --pretrained of `adapt`.")]
+Report = Annotated[Path | None, option(OUTPUT, "FILE.html", "Also write a page.", "--report")]
 
 _SHOWN = 5  # names that a message or a remark lists
 
@@ -24,18 +33,9 @@ def describe_check(
     domain: Annotated[
         str | None, option(PHOTOS, "TEXT", "What the classes are, such as 'bird species'.")
     ] = None,
-    clip: Annotated[
-        str | None,
-        option(
-            MODEL, "NAME", "As --model of `adapt`: also count tokens, filter, and compare classes."
-        ),
-    ] = None,
-    clip_weights: Annotated[
-        str | None, option(MODEL, "TAG|FILE", "As --pretrained of `adapt`.")
-    ] = None,
-    report: Annotated[
-        Path | None, option(OUTPUT, "FILE.html", "Also write a page.", "--report")
-    ] = None,
+    clip: Clip = None,
+    clip_weights: ClipWeights = None,
+    report: Report = None,
     as_json: AsJson = False,
 ) -> None:
     """Check descriptions without labels; nothing is changed.
@@ -45,8 +45,6 @@ def describe_check(
     Example: microclip-deploy describe check descriptions.json classes.txt --clip ViT-B-32
     --clip-weights openai --report descriptions.html
     """
-    if report is not None:
-        require("jinja2", "describe")
     from microclip_deploy.data.classes import read_classes, read_descriptions
     from microclip_deploy.describe.judge import judged
     from microclip_deploy.describe.sentence import Sentence
@@ -58,22 +56,12 @@ def describe_check(
         for name, texts in zip(names, read.texts, strict=True)
         for text in texts
     ]
-    with waiting(notes, "loading the model"):
-        model = load_text_model(clip, clip_weights)
+    model = opened(clip, clip_weights, report)
     with bar(notes, "comparing", "classes") as progress:
         outcome = judged(sentences, names, domain, model, progress=progress.update)
-    for remark in outcome.remarks[:_SHOWN]:
-        line = f"warning: '{printable(remark.name)}' {remark.text}"
-        notes.print(line, style="yellow", markup=False)
-    if len(outcome.remarks) > _SHOWN:
-        notes.print(
-            f"warning: {len(outcome.remarks) - _SHOWN} more names like that", style="yellow"
-        )
+    show_remarks(outcome)
     if report is not None:
-        from microclip_deploy.describe.report import write_report
-
-        write_report(report, outcome, provenance=read.provenance)
-        notes.print(f"report: {printable(report)}", markup=False)
+        write_page(report, outcome, read.provenance)
     if as_json:
         print_json(outcome.to_json())
     else:
@@ -88,11 +76,51 @@ def describe_check(
     next_steps.tell(notes, next_steps.adapt("--descriptions", str(file)))
 
 
-def load_text_model(name: str | None, weights: str | None) -> "Clip | None":
-    """Return the CLIP model of that name, or None without one."""
+def opened(name: str | None, weights: str | None, report: Path | None) -> "ClipModel | None":
+    """Return the CLIP model of that name, or None without one; a page needs its package, too."""
+    if report is not None:
+        require("jinja2", "describe")
     if name is None:
         return None
-    require("torch", "adapt")
-    from microclip_deploy.model.clip import BackboneSpec, load_clip
+    with waiting(notes, "loading the model"):
+        require("torch", "adapt")
+        from microclip_deploy.model.clip import BackboneSpec, load_clip
 
-    return load_clip(BackboneSpec(model=name, pretrained=weights))
+        return load_clip(BackboneSpec(model=name, pretrained=weights))
+
+
+def confused_by(
+    model: "ClipModel", names: Sequence[str], most: int, images: Path | None
+) -> list[tuple[int, int]]:
+    """Return the pairs of classes that a model confuses, by their names and on photos."""
+    from microclip_deploy.describe.pairs import confused_pairs
+    from microclip_deploy.describe.photos import class_shares
+    from microclip_deploy.describe.text_rows import name_rows
+
+    rows = name_rows(model.text, names)
+    shares = None if images is None else class_shares(model, rows, images)
+    return confused_pairs(rows, most, shares)
+
+
+def show_remarks(outcome: "Judgement") -> None:
+    """Warn of names that a model may take for something else."""
+    for remark in outcome.remarks[:_SHOWN]:
+        line = f"warning: '{printable(remark.name)}' {remark.text}"
+        notes.print(line, style="yellow", markup=False)
+    if len(outcome.remarks) > _SHOWN:
+        notes.print(
+            f"warning: {len(outcome.remarks) - _SHOWN} more names like that", style="yellow"
+        )
+
+
+def write_page(
+    path: Path,
+    outcome: "Judgement",
+    provenance: Mapping[str, str],
+    spend: Mapping[str, str] | None = None,
+) -> None:
+    """Write the page about descriptions."""
+    from microclip_deploy.describe.report import write_report
+
+    write_report(path, outcome, provenance=provenance, spend=spend)
+    notes.print(f"report: {printable(path)}", markup=False)

@@ -115,6 +115,9 @@ def options(
     """Take what belongs to no command."""
 
 
+app.add_typer(describe_app, name="describe", rich_help_panel=USE)
+
+
 @use()
 def adapt(
     out_dir: Out,
@@ -366,7 +369,6 @@ def predict(
     next_steps.tell(notes, look(directory), next_steps.deployment(directory))
 
 
-app.add_typer(describe_app, name="describe", rich_help_panel=USE)
 deploy()(export)
 deploy()(verify)
 deploy()(serve)
