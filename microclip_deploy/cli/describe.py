@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from microclip_deploy.cli import next_steps
+from microclip_deploy.cli.describe_check import describe_check, load_text_model
 from microclip_deploy.cli.help import SectionedCommand, TargetGroup
 from microclip_deploy.cli.options import (
     LANGUAGE,
+    MODEL,
     OUTPUT,
     PHOTOS,
     AsJson,
@@ -55,6 +57,9 @@ def describe() -> None:
     """
 
 
+command("check")(describe_check)
+
+
 @command(_MAKE, hidden=True)
 def describe_make(
     classes: Annotated[
@@ -92,6 +97,21 @@ def describe_make(
     price_out: Annotated[
         float | None, option(BUDGET, "USD", "Of a million tokens of replies.", min=0)
     ] = None,
+    clip: Annotated[
+        str | None,
+        option(MODEL, "NAME", "As --model of `adapt`: compare confused classes, filter."),
+    ] = None,
+    clip_weights: Annotated[
+        str | None, option(MODEL, "TAG|FILE", "As --pretrained of `adapt`.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        option(PHOTOS, "IMAGES", "Also compare classes that CLIP confuses on these photos."),
+    ] = None,
+    no_filter: Annotated[
+        bool, option(MODEL, None, "Keep what tells no class from another.", "--no-filter")
+    ] = False,
+    report: Annotated[Path | None, option(OUTPUT, "FILE.html", "Also write a page.")] = None,
     dry_run: Annotated[
         bool, option(OUTPUT, None, "Print the prompts and an estimate; ask nothing.", "--dry-run")
     ] = False,
@@ -107,7 +127,9 @@ def describe_make(
     require("openai", "describe")
     from microclip_deploy.data.classes import read_classes
     from microclip_deploy.describe.budget import Price
+    from microclip_deploy.describe.comparisons import compared_pairs
     from microclip_deploy.describe.endpoint import api_key
+    from microclip_deploy.describe.judge import judged
     from microclip_deploy.describe.run import run_describe
     from microclip_deploy.describe.settings import DEFAULT_ENDPOINT, Settings
 
@@ -116,7 +138,14 @@ def describe_make(
             "--max-cost: expected --price-in and --price-out with it, found not both; give the "
             "prices of a million tokens"
         )
+    if clip is None and (images is not None or no_filter):
+        raise UsageError("--images, --no-filter: expected --clip NAME with them, found none")
+    if report is not None:
+        require("jinja2", "describe")
     price = None if price_in is None or price_out is None else Price(price_in, price_out)
+    names = read_classes(classes)
+    text_model = load_text_model(clip, clip_weights)
+    pairs = () if text_model is None else compared_pairs(text_model, names, images, notes)
     settings = Settings(
         model=model,
         endpoint=endpoint or DEFAULT_ENDPOINT,
@@ -128,18 +157,36 @@ def describe_make(
         price=price,
         seed=seed,
         temperature=temperature,
+        pairs=pairs,
     )
-    names = read_classes(classes)
     if dry_run:
         _show_plan(names, path, settings, as_json=as_json)
         return
-    outcome = run_describe(names, path, settings, notes, key=api_key(settings.endpoint))
-    if as_json:
-        print_json(outcome.to_json())
-    else:
-        out.print(_told(outcome), markup=False, soft_wrap=True)
+    judge = partial(judged, names=names, domain=domain, clip=text_model, filtering=not no_filter)
+    key = api_key(settings.endpoint)
+    outcome = run_describe(names, path, settings, notes, key=key, judge=judge)
+    _show(outcome, report, as_json=as_json)
     use = ("adapt", "PHOTOS", "--classes", classes, "--descriptions", path, "-o", "runs/NAME")
     next_steps.tell(notes, (use, "adapt to your photos with these sentences"))
+
+
+def _show(outcome: "Outcome", report: Path | None, *, as_json: bool) -> None:
+    """Print what was done, and write the page if there is a path for it."""
+    if report is not None and outcome.judgement is not None:
+        from microclip_deploy.data.classes import read_descriptions
+        from microclip_deploy.describe.report import write_report
+
+        read = read_descriptions(outcome.path, outcome.judgement.names)
+        write_report(
+            report, outcome.judgement, provenance=read.provenance, spend={"spent": _spent(outcome)}
+        )
+        notes.print(f"report: {report}", markup=False)
+    if as_json:
+        print_json(outcome.to_json())
+        return
+    if outcome.judgement is not None:
+        out.print(*outcome.judgement.tables(), sep="\n")
+    out.print(_told(outcome), markup=False, soft_wrap=True)
 
 
 def _show_plan(names: tuple[str, ...], path: Path, settings: "Settings", *, as_json: bool) -> None:
@@ -171,7 +218,6 @@ def _expected(found: "Estimate") -> str:
 
 
 def _told(outcome: "Outcome") -> str:
-    spent = "" if outcome.cost is None else f", {outcome.cost:.4f} USD"
     dropped = f", {outcome.dropped} dropped" if outcome.dropped else ""
     missing = (
         f"{outcome.missing} of the sentences asked for did not come; the same command asks again "
@@ -181,7 +227,13 @@ def _told(outcome: "Outcome") -> str:
     )
     return (
         f"{outcome.sentences} sentences about {outcome.classes} classes{dropped}: {outcome.path}\n"
-        f"{missing}"
+        f"{missing}{_spent(outcome)}"
+    )
+
+
+def _spent(outcome: "Outcome") -> str:
+    cost = "" if outcome.cost is None else f", {outcome.cost:.4f} USD"
+    return (
         f"{outcome.calls} calls made, {outcome.noted} were in the journal; "
-        f"{outcome.used.tokens_in:,} tokens in, {outcome.used.tokens_out:,} out{spent}"
+        f"{outcome.used.tokens_in:,} tokens in, {outcome.used.tokens_out:,} out{cost}"
     )

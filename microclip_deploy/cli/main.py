@@ -224,6 +224,15 @@ def evaluate(
     zero_shot: Annotated[
         bool, option(METHOD, None, "Also measure the model before adaptation; runs only.")
     ] = True,
+    controls: Annotated[
+        bool,
+        option(
+            METHOD,
+            None,
+            "Also measure names and random words in place of the descriptions; runs only.",
+            "--controls",
+        ),
+    ] = False,
     device: ServingDevice = "auto",
     batch_size: BatchSize = 64,
     max_pixels: MaxPixels = None,
@@ -258,6 +267,7 @@ def evaluate(
         bit_depth=bit_depth,
         threads=threads,
         masks=masks,
+        controls=controls,
         file=out_file,
     )
     if as_json:

@@ -20,9 +20,11 @@ SURFACE = {
         *PHOTOS,
     },
     "evaluate": {
-        "--device", "--batch-size", "--zero-shot", "--limit", "--masks", "--max-bad-images",
+        "--device", "--batch-size", "--zero-shot", "--controls", "--limit", "--masks",
+        "--max-bad-images",
         "--per-class", "--out", "--threads", "--json", *PHOTOS,
     },
+    "describe check": {"--domain", "--clip", "--clip-weights", "--report", "--json"},
     "predict": {
         "--top-k", "--format", "--out", "--overlay", "--device", "--batch-size", "--threads",
         *PHOTOS, "--server", "--model", "--api-key",
@@ -65,7 +67,7 @@ SURFACE = {
     "describe make": {
         "--out", "--model", "--endpoint", "--domain", "--per-class", "--concurrency",
         "--temperature", "--seed", "--max-tokens-total", "--max-cost", "--price-in", "--price-out",
-        "--dry-run", "--json",
+        "--clip", "--clip-weights", "--images", "--no-filter", "--report", "--dry-run", "--json",
     },
     "demo": {"--out", "--write-images", "--seed", "--device", "--json"},
     "doctor": {"--require", "--json"},
