@@ -46,6 +46,7 @@ TEMPLATE_TOKENS = 256
 """Most that a chat template is taken to add to a prompt."""
 
 _ATTEMPTED_AGAIN = (408, 409, 429)
+_CONNECT_S = 10
 _SHOWN = 300  # characters of an endpoint's message
 
 Attempt = Callable[[Usage], AbstractAsyncContextManager[Charge]]
@@ -170,7 +171,7 @@ class Endpoint:
             api_key=key or "none",
             base_url=url,
             max_retries=0,
-            timeout=timeout_s,
+            timeout=httpx2.Timeout(timeout_s, connect=min(_CONNECT_S, timeout_s)),
             default_headers={"Accept-Encoding": "identity"},
             http_client=openai.DefaultAsyncHttpxClient(
                 follow_redirects=False, event_hooks={"response": [_bound]}

@@ -99,11 +99,12 @@ def run_describe(
     with open_journal(journal_path(path)) as journal:
         noted = sum(settings.key(call) in journal for call in plan)
         budget, made, stopped = make_calls(plan, settings, journal, notes, key=key)
+        kept_calls = sum(settings.key(call) in journal for call in plan)
         if stopped is None or isinstance(stopped, ThresholdError):
             sentences = _sentences(names, settings, journal)
             kept, judgement = _write(path, sentences, judge)
     if stopped is not None:
-        raise _to_be_continued(stopped, noted + made, len(plan), path)
+        raise _to_be_continued(stopped, kept_calls, len(plan), path)
     dropped = len(judgement.dropped) if judgement else 0
     _require_all(names, kept, dropped, path)
     return Outcome(
