@@ -98,6 +98,7 @@ def _described(
     """Have new classes described, beside the export; return the file."""
     require("openai", "describe")
     from microclip_deploy.describe.endpoint import api_key
+    from microclip_deploy.describe.judge import judged
     from microclip_deploy.describe.run import run_describe
     from microclip_deploy.describe.settings import DEFAULT_ENDPOINT, Settings
     from microclip_deploy.export import class_rows
@@ -106,7 +107,9 @@ def _described(
     settings = Settings(model=model, endpoint=endpoint or DEFAULT_ENDPOINT, domain=domain)
     which = hashlib.sha256("\n".join(checked).encode()).hexdigest()[:8]
     path = export.with_name(f"{export.absolute().name}-{which}.jsonl")
-    outcome = run_describe(checked, path, settings, notes, key=api_key(settings.endpoint))
+    judge = partial(judged, names=checked, domain=domain, clip=None)
+    key = api_key(settings.endpoint)
+    outcome = run_describe(checked, path, settings, notes, key=key, judge=judge)
     notes.print(f"wrote {outcome.sentences} sentences to {path}", markup=False)
     return path
 

@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from microclip_deploy.cli import next_steps
-from microclip_deploy.cli.describe_check import (
-    Clip,
-    ClipWeights,
-    Report,
-    confused_by,
-    describe_check,
-    opened,
-    show_remarks,
-    write_page,
-)
+from microclip_deploy.cli.describe_check import describe_check, load_text_model
 from microclip_deploy.cli.help import SectionedCommand, TargetGroup
 from microclip_deploy.cli.options import (
     LANGUAGE,
@@ -107,20 +98,21 @@ def describe_make(
     price_out: Annotated[
         float | None, option(BUDGET, "USD", "Of a million tokens of replies.", min=0)
     ] = None,
-    clip: Clip = None,
-    clip_weights: ClipWeights = None,
-    pairs: Annotated[
-        int, option(MODEL, "N", "Pairs of classes it confuses, to be compared.", min=0)
-    ] = 30,
+    clip: Annotated[
+        str | None,
+        option(MODEL, "NAME", "As --model of `adapt`: compare confused classes, filter."),
+    ] = None,
+    clip_weights: Annotated[
+        str | None, option(MODEL, "TAG|FILE", "As --pretrained of `adapt`.")
+    ] = None,
     images: Annotated[
         Path | None,
-        option(MODEL, "PHOTOS", "Unlabelled photos: pairs that are confused on them come first."),
+        option(PHOTOS, "IMAGES", "Also compare classes that CLIP confuses on these photos."),
     ] = None,
-    filtering: Annotated[
-        bool,
-        option(MODEL, None, "Drop what tells no class apart.", "--filter/--no-filter"),
-    ] = True,
-    report: Report = None,
+    no_filter: Annotated[
+        bool, option(MODEL, None, "Keep what tells no class from another.", "--no-filter")
+    ] = False,
+    report: Annotated[Path | None, option(OUTPUT, "FILE.html", "Also write a page.")] = None,
     dry_run: Annotated[
         bool, option(OUTPUT, None, "Print the prompts and an estimate; ask nothing.", "--dry-run")
     ] = False,
@@ -136,8 +128,9 @@ def describe_make(
     require("openai", "describe")
     from microclip_deploy.data.classes import read_classes, read_descriptions
     from microclip_deploy.describe.budget import Price
+    from microclip_deploy.describe.comparisons import compared_pairs
     from microclip_deploy.describe.endpoint import api_key
-    from microclip_deploy.describe.judge import Judgement, judged
+    from microclip_deploy.describe.judge import judged
     from microclip_deploy.describe.run import run_describe
     from microclip_deploy.describe.sentence import Sentence
     from microclip_deploy.describe.settings import DEFAULT_ENDPOINT, Settings
@@ -147,15 +140,14 @@ def describe_make(
             "--max-cost: expected --price-in and --price-out with it, found not both; give the "
             "prices of a million tokens"
         )
+    if clip is None and (images is not None or no_filter):
+        raise UsageError("--images, --no-filter: expected --clip NAME with them, found none")
+    if report is not None:
+        require("jinja2", "describe")
     price = None if price_in is None or price_out is None else Price(price_in, price_out)
     names = read_classes(classes)
-    text_model = opened(clip, clip_weights, report)
-    if images is not None and text_model is None:
-        raise UsageError("--images: expected --clip with it, found none; name the model")
-    confused: list[tuple[int, int]] = []
-    if text_model is not None and pairs:
-        with waiting(notes, "looking for classes that are confused"):
-            confused = confused_by(text_model, names, pairs, images)
+    text_model = load_text_model(clip, clip_weights)
+    pairs = () if text_model is None else compared_pairs(text_model, names, images, notes)
     settings = Settings(
         model=model,
         endpoint=endpoint or DEFAULT_ENDPOINT,
@@ -167,33 +159,36 @@ def describe_make(
         price=price,
         seed=seed,
         temperature=temperature,
-        pairs=confused,
+        pairs=pairs,
     )
     if dry_run:
         _show_plan(names, path, settings, as_json=as_json)
         return
-    told: list[Judgement] = []
-
-    def judge(sentences: Sequence[Sentence]) -> Judgement:
-        with bar(notes, "comparing", "classes") as progress:
-            tell = progress.update
-            told.append(
-                judged(sentences, names, domain, text_model, filtering=filtering, progress=tell)
-            )
-        return told[0]
-
+    judge = partial(judged, names=names, domain=domain, clip=text_model, filtering=not no_filter)
     key = api_key(settings.endpoint)
     outcome = run_describe(names, path, settings, notes, key=key, judge=judge)
-    show_remarks(told[0])
-    if report is not None:
-        provenance = read_descriptions(path, names).provenance
-        write_page(report, told[0], provenance, _spent(outcome))
-    if as_json:
-        print_json(outcome.to_json())
-    else:
-        out.print(_told(outcome), markup=False, soft_wrap=True)
+    _show(outcome, report, as_json=as_json)
     use = ("adapt", "PHOTOS", "--classes", classes, "--descriptions", path, "-o", "runs/NAME")
     next_steps.tell(notes, (use, "adapt to your photos with these sentences"))
+
+
+def _show(outcome: "Outcome", report: Path | None, *, as_json: bool) -> None:
+    """Print what was done, and write the page if there is a path for it."""
+    if report is not None and outcome.judgement is not None:
+        from microclip_deploy.data.classes import read_descriptions
+        from microclip_deploy.describe.report import write_report
+
+        read = read_descriptions(outcome.path, outcome.judgement.names)
+        write_report(
+            report, outcome.judgement, provenance=read.provenance, spend={"spent": _spent(outcome)}
+        )
+        notes.print(f"report: {report}", markup=False)
+    if as_json:
+        print_json(outcome.to_json())
+        return
+    if outcome.judgement is not None:
+        out.print(*outcome.judgement.tables(), sep="\n")
+    out.print(_told(outcome), markup=False, soft_wrap=True)
 
 
 def _show_plan(names: tuple[str, ...], path: Path, settings: "Settings", *, as_json: bool) -> None:
@@ -233,7 +228,6 @@ def _spent(outcome: "Outcome") -> dict[str, str]:
 
 
 def _told(outcome: "Outcome") -> str:
-    spent = "" if outcome.cost is None else f", {outcome.cost:.4f} USD"
     dropped = f", {outcome.dropped} dropped" if outcome.dropped else ""
     missing = (
         f"{outcome.missing} of the sentences asked for did not come; the same command asks again "
@@ -243,7 +237,13 @@ def _told(outcome: "Outcome") -> str:
     )
     return (
         f"{outcome.sentences} sentences about {outcome.classes} classes{dropped}: {outcome.path}\n"
-        f"{missing}"
+        f"{missing}{_spent(outcome)}"
+    )
+
+
+def _spent(outcome: "Outcome") -> str:
+    cost = "" if outcome.cost is None else f", {outcome.cost:.4f} USD"
+    return (
         f"{outcome.calls} calls made, {outcome.noted} were in the journal; "
-        f"{outcome.used.tokens_in:,} tokens in, {outcome.used.tokens_out:,} out{spent}"
+        f"{outcome.used.tokens_in:,} tokens in, {outcome.used.tokens_out:,} out{cost}"
     )

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple
 
 from rich.console import Console
 
@@ -19,7 +19,8 @@ from microclip_deploy.describe.budget import Usage
 from microclip_deploy.describe.calls import make_calls
 from microclip_deploy.describe.endpoint import endpoint_name
 from microclip_deploy.describe.journal import Journal, journal_path, open_journal
-from microclip_deploy.describe.sentence import Sentence, Verdict
+from microclip_deploy.describe.judge import Judgement
+from microclip_deploy.describe.sentence import Sentence
 from microclip_deploy.describe.settings import Settings
 from microclip_deploy.errors import (
     DataError,
@@ -31,22 +32,6 @@ from microclip_deploy.errors import (
 )
 
 _SHOWN = 5  # classes that are named
-
-
-class Judgement(Protocol):
-    """What was decided about sentences."""
-
-    @property
-    def kept(self) -> Sequence[Sentence]:
-        """Those that are written, by class."""
-
-    @property
-    def dropped(self) -> Sequence[Verdict]:
-        """The others, each with the reason."""
-
-    @property
-    def filtered(self) -> bool:
-        """Whether those that do not separate classes were dropped, too."""
 
 
 Judge = Callable[[Sequence[Sentence]], Judgement]
@@ -71,10 +56,14 @@ class Outcome(NamedTuple):
     """By all runs for this file."""
     cost: float | None
     """US dollars; None where no price is known."""
+    judgement: Judgement | None
+    """What was decided about the sentences; None where nothing judged them."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return self._asdict() | {"path": str(self.path), "used": self.used.to_json()}
+        judged = self.judgement and self.judgement.to_json()
+        plain = {"path": str(self.path), "used": self.used.to_json(), "judgement": judged}
+        return self._asdict() | plain
 
 
 def run_describe(
@@ -113,10 +102,11 @@ def run_describe(
         kept_calls = sum(settings.key(call) in journal for call in plan)
         if stopped is None or isinstance(stopped, ThresholdError):
             sentences = _sentences(names, settings, journal)
-            kept, dropped = _write(path, sentences, judge)
+            kept, judgement = _write(path, sentences, judge)
     if stopped is not None:
         raise _to_be_continued(stopped, kept_calls, len(plan), path)
-    _require_all(names, kept, path)
+    dropped = len(judgement.dropped) if judgement else 0
+    _require_all(names, kept, dropped, path)
     return Outcome(
         path=path,
         classes=len(names),
@@ -127,6 +117,7 @@ def run_describe(
         noted=noted,
         used=budget.spent,
         cost=budget.cost,
+        judgement=judgement,
     )
 
 
@@ -154,16 +145,16 @@ def _sentences(names: Sequence[str], settings: Settings, journal: Journal) -> It
 
 def _write(
     path: Path, sentences: Iterator[Sentence], judge: Judge | None
-) -> tuple[Counter[str], int]:
-    """Write both files; return how many sentences of each class were kept, and dropped in all."""
+) -> tuple[Counter[str], Judgement | None]:
+    """Write both files; return how many sentences of each class were kept, and the decision."""
     if judge is None:
-        return _write_kept(path, sentences, "off"), 0
+        return _write_kept(path, sentences, "off"), None
     judged = judge(list(sentences))
     with staged_file(path.with_name(f"{path.stem}.dropped.jsonl"), "w") as file:
         for sentence, reason in judged.dropped:
             _write_line(file, sentence, {"reason": reason})
     kept = _write_kept(path, judged.kept, "kept" if judged.filtered else "off")
-    return kept, len(judged.dropped)
+    return kept, judged
 
 
 def _write_kept(path: Path, sentences: Iterable[Sentence], how: str) -> Counter[str]:
@@ -192,12 +183,13 @@ def _to_be_continued(stopped: MicroclipError, done: int, calls: int, path: Path)
     return type(stopped)(message)
 
 
-def _require_all(names: Sequence[str], kept: Counter[str], path: Path) -> None:
+def _require_all(names: Sequence[str], kept: Counter[str], dropped: int, path: Path) -> None:
     without = [name for name in names if not kept[name]]
     if without:
         more = f" and {len(without) - _SHOWN} more" if len(without) > _SHOWN else ""
+        why = f" ({dropped} were dropped, with the reason beside)" if dropped else ""
         raise DataError(
             f"{printable(path)}: expected a sentence for every class, found none for "
-            f"{', '.join(without[:_SHOWN])}{more}; run again, which asks for what is missing, try "
-            "another --model, or write them by hand"
+            f"{', '.join(without[:_SHOWN])}{more}{why}; run again, which asks where a reply gave "
+            "none, try another --model, or write them by hand"
         )

@@ -24,7 +24,6 @@ SURFACE = {
         "--max-bad-images",
         "--per-class", "--out", "--threads", "--json", *PHOTOS,
     },
-    "describe": set(),
     "describe check": {"--domain", "--clip", "--clip-weights", "--report", "--json"},
     "predict": {
         "--top-k", "--format", "--out", "--overlay", "--device", "--batch-size", "--threads",
@@ -72,8 +71,7 @@ SURFACE = {
     "describe make": {
         "--out", "--model", "--endpoint", "--domain", "--per-class", "--concurrency",
         "--temperature", "--seed", "--max-tokens-total", "--max-cost", "--price-in", "--price-out",
-        "--clip", "--clip-weights", "--pairs", "--images", "--filter", "--report", "--dry-run",
-        "--json",
+        "--clip", "--clip-weights", "--images", "--no-filter", "--report", "--dry-run", "--json",
     },
     "demo": {"--out", "--write-images", "--seed", "--device", "--json"},
     "doctor": {"--require", "--json"},

@@ -11,6 +11,43 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+PARTS = [
+    "shapes",
+    "edges",
+    "surfaces",
+    "outlines",
+    "curves",
+    "stripes",
+    "spots",
+    "patches",
+    "scales",
+    "ridges",
+    "legs",
+    "wings",
+    "tails",
+    "necks",
+    "beaks",
+    "eyes",
+    "claws",
+    "feathers",
+    "crests",
+    "tips",
+]
+LOOKS = [
+    "broad",
+    "narrow",
+    "curved",
+    "pointed",
+    "round",
+    "flat",
+    "long",
+    "short",
+    "thick",
+    "thin",
+    "smooth",
+    "rough",
+    "glossy",
+]
 KEY = "sk-test-0123456789abcdef"
 
 
@@ -34,10 +71,11 @@ class Request(BaseHTTPRequestHandler):
         asked = next(m["content"] for m in self.body["messages"] if m["role"] == "user")
         name = json.loads(re.findall(r"Class: (.*)", asked)[0])
         count = int(re.findall(r"exactly (\d+)", asked)[0])
-        topic = "shape" if "as a whole" in asked else "part"
-        topic = "mark" if "Other class:" in asked else topic
+        words = PARTS[:10] if "as a whole" in asked else PARTS[10:]
+        looks = random.Random(asked).choices(LOOKS, k=2 * count)
         return [
-            f"A {name} shows a {topic} of {_made_up(f'{name} {topic} {n}')}." for n in range(count)
+            f"A photo of {name} shows {looks[2 * n]} {words[n % 10]} and {looks[2 * n + 1]} lines."
+            for n in range(count)
         ]
 
     def say(self, text: str, **more: Any) -> None:

@@ -30,10 +30,32 @@ def test_the_file_is_what_adapt_reads(
 ) -> None:
     assert run(classes, server, "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["sentences"], told["calls"], told["noted"]) == (40, 4, 0)
+    assert (told["calls"], told["noted"], told["missing"]) == (4, 0, 0)
+    assert told["sentences"] + told["dropped"] == 40
     read = class_texts(classes, told["path"])
-    assert [len(sentences) for sentences in read.descriptions] == [20, 20]
+    assert sum(map(len, read.descriptions)) == told["sentences"]
     assert read.provenance["descriptions.model"] == '"m"'
+
+
+def test_what_clip_confuses_is_compared_and_filtered(
+    classes: Path, server: FakeEndpoint, tiny_model_dir: Path, photos: Path
+) -> None:
+    classes.write_text("crane\nheron\nstork\n")
+    page = classes.with_name("page.html")
+    clip = ("--clip", f"local-dir:{tiny_model_dir}", "--images", str(photos))
+    assert run(classes, server, *clip, "--report", str(page)) == 0
+    lines = [json.loads(line) for line in classes.with_name("birds.jsonl").read_text().splitlines()]
+    assert {line["filter"] for line in lines} == {"kept"}
+    assert any(line["question"].startswith("compare:") for line in lines)
+    assert sum("Other class" in prompt for prompt in server.asked) == 6
+    assert "calls made" in page.read_text()
+    assert run(classes, server, *clip, "--no-filter") == 0
+    assert sum(server.asked.values()) == 12
+    assert '"filter": "off"' in classes.with_name("birds.jsonl").read_text()
+
+
+def test_photos_are_of_no_use_without_clip(classes: Path, server: FakeEndpoint) -> None:
+    assert run(classes, server, "--images", "photos") == 2
 
 
 def test_a_dry_run_shows_prompts_and_an_estimate_and_asks_nothing(

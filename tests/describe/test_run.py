@@ -77,7 +77,7 @@ def test_another_question_is_asked_again(
 
 def test_what_is_judged_unfit_is_written_apart(server: FakeEndpoint, describe: Describe) -> None:
     def judge(sentences: Sequence[Sentence]) -> Any:
-        parts = [s for s in sentences if "part" in s.text]
+        parts = [s for s in sentences if s.provenance["question"] == "parts"]
         kept = [s for s in sentences if s not in parts]
         return SimpleNamespace(
             kept=kept, dropped=[Verdict(s, "a part") for s in parts], filtered=True
