@@ -1,7 +1,6 @@
 """`microclip-deploy describe`: sentences about classes, written by a language model."""
 
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from microclip_deploy.cli import next_steps
-from microclip_deploy.cli.describe_check import describe_check, load_text_model
+from microclip_deploy.cli.describe_check import (
+    Clip,
+    ClipWeights,
+    Report,
+    describe_check,
+    opened,
+    show_remarks,
+    write_page,
+)
 from microclip_deploy.cli.help import SectionedCommand, TargetGroup
 from microclip_deploy.cli.options import (
     LANGUAGE,
@@ -21,7 +28,7 @@ from microclip_deploy.cli.options import (
     LanguageEndpoint,
     option,
 )
-from microclip_deploy.console import bar, machine_stdout, notes, out, print_json, waiting
+from microclip_deploy.console import machine_stdout, notes, out, print_json
 from microclip_deploy.errors import UsageError, require
 
 if TYPE_CHECKING:
@@ -98,13 +105,8 @@ def describe_make(
     price_out: Annotated[
         float | None, option(BUDGET, "USD", "Of a million tokens of replies.", min=0)
     ] = None,
-    clip: Annotated[
-        str | None,
-        option(MODEL, "NAME", "As --model of `adapt`: compare confused classes, filter."),
-    ] = None,
-    clip_weights: Annotated[
-        str | None, option(MODEL, "TAG|FILE", "As --pretrained of `adapt`.")
-    ] = None,
+    clip: Clip = None,
+    clip_weights: ClipWeights = None,
     images: Annotated[
         Path | None,
         option(PHOTOS, "IMAGES", "Also compare classes that CLIP confuses on these photos."),
@@ -112,7 +114,7 @@ def describe_make(
     no_filter: Annotated[
         bool, option(MODEL, None, "Keep what tells no class from another.", "--no-filter")
     ] = False,
-    report: Annotated[Path | None, option(OUTPUT, "FILE.html", "Also write a page.")] = None,
+    report: Report = None,
     dry_run: Annotated[
         bool, option(OUTPUT, None, "Print the prompts and an estimate; ask nothing.", "--dry-run")
     ] = False,
@@ -126,13 +128,12 @@ def describe_make(
     Example: microclip-deploy describe classes.txt -o birds.jsonl --model gpt-4o --domain "birds"
     """
     require("openai", "describe")
-    from microclip_deploy.data.classes import read_classes, read_descriptions
+    from microclip_deploy.data.classes import read_classes
     from microclip_deploy.describe.budget import Price
     from microclip_deploy.describe.comparisons import compared_pairs
     from microclip_deploy.describe.endpoint import api_key
     from microclip_deploy.describe.judge import judged
     from microclip_deploy.describe.run import run_describe
-    from microclip_deploy.describe.sentence import Sentence
     from microclip_deploy.describe.settings import DEFAULT_ENDPOINT, Settings
 
     if (price_in is None) != (price_out is None) or (max_cost is not None and price_in is None):
@@ -142,11 +143,9 @@ def describe_make(
         )
     if clip is None and (images is not None or no_filter):
         raise UsageError("--images, --no-filter: expected --clip NAME with them, found none")
-    if report is not None:
-        require("jinja2", "describe")
     price = None if price_in is None or price_out is None else Price(price_in, price_out)
     names = read_classes(classes)
-    text_model = load_text_model(clip, clip_weights)
+    text_model = opened(clip, clip_weights, report)
     pairs = () if text_model is None else compared_pairs(text_model, names, images, notes)
     settings = Settings(
         model=model,
@@ -174,15 +173,13 @@ def describe_make(
 
 def _show(outcome: "Outcome", report: Path | None, *, as_json: bool) -> None:
     """Print what was done, and write the page if there is a path for it."""
+    if outcome.judgement is not None:
+        show_remarks(outcome.judgement)
     if report is not None and outcome.judgement is not None:
         from microclip_deploy.data.classes import read_descriptions
-        from microclip_deploy.describe.report import write_report
 
         read = read_descriptions(outcome.path, outcome.judgement.names)
-        write_report(
-            report, outcome.judgement, provenance=read.provenance, spend={"spent": _spent(outcome)}
-        )
-        notes.print(f"report: {report}", markup=False)
+        write_page(report, outcome.judgement, read.provenance, {"spent": _spent(outcome)})
     if as_json:
         print_json(outcome.to_json())
         return
@@ -217,14 +214,6 @@ def _expected(found: "Estimate") -> str:
     if found.cost is not None:
         lines.append(f"about {found.cost:.4f} USD, at most {found.most_cost:.4f} USD")
     return "\n".join(lines)
-
-
-def _spent(outcome: "Outcome") -> dict[str, str]:
-    """Return what a page tells of the calls."""
-    used = outcome.used
-    told = {"calls": str(outcome.calls + outcome.noted)}
-    told |= {"tokens in": f"{used.tokens_in:,}", "tokens out": f"{used.tokens_out:,}"}
-    return told if outcome.cost is None else {**told, "US dollars": f"{outcome.cost:.4f}"}
 
 
 def _told(outcome: "Outcome") -> str:

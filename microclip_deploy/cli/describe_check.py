@@ -1,6 +1,6 @@
 """`microclip-deploy describe check`: descriptions that somebody wrote by hand or elsewhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,19 +87,6 @@ def opened(name: str | None, weights: str | None, report: Path | None) -> "ClipM
         from microclip_deploy.model.clip import BackboneSpec, load_clip
 
         return load_clip(BackboneSpec(model=name, pretrained=weights))
-
-
-def confused_by(
-    model: "ClipModel", names: Sequence[str], most: int, images: Path | None
-) -> list[tuple[int, int]]:
-    """Return the pairs of classes that a model confuses, by their names and on photos."""
-    from microclip_deploy.describe.pairs import confused_pairs
-    from microclip_deploy.describe.photos import class_shares
-    from microclip_deploy.describe.text_rows import name_rows
-
-    rows = name_rows(model.text, names)
-    shares = None if images is None else class_shares(model, rows, images)
-    return confused_pairs(rows, most, shares)
 
 
 def show_remarks(outcome: "Judgement") -> None:

@@ -24,6 +24,7 @@ SURFACE = {
         "--max-bad-images",
         "--per-class", "--out", "--threads", "--json", *PHOTOS,
     },
+    "describe": set(),
     "describe check": {"--domain", "--clip", "--clip-weights", "--report", "--json"},
     "predict": {
         "--top-k", "--format", "--out", "--overlay", "--device", "--batch-size", "--threads",
