@@ -96,6 +96,17 @@ def add_classes(
         )
 
 
+def new_names(directory: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Return names as `add_classes` would give them to classes.
+
+    Raises:
+        UsageError: no name, an empty one, or one that is there already.
+        DataError: a name is refused by `clean_name`.
+        CheckpointError: the export is missing or damaged.
+    """
+    return _new_names(names, read_export(directory).manifest.classes)
+
+
 def remove_classes(directory: Path, names: Sequence[str]) -> tuple[ClassRow, ...]:
     """Remove classes and their rows, for good: added again they would be unadapted.
 

@@ -38,6 +38,8 @@ EXTRA_OF: Mapping[str, str] = {
     "httptools": "serve",
     "prometheus_client": "serve",
     "python_multipart": "serve",
+    "openai": "describe",
+    "httpx2": "describe",
     "tensorrt": "gpu",
     "cupy": "gpu",
 }

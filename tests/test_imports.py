@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 
-HEAVY = "torch torchvision timm open_clip matplotlib jinja2 onnx onnxruntime cupy tensorrt"
+HEAVY = (
+    "torch torchvision timm open_clip matplotlib jinja2 onnx onnxruntime cupy tensorrt "
+    "openai httpx2"
+)
 LIGHT = [
     "microclip_deploy",
     "microclip_deploy.cli.main",

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -27,14 +28,15 @@ def test_commands_and_options_exist(line: str) -> None:
     _, name, *arguments = shlex.split(line)
     command = COMMANDS[name]
     if hasattr(command, "commands"):  # a target stands for `bench model`
-        command = command.commands.get(arguments[0]) or command.commands["model"]
+        command = command.commands.get(arguments[0]) or command.commands[command.target_command]
     known = {opt for param in command.params for opt in (*param.opts, *param.secondary_opts)}
     given = {argument for argument in arguments if argument.startswith("-")}
     assert given <= known
 
 
 def test_every_option_named_in_the_text_exists() -> None:
-    groups = [PROGRAM, *COMMANDS.values(), *COMMANDS["bench"].commands.values()]
+    inner = [COMMANDS[name].commands.values() for name in ("bench", "describe")]
+    groups = [PROGRAM, *COMMANDS.values(), *chain(*inner)]
     known = {opt for command in groups for p in command.params for opt in p.opts}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert named <= known

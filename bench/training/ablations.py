@@ -7,7 +7,7 @@ are not repeated. The last line of stdout is one JSON document.
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from microclip_deploy.bench.card import environment
 from microclip_deploy.bench.document import write_files
 from microclip_deploy.bench.table_text import markdown_table
 from microclip_deploy.config import resolve
-from microclip_deploy.data.classes import class_texts
+from microclip_deploy.data.classes import ClassTexts, class_texts
 from microclip_deploy.data.sources import list_images
 from microclip_deploy.demo.folders import RECIPE, hidden_labels, write_benchmark
 from microclip_deploy.demo.ink import mask_ink_iou
@@ -63,12 +63,29 @@ ROWS = {
 """Column -> row of an Evaluation."""
 
 
-def adapt_once(images: Path, out: Path, recipe: str, seed: int) -> None:
-    """Adapt the demo model by a recipe, unless the run is already finished."""
+def adapt_once(
+    images: Path,
+    out: Path,
+    recipe: str,
+    seed: int,
+    *,
+    texts: ClassTexts | None = None,
+    sets: Sequence[str] = (),
+) -> None:
+    """Adapt the demo model by a recipe, unless the run is already finished.
+
+    Args:
+        images: the benchmark's folder.
+        out: run directory.
+        recipe: its name.
+        seed: of the adaptation.
+        texts: of the classes; None takes the benchmark's descriptions.
+        sets: further settings, as `section.key=value`.
+    """
     if (out / MANIFEST).is_file():
         return
-    settings = resolve(Recipe, recipe, [f"adapt.seed={seed}"])
-    texts = class_texts(images / "classes.txt", images / "descriptions.json")
+    settings = resolve(Recipe, recipe, [f"adapt.seed={seed}", *sets])
+    texts = texts or class_texts(images / "classes.txt", images / "descriptions.json")
     paths = list_images(images / "adapt").paths
     clip = load_clip(BackboneSpec(model="demo"))
     inputs = make_inputs(clip, settings, texts, good=paths)

@@ -10,7 +10,7 @@ import typer
 from microclip_deploy.artifact import make_directory
 from microclip_deploy.bench import option_text
 from microclip_deploy.cli import next_steps
-from microclip_deploy.cli.help import SectionedCommand, SectionedGroup, write_parameters
+from microclip_deploy.cli.help import SectionedCommand, TargetGroup
 from microclip_deploy.cli.options import (
     OUTPUT,
     AsJson,
@@ -30,26 +30,13 @@ _MODEL = "model"
 """Name of the command that a target stands for."""
 
 
-class _TargetFirst(SectionedGroup):
-    """Takes what is no command for the target of `bench model`, and shows that one's options."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in (*self.commands, "-h", "--help"):
-            args = [_MODEL, *args]
-        return super().parse_args(ctx, args)
-
-    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
-        found = super().shell_complete(ctx, incomplete)
-        return [*found, *self.commands[_MODEL].shell_complete(ctx, incomplete)]
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        self.format_commands(ctx, formatter)
-        write_parameters(self.commands[_MODEL].get_params(ctx), ctx, formatter)
+class _Bench(TargetGroup):
+    target_command = _MODEL
 
 
 app = typer.Typer(
     help="Measure on this machine: TARGET (a run, an export, or a model name) or what is below.",
-    cls=_TargetFirst,
+    cls=_Bench,
     no_args_is_help=True,
     subcommand_metavar="TARGET [OPTIONS] | COMMAND [ARGS]...",
     rich_markup_mode=None,

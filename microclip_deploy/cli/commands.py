@@ -26,6 +26,7 @@ from microclip_deploy.console import (
 from microclip_deploy.data.formats import image_endings
 from microclip_deploy.data.photo import Remarks
 from microclip_deploy.data.sources import BadFile, TooManyBad, list_images, list_sources
+from microclip_deploy.describe.controls import controls_of_run
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, printable
 from microclip_deploy.evaluation.evaluate import evaluate
 from microclip_deploy.evaluation.evaluation import EVALUATION, Evaluation, write_answers
@@ -75,6 +76,7 @@ def run_evaluate(
     bit_depth: int | None = None,
     threads: int | None = None,
     masks: Path | None = None,
+    controls: bool = False,
     file: Path | None = None,
 ) -> Evaluation:
     """Evaluate a run or an export on labelled images; a run's report gets the outcome.
@@ -94,12 +96,19 @@ def run_evaluate(
         bit_depth: as for `evaluate`.
         threads: as for `open_session`.
         masks: as for `evaluate`.
+        controls: also measure texts that the run's descriptions must beat.
         file: gets one CSV row an image.
     """
     if file is not None and file.suffix.lower() != ".csv":
         raise UsageError(
             f"--out {printable(file)}: expected a name ending in .csv, found "
             f"{file.suffix or 'none'}; give another name"
+        )
+    if controls and (is_export(directory) or not zero_shot):
+        raise UsageError(
+            "--controls: expected a run, measured with zero-shot, found "
+            f"{'an export' if is_export(directory) else '--no-zero-shot'}; only a run holds its "
+            "class texts and the model before adaptation"
         )
     with gpu_memory(), ExitStack() as stack:
         answers = stack.enter_context(result_file(file, (data,))) if file else None
@@ -108,9 +117,11 @@ def run_evaluate(
             listed = list_images(data, on_found=found)
         tell_left_out(listed.left_out.summary(), notes)
         with waiting(notes, f"opening {printable(directory)}"):
-            run = None
+            run, clip, control_rows = None, None, None
+            if controls:
+                clip, control_rows = controls_of_run(directory, device)
             if not is_export(directory):
-                run = stack.enter_context(open_run(directory, device, threads=threads))
+                run = stack.enter_context(open_run(directory, device, clip=clip, threads=threads))
         with bar(notes, "evaluating", "images") as progress:
             measured = evaluate(
                 directory,
@@ -128,6 +139,7 @@ def run_evaluate(
                 listed=listed,
                 max_pixels=max_pixels,
                 bit_depth=bit_depth,
+                controls=control_rows,
             )
         if answers is not None:
             write_answers(answers, measured)
@@ -170,7 +182,7 @@ def _less_than_kept(measured: Evaluation, kept: Path) -> str:
     elif measured.masks.true_masks < true_masks:
         told = f"it measured {true_masks} true masks, this one {measured.masks.true_masks}"
     else:
-        told = "it measured zero-shot too" if len(measured.rows) < rows else ""
+        told = "it measured zero-shot or controls too" if len(measured.rows) < rows else ""
     return f"{told}; remove it to keep the next one" if told else ""
 
 

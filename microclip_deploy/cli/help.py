@@ -46,6 +46,29 @@ class SectionedGroup(TyperGroup):
         )
 
 
+class TargetGroup(SectionedGroup):
+    """Takes what is none of its commands for the target of one, and shows that one's options."""
+
+    target_command: str
+    """Name of the command that a target stands for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the command before a target."""
+        if args and args[0] not in (*self.commands, "-h", "--help"):
+            args = [self.target_command, *args]
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Complete commands, targets and options."""
+        found = super().shell_complete(ctx, incomplete)
+        return [*found, *self.commands[self.target_command].shell_complete(ctx, incomplete)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands, and what a target takes."""
+        self.format_commands(ctx, formatter)
+        write_parameters(self.commands[self.target_command].get_params(ctx), ctx, formatter)
+
+
 def write_parameters(params: Iterable[Any], ctx: Any, formatter: Any) -> None:
     """Write arguments, then options by section: the output last but for those of no section."""
     arguments: list[_Row] = []

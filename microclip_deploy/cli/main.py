@@ -19,6 +19,7 @@ import typer
 from microclip_deploy.cli import next_steps
 from microclip_deploy.cli.bench_serving import app as bench_app
 from microclip_deploy.cli.classes import app as classes_app
+from microclip_deploy.cli.describe import app as describe_app
 from microclip_deploy.cli.doctor_text import doctor
 from microclip_deploy.cli.export import export, require_exporter, verify
 from microclip_deploy.cli.help import SectionedCommand, SectionedGroup
@@ -112,6 +113,9 @@ def options(
     ] = False,
 ) -> None:
     """Take what belongs to no command."""
+
+
+app.add_typer(describe_app, name="describe", rich_help_panel=USE)
 
 
 @use()
@@ -220,6 +224,15 @@ def evaluate(
     zero_shot: Annotated[
         bool, option(METHOD, None, "Also measure the model before adaptation; runs only.")
     ] = True,
+    controls: Annotated[
+        bool,
+        option(
+            METHOD,
+            None,
+            "Also measure names and random words in place of the descriptions; runs only.",
+            "--controls",
+        ),
+    ] = False,
     device: ServingDevice = "auto",
     batch_size: BatchSize = 64,
     max_pixels: MaxPixels = None,
@@ -254,6 +267,7 @@ def evaluate(
         bit_depth=bit_depth,
         threads=threads,
         masks=masks,
+        controls=controls,
         file=out_file,
     )
     if as_json:

@@ -61,6 +61,7 @@ OUTPUT = "Output"
 PROOF = "Proof"
 ENGINES = "TensorRT engines"
 SERVER = "Server"
+LANGUAGE = "Language model"
 """Sections of --help."""
 
 
@@ -148,6 +149,18 @@ ImagesAgain = Annotated[
 ]
 Descriptions = Annotated[
     Path | None, option(PHOTOS, "FILE", "JSON {class: [sentences]} or JSON Lines.")
+]
+Domain = Annotated[
+    str | None, option(PHOTOS, "TEXT", 'What all classes are kinds of, such as "bird species".')
+]
+LanguageEndpoint = Annotated[
+    str | None,
+    option(
+        LANGUAGE,
+        "URL",
+        "OpenAI-compatible base URL. [default: https://api.openai.com/v1]",
+        envvar="OPENAI_BASE_URL",
+    ),
 ]
 Templates = Annotated[
     list[str] | None, option(PHOTOS, "TEXT", "Sentence with {} for the class name; repeatable.")

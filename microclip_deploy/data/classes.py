@@ -77,6 +77,11 @@ class ClassTexts:
     provenance: dict[str, str] = field(default_factory=dict)
     """Where names and descriptions came from; keys start with `classes.` or `descriptions.`."""
 
+    @property
+    def described(self) -> bool:
+        """Whether the descriptions are more than the filled templates."""
+        return self.descriptions != _filled(self.templates, self.names)
+
 
 def read_classes(path: Path | str) -> tuple[str, ...]:
     """Return the class names of a text file, one per non-empty line, or of a JSON list, in order.
@@ -141,12 +146,16 @@ def class_texts(
         "classes.sha256": content.sha256,
     }
     if descriptions_path is None:
-        filled = tuple(tuple(t.replace("{}", name) for t in templates) for name in names)
         provenance["descriptions.file"] = "none: templates filled with the class names"
-        return ClassTexts(names, filled, templates, provenance)
+        return ClassTexts(names, _filled(templates, names), templates, provenance)
     read = read_descriptions(descriptions_path, names)
     provenance |= {f"descriptions.{key}": value for key, value in read.provenance.items()}
     return ClassTexts(names, read.texts, templates, provenance)
+
+
+def _filled(templates: Sequence[str], names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the templates filled with each name."""
+    return tuple(tuple(t.replace("{}", name) for t in templates) for name in names)
 
 
 def _names_of(path: Path, text: str) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ adaptation, with the three class matrices its texts give:
     descriptions   the start of the learnable head
     prior          F: the frozen head that pseudo-labels lean on
 
+and with further ones, controls, where they are given: texts that descriptions must beat.
+
 An export holds the adapted model alone, so that its evaluation has no such rows.
 """
 
@@ -31,9 +33,10 @@ from microclip_deploy.data.sources import (
     read_batches,
 )
 from microclip_deploy.errors import printable
+from microclip_deploy.evaluation.comparison import Comparison, compared
 from microclip_deploy.evaluation.evaluation import EVALUATION, Answer, Evaluation, Row
 from microclip_deploy.evaluation.masks import MaskFacts, MaskTally, TrueMasks
-from microclip_deploy.evaluation.scores import Scores, ranks_of, score, scores_of_ranks
+from microclip_deploy.evaluation.scores import Scores, mean_scores, ranks_of, score, scores_of_ranks
 from microclip_deploy.ncut.spec import saliency_warning
 from microclip_deploy.paths import StrPath, as_path
 from microclip_deploy.serving import (
@@ -62,6 +65,9 @@ __all__ = [
 
 _SHOWN = 5  # files an error message lists
 
+Controls = Mapping[str, Sequence[NDArray[np.float32]]]
+"""Name -> class matrices (C, E) with unit rows, one for each draw."""
+
 
 def _ignore(done: int, total: int) -> None:
     """Show no progress."""
@@ -84,6 +90,8 @@ class SessionAccuracy:
     """What the fused logits say, image by image."""
     remarks: tuple[str, ...] = ()
     """What reading the images told."""
+    ranks: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, repr=False)
+    """(M,) for each row: how many classes an image's own was placed behind."""
 
 
 def evaluate(
@@ -103,6 +111,7 @@ def evaluate(
     max_pixels: int | None = None,
     bit_depth: int | None = None,
     masks: StrPath | None = None,
+    controls: Controls | None = None,
 ) -> Evaluation:
     """Measure a run or an export on labelled images; a run beside the model before adaptation.
 
@@ -124,6 +133,8 @@ def evaluate(
         max_pixels: as in `PhotoConfig`, in place of the run's.
         bit_depth: likewise.
         masks: folder of true masks, as for `TrueMasks.find`.
+        controls: further class matrices for [CLS] before adaptation, measured with zero-shot.
+            With those of which there is more than one draw the descriptions are compared.
 
     Raises:
         DataError: the data, or the checkpoint (CheckpointError), cannot be used, or more images
@@ -146,7 +157,7 @@ def evaluate(
         probes = [_Probe(adapted, true_masks=known)]
         if zero_shot and sessions:
             heads = {"names": sessions.names, "prior": sessions.prior}
-            probes.append(_Probe(sessions.initial, heads))
+            probes.append(_Probe(sessions.initial, heads | _rows_of(controls or {})))
         preprocess = adapted.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
         measured = _measure(probes, images, preprocess, batch_size, progress)
     bad = measured[0].bad
@@ -157,7 +168,35 @@ def evaluate(
             "them, or raise --max-bad-images",
             bad,
         )
-    return _evaluation(adapted, measured, str(data.absolute()), images.left_out.to_json())
+    return _evaluation(adapted, measured, str(data.absolute()), images.left_out.to_json(), controls)
+
+
+def _rows_of(controls: Controls) -> dict[str, NDArray[np.float32]]:
+    """Return the class matrices of all draws by the name of their row."""
+    return {
+        name: matrix
+        for control, draws in controls.items()
+        for name, matrix in zip(_row_names(control, len(draws)), draws, strict=True)
+    }
+
+
+def _row_names(control: str, draws: int) -> list[str]:
+    return [f"{control} {draw + 1}" for draw in range(draws)] if draws > 1 else [control]
+
+
+def _comparisons(before: SessionAccuracy, controls: Controls) -> tuple[Comparison, ...]:
+    """Compare the descriptions with every control that was drawn, and then with the names."""
+    right = before.ranks["cls"] == 0
+    drawn = {
+        control: _row_names(control, len(draws))
+        for control, draws in controls.items()
+        if len(draws) > 1
+    }
+    against = {**drawn, "names": ["names"]} if drawn else {}
+    return tuple(
+        compared(control, right, np.stack([before.ranks[row] == 0 for row in rows]))
+        for control, rows in against.items()
+    )
 
 
 def _spread(images: LabelledImages, limit: int | None) -> LabelledImages:
@@ -239,11 +278,9 @@ class _Probe:
     ) -> SessionAccuracy:
         """Return the scores over all batches; `labels` are those of the readable images."""
         classes = len(self.session.classes)
-        rows = {
-            name: scores_of_ranks(np.concatenate(parts), labels, classes)
-            for name, parts in self.ranks.items()
-        }
-        return SessionAccuracy(rows, self.masks.result(), bad, tuple(self.answers), remarks)
+        ranks = {name: np.concatenate(parts) for name, parts in self.ranks.items()}
+        rows = {name: scores_of_ranks(placed, labels, classes) for name, placed in ranks.items()}
+        return SessionAccuracy(rows, self.masks.result(), bad, tuple(self.answers), remarks, ranks)
 
     def _logits(self, found: Prediction) -> dict[str, NDArray[np.float32]]:
         classifier = self.session.classifier()
@@ -302,6 +339,7 @@ def _evaluation(
     measured: Sequence[SessionAccuracy],
     data: str,
     left_out: Mapping[str, Any],
+    controls: Controls | None,
 ) -> Evaluation:
     adapted = measured[0]
     rows = [
@@ -313,6 +351,10 @@ def _evaluation(
             Row("zero-shot", token, "descriptions", before.rows[token])
             for token in ("cls", "fg", "fused")
         ]
+        for control, draws in (controls or {}).items():
+            drawn = [before.rows[name] for name in _row_names(control, len(draws))]
+            rows.append(Row("zero-shot", "cls", control, mean_scores(drawn)))
+    comparisons = _comparisons(measured[-1], controls or {}) if len(measured) > 1 else ()
     return Evaluation(
         classes=session.classes,
         images=adapted.rows["fused"].images,
@@ -321,8 +363,12 @@ def _evaluation(
         masks=adapted.masks,
         answers=adapted.answers,
         data=data,
-        warnings=_warnings(session, adapted),
+        warnings=(
+            *_warnings(session, adapted),
+            *(each.sentence() for each in comparisons if not each.beaten),
+        ),
         left_out=left_out,
+        controls=comparisons,
     )
 
 

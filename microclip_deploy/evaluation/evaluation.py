@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from microclip_deploy.data.sources import BadFile
 from microclip_deploy.errors import printable
+from microclip_deploy.evaluation.comparison import Comparison
 from microclip_deploy.evaluation.masks import MaskFacts
 from microclip_deploy.evaluation.records import cell, file_name
 from microclip_deploy.evaluation.scores import TOP, Scores
@@ -31,7 +32,8 @@ class Row(NamedTuple):
     token: str
     """"fused", "cls" or "fg"."""
     texts: str
-    """"adapted", "names", "descriptions" or "prior": the class matrix."""
+    """"adapted", "names", "descriptions", "prior" or a control: the class matrix. Of a
+    control that is drawn the mean over the draws."""
     scores: Scores
 
 
@@ -71,6 +73,8 @@ class Evaluation:
     warnings: tuple[str, ...] = field(default=())
     left_out: Mapping[str, Any] = field(default_factory=dict)
     """Files that were not taken for images, as `LeftOut.to_json`."""
+    controls: tuple[Comparison, ...] = ()
+    """The descriptions beside texts that say nothing, if that was asked for."""
 
     def row(self, model: str, token: str, texts: str) -> Scores | None:
         """Return the scores of a row, or None if it was not measured."""
@@ -118,6 +122,7 @@ class Evaluation:
             "confusions": confusions,
             "warnings": list(self.warnings),
             "left_out": self.left_out,
+            "controls": [comparison.to_json() for comparison in self.controls],
         }
 
     def tables(self, *, per_class: bool = False) -> list["Table"]:
@@ -154,6 +159,7 @@ def _comparison(result: Evaluation) -> "Table":
     from rich.text import Text
 
     notes = [f"{result.images} images, {len(result.bad)} unreadable", *result.masks.lines()]
+    notes += [control.sentence() for control in result.controls if control.beaten]
     notes += [f"warning: {warning}" for warning in result.warnings]
     table = Table(title="accuracy", caption=Text("\n".join(notes)), caption_justify="left")
     for heading in ("model", "token", "texts"):

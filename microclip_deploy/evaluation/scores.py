@@ -1,5 +1,6 @@
 """Top-1, top-5 and mean-per-class accuracy of logits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,20 @@ def score(logits: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]]) -
         VerificationError: a logit is NaN or infinite.
     """
     return scores_of_ranks(ranks_of(logits, labels), labels, logits.shape[1])
+
+
+def mean_scores(scores: Sequence[Scores]) -> Scores:
+    """Return the mean of what several sets of logits score on the same images; counts rounded."""
+    summaries = [each.summary() for each in scores]
+    means = {name: float(np.mean([each[name] for each in summaries])) for name in summaries[0]}
+    correct = np.mean([each.class_correct for each in scores], axis=0).round().astype(int)
+    first = scores[0]
+    return Scores(
+        first.images,
+        **means,
+        class_images=first.class_images,
+        class_correct=tuple(correct.tolist()),
+    )
 
 
 def ranks_of(

@@ -20,9 +20,12 @@ SURFACE = {
         *PHOTOS,
     },
     "evaluate": {
-        "--device", "--batch-size", "--zero-shot", "--limit", "--masks", "--max-bad-images",
+        "--device", "--batch-size", "--zero-shot", "--controls", "--limit", "--masks",
+        "--max-bad-images",
         "--per-class", "--out", "--threads", "--json", *PHOTOS,
     },
+    "describe": set(),
+    "describe check": {"--domain", "--clip", "--clip-weights", "--report", "--json"},
     "predict": {
         "--top-k", "--format", "--out", "--overlay", "--device", "--batch-size", "--threads",
         *PHOTOS, "--server", "--model", "--api-key",
@@ -41,7 +44,10 @@ SURFACE = {
     },
     "classes": set(),
     "classes list": {"--json"},
-    "classes add": {"--descriptions", "--model", "--pretrained", "--json"},
+    "classes add": {
+        "--descriptions", "--model", "--pretrained", "--describe", "--endpoint", "--domain",
+        "--json",
+    },
     "classes remove": {"--json"},
     "bench": set(),
     "bench model": {
@@ -63,6 +69,11 @@ SURFACE = {
         "--duration", "--until-stable", "--requests", "--slo", "--out", "--json",
     },
     "bench ncut": {"--batches", "--tokens", "--dtype", "--device", "--out", "--json"},
+    "describe make": {
+        "--out", "--model", "--endpoint", "--domain", "--per-class", "--concurrency",
+        "--temperature", "--seed", "--max-tokens-total", "--max-cost", "--price-in", "--price-out",
+        "--clip", "--clip-weights", "--images", "--no-filter", "--report", "--dry-run", "--json",
+    },
     "demo": {"--out", "--write-images", "--seed", "--device", "--json"},
     "doctor": {"--require", "--json"},
     "recipes": {"--json"},
@@ -110,11 +121,17 @@ def test_help_groups_options_by_what_they_are_for(capsys: pytest.CaptureFixture[
     ]  # fmt: skip
 
 
-def test_help_of_bench_shows_what_a_target_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--help"]) == 0
+@pytest.mark.parametrize(
+    ("group", "command", "target"),
+    [("bench", "model", "TARGET"), ("describe", "make", "CLASSES")],
+)
+def test_help_of_a_group_shows_what_a_target_takes(
+    group: str, command: str, target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([group, "--help"]) == 0
     shown = capsys.readouterr().out
-    assert "TARGET" in shown
-    assert all(name in shown for name in SURFACE["bench model"])
+    assert target in shown
+    assert all(name in shown for name in SURFACE[f"{group} {command}"])
 
 
 @pytest.mark.parametrize(
@@ -126,6 +143,7 @@ def test_help_of_bench_shows_what_a_target_takes(capsys: pytest.CaptureFixture[s
         ("bench n", ["ncut"]),
         ("bench --pe", ["--percentiles", "--peers"]),
         ("bench exports/birds --pe", ["--percentiles", "--peers"]),
+        ("describe classes.txt --max", ["--max-tokens-total", "--max-cost"]),
         ("adapt --recipe de", ["default", "demo"]),
     ],
 )

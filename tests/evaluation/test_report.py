@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from microclip_deploy import artifact
 from microclip_deploy.adapt.log import read_history
 from microclip_deploy.adapt.run_directory import read_inputs
+from microclip_deploy.data.classes import class_texts
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.evaluation.chart import epoch_chart
 from microclip_deploy.evaluation.evaluate import EVALUATION, evaluate
@@ -115,6 +117,22 @@ def test_an_evaluation_gives_the_headline(finished_run: Path, photos: Path, tmp_
     before, after = measured["rows"][3]["top1"], measured["rows"][0]["top1"]
     assert f"{100 * before:.1f} → {100 * after:.1f} %" in text
     assert "Mean per class" in text
+
+
+def test_where_the_descriptions_come_from_is_told(manifest: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("robin\ncrow\n")
+    said = [
+        {"class": name, "text": f"A {name} is a bird.", "model": HOSTILE, "prompt_sha256": "ab12"}
+        for name in ("robin", "crow")
+    ]
+    path = tmp_path / "said.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in said))
+    texts = class_texts(tmp_path / "classes.txt", path)
+    manifest["texts"]["provenance"] = texts.provenance
+    page = rendered(manifest, [])
+    for told in ("said.jsonl", hashlib.sha256(path.read_bytes()).hexdigest(), "ab12", "&lt;script"):
+        assert told in page
+    assert HOSTILE not in page
 
 
 @pytest.mark.parametrize("classes", [3, 200])

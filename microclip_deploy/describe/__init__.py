@@ -1,0 +1,1 @@
+"""Class descriptions by a language model: asked for, checked, and kept with their origin."""
