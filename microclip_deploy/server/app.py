@@ -30,7 +30,6 @@ from microclip_deploy.server.metrics import CONTENT_TYPE, Metrics
 from microclip_deploy.server.openapi import document
 from microclip_deploy.server.refusal import Refusal
 from microclip_deploy.server.version import Version
-from microclip_deploy.serving.classification import softmax
 
 _PAGE = Path(__file__).with_name("page")
 _PAGE_FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
@@ -173,9 +172,7 @@ class Endpoints:
                 request, self._answered(inputs.photos, inputs.images, loaded, due)
             )
             self._told(request, served, loaded, seen, answer)
-            outputs = {"logits": answer.prediction.logits, "probabilities": _shares(answer)}
-            outputs |= answer.prediction._asdict()
-            content, headers = protocol.write(inputs, served.name, loaded.facts, outputs)
+            content, headers = protocol.write(inputs, served.name, loaded.facts, answer.prediction)
             return Response(content, headers=headers)
 
     async def _answered(
@@ -260,10 +257,6 @@ class Endpoints:
             "images": len(answer.prediction.logits),
         }
         return timing_s
-
-
-def _shares(answer: Answer) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return softmax(answer.prediction.logits).astype(np.float32)
 
 
 async def _unless_gone(

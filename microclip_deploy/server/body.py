@@ -29,22 +29,28 @@ class Bodies:
             Refusal: 400 cut off or not decompressible, 408 too slow, 413 too large, 415 another
                 compression, 429 too much in memory.
         """
-        body = bytearray()
+        parts: list[bytes] = []
         try:
-            await self._fill(body, request)
-            self._unpack(body, request.headers)
-            yield bytes(body)
+            await self._fill(parts, request)
+            body = parts.pop() if len(parts) == 1 else b"".join(parts)
+            parts[:] = [_decompressed(body, request.headers, self._limit)]
+            self._held += len(parts[0]) - len(body)
+            self._require_room()
+            yield parts[0]
         finally:
-            self._held -= len(body)
+            self._held -= sum(map(len, parts))
 
-    async def _fill(self, body: bytearray, request: Request) -> None:
+    async def _fill(self, parts: list[bytes], request: Request) -> None:
+        """Read the parts of a body."""
         _require_small(request.headers, self._limit)
+        size = 0
         try:
             async with asyncio.timeout(self._timeout_s):
-                async for chunk in request.stream():
-                    body += chunk
-                    self._held += len(chunk)
-                    if len(body) > self._limit:
+                async for part in request.stream():
+                    parts.append(part)
+                    size += len(part)
+                    self._held += len(part)
+                    if size > self._limit:
                         raise _too_large(self._limit)
                     self._require_room()
         except TimeoutError:
@@ -52,13 +58,6 @@ class Bodies:
             raise Refusal(408, told, "slow") from None
         except ClientDisconnect:
             raise Refusal(400, "the body ended early", "gone") from None
-
-    def _unpack(self, body: bytearray, headers: Headers) -> None:
-        """Put what was compressed in the place of the body."""
-        unpacked = _decompressed(body, headers, self._limit)
-        self._held += len(unpacked) - len(body)
-        body[:] = unpacked
-        self._require_room()
 
     def _require_room(self) -> None:
         if self._held > self._room:
@@ -78,7 +77,7 @@ def _too_large(limit: int) -> Refusal:
     return Refusal(413, f"expected a body of at most {limit} bytes, found more; send less", "large")
 
 
-def _decompressed(body: bytearray, headers: Headers, limit: int) -> bytes | bytearray:
+def _decompressed(body: bytes, headers: Headers, limit: int) -> bytes:
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding == "identity":
         return body

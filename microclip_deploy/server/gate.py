@@ -107,8 +107,7 @@ class Gate:
     def _note(self, scope: Scope, status: int, seconds: float, identity: str) -> None:
         """Count and log an answer; a status of 0: the client went first."""
         route = getattr(scope.get("endpoint"), "__name__", "other")
-        self._metrics.requests.labels(route, str(status)).inc()
-        self._metrics.seconds.labels(route).observe(seconds)
+        self._metrics.answered(route, status, seconds)
         entry: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "id": identity,

@@ -6,7 +6,7 @@ classification an output is given as its best classes, as "value:index:name".
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,8 @@ from pydantic import BaseModel, Field, ValidationError
 from microclip_deploy.server.intake import from_base64
 from microclip_deploy.server.refusal import Refusal
 from microclip_deploy.server.seat import Facts
+from microclip_deploy.serving.classification import softmax
+from microclip_deploy.serving.session import Prediction
 
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration")
 HEADER_LENGTH = "inference-header-content-length"
@@ -186,7 +188,7 @@ def _elements(data: memoryview, count: int) -> list[bytes]:
 
 
 def write(
-    inputs: Inputs, model: str, facts: Facts, outputs: Mapping[str, NDArray[Any]]
+    inputs: Inputs, model: str, facts: Facts, prediction: Prediction
 ) -> tuple[bytes, dict[str, str]]:
     """Return the body of an answer and its headers.
 
@@ -194,7 +196,7 @@ def write(
         inputs: the request.
         model: its name.
         facts: of the model.
-        outputs: all of them by name; those that are asked for are sent.
+        prediction: what the model says; the outputs that are asked for are sent.
 
     Raises:
         Refusal: 400, an output that there is not.
@@ -204,11 +206,7 @@ def write(
     all_binary = request.parameters.get("binary_data_output") is True
     told, blobs = [], []
     for each in wanted:
-        if each.name not in outputs:
-            raise _refused(
-                f"expected outputs of {', '.join(outputs)}, found another; see the metadata"
-            )
-        values = outputs[each.name]
+        values = _output(each.name, prediction)
         if count := each.parameters.get("classification"):
             values = _classified(each.name, values, facts, count)
         entry: dict[str, Any] = {
@@ -230,6 +228,16 @@ def write(
         return head, {"content-type": "application/json"}
     headers = {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
     return b"".join((head, *blobs)), headers
+
+
+def _output(name: str, prediction: Prediction) -> NDArray[Any]:
+    if name == "probabilities":
+        return softmax(prediction.logits).astype(np.float32)
+    if name in Prediction._fields:
+        values: NDArray[Any] = getattr(prediction, name)
+        return values
+    known = ", ".join(("probabilities", *Prediction._fields))
+    raise _refused(f"expected outputs of {known}, found another; see the metadata")
 
 
 def _classified(

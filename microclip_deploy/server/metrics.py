@@ -4,6 +4,7 @@ One process counts everything, also what workers do: they report with each answe
 """
 
 from collections.abc import Mapping
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE
@@ -42,6 +43,10 @@ class Metrics:
             buckets=_SECONDS,
             registry=own,
         )
+        # To find a series by its labels takes longer than to count.
+        self._request = cache(self.requests.labels)
+        self._route = cache(self.seconds.labels)
+        self._stage = cache(self.stages.labels)
         self.batches = Histogram(
             "microclip_batch_images",
             "Images that were computed together.",
@@ -74,7 +79,12 @@ class Metrics:
     def told(self, model: str, timing_s: Mapping[str, float]) -> None:
         """Count the stages of one request."""
         for stage, seconds in timing_s.items():
-            self.stages.labels(model, stage).observe(seconds)
+            self._stage(model, stage).observe(seconds)
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Count an answer."""
+        self._request(route, str(status)).inc()
+        self._route(route).observe(seconds)
 
     def text(self) -> bytes:
         """Return everything as Prometheus reads it."""

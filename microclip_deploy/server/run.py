@@ -71,6 +71,7 @@ def serve(places: Sequence[Place], settings: Settings) -> None:
         host=settings.host,
         port=settings.port,
         http=Connection,
+        loop="asyncio",  # uvloop copies large bodies more slowly, and is as fast with small ones
         ws="none",
         lifespan="on",
         log_config=None,
