@@ -253,7 +253,8 @@ def test_metrics_and_log_are_what_clients_saw(counted: Running, encode: Encode) 
     for status in ("200", "400", "404"):
         counted_now = counted.metric("microclip_requests_total", route="classify", status=status)
         assert counted_now == seen[status]
-    text = within(5, lambda: counted.log.read_text())
+    within(5, lambda: any(entry["id"] == identities[-1] for entry in counted.logged()))
+    text = counted.log.read_text()
     logged = [json.loads(line) for line in text.splitlines()]
     found = {each["id"]: each["status"] for each in logged if each["route"] == "classify"}
     assert list(found) == identities
