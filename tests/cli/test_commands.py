@@ -116,7 +116,8 @@ def test_evaluate_writes_what_it_said_of_each_image(
     finished_run: Path, spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "new folder" / "answers.csv"
-    arguments = ["evaluate", str(finished_run), str(spoilt), "--json", "--device", "cpu"]
+    run = shutil.copytree(finished_run, tmp_path / "run")  # it keeps the evaluation
+    arguments = ["evaluate", str(run), str(spoilt), "--json", "--device", "cpu"]
     assert main([*arguments, "--no-zero-shot", "--max-bad-images", "7", "--out", str(file)]) == 0
     told = capsys.readouterr()
     rows = csv_of(file)
