@@ -5,11 +5,12 @@ PyTorch is imported where a run directory needs it; an export needs none.
 
 import csv
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
@@ -25,6 +26,7 @@ from microclip_deploy.console import (
 )
 from microclip_deploy.data.formats import image_endings
 from microclip_deploy.data.photo import Remarks
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.data.sources import BadFile, TooManyBad, list_images, list_sources
 from microclip_deploy.describe.controls import controls_of_run
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, printable
@@ -99,17 +101,9 @@ def run_evaluate(
         controls: also measure texts that the run's descriptions must beat.
         file: gets one CSV row an image.
     """
-    if file is not None and file.suffix.lower() != ".csv":
-        raise UsageError(
-            f"--out {printable(file)}: expected a name ending in .csv, found "
-            f"{file.suffix or 'none'}; give another name"
-        )
-    if controls and (is_export(directory) or not zero_shot):
-        raise UsageError(
-            "--controls: expected a run, measured with zero-shot, found "
-            f"{'an export' if is_export(directory) else '--no-zero-shot'}; only a run holds its "
-            "class texts and the model before adaptation"
-        )
+    _require_csv(file)
+    if controls:
+        _require_initial(directory, zero_shot=zero_shot)
     with gpu_memory(), ExitStack() as stack:
         answers = stack.enter_context(result_file(file, (data,))) if file else None
         stack.enter_context(listing_too_many_bad(file, notes))
@@ -149,6 +143,24 @@ def run_evaluate(
     if file is not None:
         notes.print(f"answers: {printable(file)}", markup=False)
     return measured
+
+
+def _require_csv(file: Path | None) -> None:
+    if file is not None and file.suffix.lower() != ".csv":
+        raise UsageError(
+            f"--out {printable(file)}: expected a name ending in .csv, found "
+            f"{file.suffix or 'none'}; give another name"
+        )
+
+
+def _require_initial(directory: Path, *, zero_shot: bool) -> None:
+    """Refuse controls where the model before adaptation is not measured."""
+    if is_export(directory) or not zero_shot:
+        raise UsageError(
+            "--controls: expected a run, measured with zero-shot, found "
+            f"{'an export' if is_export(directory) else '--no-zero-shot'}; give a run, whose class "
+            "texts and model before adaptation are there"
+        )
 
 
 def _keep(
@@ -223,20 +235,7 @@ def run_predict(
 ) -> None:
     """Classify images and print or write the results as they come.
 
-    Args:
-        source: a run, an export, or a server, for which the device and what follows do not count.
-        images: files, folders and lists.
-        out: for results.
-        notes: for everything else.
-        top_k: classes an image.
-        output_format: of the results.
-        file: written in place of `out`.
-        overlay: folder for pictures.
-        device: as for `open_session`, like the rest.
-        batch_size: images a batch.
-        max_pixels: of a photo.
-        bit_depth: of 16-bit photos.
-        threads: of the model on a CPU.
+    The source is a run, an export, or a server, for which the device and what follows do not count.
     """
     chosen = output_format or _format_of(file)
     overlays = OverlayWriter(overlay) if overlay else None
@@ -244,10 +243,9 @@ def run_predict(
     own = {"max_pixels": max_pixels, "bit_depth": bit_depth, "threads": threads}
     with gpu_memory(), ExitStack() as stack:
         target = stack.enter_context(result_file(file, images)) if file else None
-        if isinstance(source, Path):
-            with waiting(notes, f"opening {printable(source)}"):
-                session = stack.enter_context(open_session(source, device, **own))
-            _tell_device(session, notes)
+        answered, preprocess = stack.enter_context(
+            _predictor(source, device, notes, own, batch_size=batch_size, remarks=remarks)
+        )
         with counter(notes, "looking for images") as found:
             given = list_sources(images, on_found=found)
         tell_left_out(given.left_out.summary(), notes)
@@ -255,15 +253,9 @@ def run_predict(
         scrolls = target is None and chosen != "table" and sys.stdout.isatty()
         shown = Console(quiet=True) if scrolls else notes
         progress = stack.enter_context(bar(shown, "predicting", "images")).update
-        if isinstance(source, Path):
-            results = predict(
-                session, given, top_k, batch_size=batch_size, remarks=remarks, progress=progress
-            )
-        else:
-            results = source.predict(given, top_k, progress=progress)
+        results = answered(given, top_k, progress=progress)
         if overlays:
-            seen = session if isinstance(source, Path) else source
-            results = overlays.drawn(results, seen.preprocess)
+            results = overlays.drawn(results, preprocess)
         results = tally.counting(results)
         try:
             shown_table = _write(results, chosen, target, top_k, overlays=overlay is not None)
@@ -279,6 +271,25 @@ def run_predict(
         notes.print(f"predictions: {printable(file)} ({counts})", markup=False)
     if overlay is not None:
         notes.print(f"overlays: {printable(overlay)} ({tally.drawn} pictures)", markup=False)
+
+
+@contextmanager
+def _predictor(
+    source: Path | Server,
+    device: str,
+    notes: Console,
+    own: dict[str, int | None],
+    **reading: Any,
+) -> Iterator[tuple[Callable[..., Iterator[Result]], Preprocess]]:
+    """Give what predicts photos, here or on a server, and how it sees them."""
+    if isinstance(source, Server):
+        yield source.predict, source.preprocess
+        return
+    with ExitStack() as stack:
+        with waiting(notes, f"opening {printable(source)}"):
+            session = stack.enter_context(open_session(source, device, **own))
+        _tell_device(session, notes)
+        yield partial(predict, session, **reading), session.preprocess
 
 
 def _write(

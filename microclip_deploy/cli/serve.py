@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from microclip_deploy.cli.options import MACHINE, OUTPUT, Threads, option
+from microclip_deploy.cli.options import MACHINE, OUTPUT, option
 from microclip_deploy.errors import UsageError, require
+from microclip_deploy.server.settings import Settings
 
 ADDRESS, LIMITS, MODELS = "Address", "Limits", "Models"
 """Sections of --help."""
@@ -30,10 +31,10 @@ def serve(
     ],
     host: Annotated[
         str, _option(ADDRESS, "HOST", "--host", "Listen here; 0.0.0.0 lets other machines in.")
-    ] = "127.0.0.1",
+    ] = Settings.host,
     port: Annotated[
         int, _option(ADDRESS, "N", "--port", "Listen here; 0 finds a free one.", min=0, max=65535)
-    ] = 8000,
+    ] = Settings.port,
     api_key: Annotated[
         str | None,
         _option(ADDRESS, "KEY", "--api-key", "Ask clients for it; safer in the variable."),
@@ -48,29 +49,32 @@ def serve(
             "each. [default: auto]",
         ),
     ] = None,
-    threads: Threads = None,
+    threads: Annotated[
+        int | None,
+        _option(MACHINE, "N", "--threads", "Of a model on a CPU. [default: one a core]"),
+    ] = None,
     max_batch: Annotated[
         int, _option(LIMITS, "N", "--max-batch", "Images a batch.", min=1, max=4096)
-    ] = 32,
+    ] = Settings.max_batch,
     max_delay: Annotated[
         float,
         _option(LIMITS, "MS", "--max-delay", "An idle worker waits for a fuller batch.", min=0),
-    ] = 0,
+    ] = 1e3 * Settings.max_delay_s,
     max_queue: Annotated[
         int, _option(LIMITS, "N", "--max-queue", "Images that wait; then 429.", min=1)
-    ] = 256,
+    ] = Settings.max_queue,
     timeout: Annotated[
         float, _option(LIMITS, "S", "--timeout", "For an answer; then 504.", min=0.001)
-    ] = 30,
+    ] = Settings.timeout_s,
     body_timeout: Annotated[
         float, _option(LIMITS, "S", "--body-timeout", "For a body to arrive; then 408.", min=0.001)
-    ] = 30,
+    ] = Settings.body_timeout_s,
     max_body: Annotated[
         int, _option(LIMITS, "BYTES", "--max-body", "Of a request; then 413.", min=1)
-    ] = 20_000_000,
+    ] = Settings.max_body,
     max_pixels: Annotated[
         int, _option(LIMITS, "N", "--max-pixels", "Of a photo, width x height.", min=4)
-    ] = 50_000_000,
+    ] = Settings.max_pixels,
     hang_timeout: Annotated[
         float | None,
         _option(
@@ -84,11 +88,11 @@ def serve(
     drain_delay: Annotated[
         float,
         _option(LIMITS, "S", "--drain-delay", "Still answers after SIGTERM, not ready.", min=0),
-    ] = 0.5,
+    ] = Settings.drain_delay_s,
     unload_after: Annotated[
         float,
         _option(MODELS, "S", "--unload-after", "Idle models leave the memory; 0: never.", min=0),
-    ] = 0,
+    ] = Settings.unload_after_s,
     access_log: Annotated[
         Path | None,
         _option(OUTPUT, "FILE", "--access-log", "A JSON line a request. [default: stdout]"),
@@ -102,7 +106,6 @@ def serve(
     require("starlette", "serve")
     from microclip_deploy.server.catalog import places
     from microclip_deploy.server.run import serve as run
-    from microclip_deploy.server.settings import Settings
 
     if hang_timeout is not None and hang_timeout > timeout:
         raise UsageError(
@@ -116,7 +119,7 @@ def serve(
         Settings(
             host=host,
             port=port,
-            devices=tuple(device or ("auto",)),
+            devices=tuple(device or Settings.devices),
             threads=threads,
             max_batch=max_batch,
             max_delay_s=max_delay / 1e3,

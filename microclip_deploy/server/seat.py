@@ -142,10 +142,6 @@ class Seat:
         """Return how long an image usually takes, seconds."""
         return self._image_s
 
-    def pid(self) -> int | None:
-        """Return the process of the worker."""
-        return self._process.pid if self._process else None
-
     def give(self, batch: Batch) -> None:
         """Let the worker compute a batch; a slot must be free."""
         slot = next(s for s in range(SLOTS) if s not in self._batches)

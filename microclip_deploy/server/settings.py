@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Settings:
-    """All limits and habits of a server; the command line documents them."""
+    """All limits and habits of a server, with the defaults of the command line."""
 
     host: str = "127.0.0.1"
     port: int = 8000

@@ -56,10 +56,6 @@ class Version:
         """Return how many workers had to be started again."""
         return sum(seat.restarts for seat in self._seats)
 
-    def pids(self) -> list[int]:
-        """Return the processes of the workers."""
-        return [pid for seat in self._seats if (pid := seat.pid()) is not None]
-
     @contextmanager
     def used(self) -> Iterator[Self]:
         """Keep the version in memory meanwhile."""

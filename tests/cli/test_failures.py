@@ -18,6 +18,7 @@ from rich.console import Console
 
 from microclip_deploy import console
 from microclip_deploy.cli import main as command_line
+from microclip_deploy.cli import predict as predict_command
 from microclip_deploy.cli.main import main
 from microclip_deploy.config import read_recipe, recipe_text, shipped_recipes
 from microclip_deploy.console import checked_stdout
@@ -155,7 +156,7 @@ def test_predictions_survive_any_encoding(
     (tmp_path / os.fsdecode(b"bad\xff.png")).touch()
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
-    monkeypatch.setattr(command_line, "out", Console(width=200))
+    monkeypatch.setattr(predict_command, "out", Console(width=200))
     arguments = ["predict", str(finished_run), str(tmp_path), "--device", "cpu"]
     assert main([*arguments, "--format", output_format]) == 0
     # What programs read is UTF-8; a terminal gets escapes in place of what it cannot show.

@@ -172,3 +172,9 @@ def test_unknown_options_are_usage_errors(capsys: pytest.CaptureFixture[str]) ->
 def test_version_is_printed(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([asked]) == 0
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_every_option_of_serve_is_a_variable() -> None:
+    """As docs/serving.md promises."""
+    found = {param.name: param.envvar for param in commands(COMMAND)["serve"].params}
+    assert found == {name: f"MICROCLIP_{name.upper()}" for name in found}

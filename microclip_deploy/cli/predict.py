@@ -1,0 +1,112 @@
+"""`predict`: classify photos with a run, an export or a server."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from microclip_deploy.cli import next_steps
+from microclip_deploy.cli.options import (
+    OUTPUT,
+    SERVER,
+    BatchSize,
+    BitDepth,
+    MaxPixels,
+    OutputFormat,
+    ServingDevice,
+    Threads,
+    option,
+)
+from microclip_deploy.console import notes, out
+from microclip_deploy.errors import UsageError
+
+
+def predict(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_EXPORT",
+            help="Directory that `adapt` or `export` wrote; left out with --server.",
+            show_default=False,
+        ),
+    ],
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="IMAGES",
+            help="Images, folders or lists.",
+            readable=False,  # they get a row
+            show_default=False,
+        ),
+    ] = None,
+    top_k: Annotated[int, option(OUTPUT, "K", "Classes to show.", min=1)] = 5,
+    output_format: Annotated[
+        OutputFormat | None,
+        option(
+            OUTPUT,
+            None,
+            "Of the results. [default: table; with --out what its ending says]",
+            "--format",
+        ),
+    ] = None,
+    out_file: Annotated[
+        Path | None,
+        option(
+            OUTPUT, "FILE", "Write here instead of printing: .csv, .json, .jsonl or .txt.", "--out"
+        ),
+    ] = None,
+    overlay: Annotated[
+        Path | None, option(OUTPUT, "DIR", "Write saliency overlays (PNG) into this folder.")
+    ] = None,
+    device: ServingDevice = "auto",
+    batch_size: BatchSize = 64,
+    max_pixels: MaxPixels = None,
+    bit_depth: BitDepth = None,
+    threads: Threads = None,
+    server: Annotated[
+        str | None,
+        option(SERVER, "URL", "Ask what `serve` started, in place of a directory."),
+    ] = None,
+    served: Annotated[
+        str | None, option(SERVER, "NAME", "One of several models there.", "--model")
+    ] = None,
+    api_key: Annotated[
+        str | None, option(SERVER, "KEY", "If it asks for one.", envvar="MICROCLIP_API_KEY")
+    ] = None,
+) -> None:
+    """Classify images with an adapted model; only a run needs PyTorch, an export does not.
+
+    Example: microclip-deploy predict runs/birds new/ --out predictions.csv
+    """
+    from microclip_deploy.cli import commands
+    from microclip_deploy.evaluation.remote import Server
+
+    given = [directory, *(images or [])]
+    if server is None and not images:
+        raise UsageError(
+            f"predict: expected RUN_OR_EXPORT and IMAGES, found {directory} alone; name photos too"
+        )
+    with ExitStack() as stack:
+        source: Path | Server = directory
+        if server is not None:
+            source = stack.enter_context(Server(server, api_key, served))
+        commands.run_predict(
+            source,
+            given if source is not directory else given[1:],
+            out,
+            notes,
+            top_k=top_k,
+            output_format=None if output_format is None else output_format.value,
+            file=out_file,
+            overlay=overlay,
+            device=device,
+            batch_size=batch_size,
+            max_pixels=max_pixels,
+            bit_depth=bit_depth,
+            threads=threads,
+        )
+    if server is not None:
+        return
+    look = next_steps.evaluate if overlay else next_steps.overlay
+    next_steps.tell(notes, look(directory), next_steps.deployment(directory))
