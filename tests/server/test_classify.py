@@ -2,6 +2,7 @@
 
 import base64
 import io
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -96,6 +97,21 @@ def test_other_bodies_are_refused(server: Running) -> None:
     assert httpx.post(f"{server.url}/v1/classify", content=b"x", headers=text).status_code == 415
     assert server.get("/nothing").status_code == 404
     assert server.get("/v1/classify").status_code == 405
+
+
+def test_requests_that_wait_together_are_computed_together(server: Running, encode: Encode) -> None:
+    """One is under way while the worker stands still; the three that wait share a batch."""
+    count, waiting = "microclip_batch_images_count", "microclip_queue_images"
+    before, [worker] = server.metric(count), server.workers()
+    worker.suspend()
+    with ThreadPoolExecutor(4) as clients:
+        answers = [clients.submit(server.classify, encode(seed)) for seed in range(4)]
+        try:
+            within(10, lambda: server.metric(waiting) == 3)
+        finally:
+            worker.resume()
+        assert [each.result().status_code for each in answers] == [200] * 4
+    assert server.metric(count) - before == 2
 
 
 def test_every_request_is_logged_once(server: Running, encode: Encode) -> None:

@@ -101,13 +101,6 @@ def test_photos_are_read_as_the_session_reads_them(
     np.testing.assert_array_equal(answer.as_numpy("logits"), expected)
 
 
-def test_requests_at_once_share_batches(client: Any, server: Running, images: Any) -> None:
-    before = server.metric("microclip_batch_images_count")
-    waiting = [client.async_infer("tiny", given(images[:1])) for _ in range(60)]
-    assert all(each.get_result().as_numpy("logits").shape == (1, 3) for each in waiting)
-    assert server.metric("microclip_batch_images_count") - before < 60
-
-
 def wrong(name: str, shape: list[int], datatype: str, **parameters: Any) -> dict[str, Any]:
     tensor = {"name": name, "shape": shape, "datatype": datatype, **parameters}
     return {"inputs": [tensor]}
