@@ -70,7 +70,11 @@ class Batch:
         for job in self._jobs:
             rows = range(start, start := start + len(job))
             if bad := [errors[row] for row in rows if row in errors]:
-                job.refuse(Refusal(500, f"the model failed on this image ({bad[0]})", "model"))
+                job.refuse(
+                    Refusal(
+                        500, f"the model failed on this image ({bad[0]}); send another", "model"
+                    )
+                )
             elif not job.answer.done():
                 own = Prediction._make(field[rows.start : rows.stop].copy() for field in answers)
                 waited = max(now - job.since - seconds, 0.0)

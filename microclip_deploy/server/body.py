@@ -57,7 +57,7 @@ class Bodies:
             told = f"expected the body within {self._timeout_s:g} s; send faster"
             raise Refusal(408, told, "slow") from None
         except ClientDisconnect:
-            raise Refusal(400, "the body ended early", "gone") from None
+            raise Refusal(400, "the body ended early; send all of it", "gone") from None
 
     def _require_room(self) -> None:
         if self._held > self._room:
@@ -87,9 +87,11 @@ def _decompressed(body: bytes, headers: Headers, limit: int) -> bytes:
     try:
         out = unpack.decompress(body, limit + 1)
     except zlib.error as error:
-        raise Refusal(400, f"expected a body in {encoding}, found other bytes", "body") from error
+        raise Refusal(
+            400, f"expected a body in {encoding}, found other bytes; pack it", "body"
+        ) from error
     if len(out) > limit:
         raise _too_large(limit)
     if not unpack.eof:
-        raise Refusal(400, f"expected a whole body in {encoding}, found a part", "body")
+        raise Refusal(400, f"expected a body in {encoding}, found a part; send all of it", "body")
     return out

@@ -121,14 +121,16 @@ def _images(tensor: Tensor, rest: memoryview, facts: Facts, most: int) -> NDArra
     if (binary := _binary(tensor, rest)) is not None:
         if len(binary) != math.prod(tensor.shape):
             raise _refused(
-                f"expected {math.prod(tensor.shape)} bytes of {IMAGE}, found {len(binary)}"
+                f"expected {math.prod(tensor.shape)} bytes of {IMAGE}, found {len(binary)}; mend "
+                "shape or data"
             )
         return np.frombuffer(binary, np.uint8).reshape(tensor.shape)
     try:
         return np.frombuffer(bytes(_flat(tensor.data)), np.uint8).reshape(tensor.shape)
     except (ValueError, TypeError) as error:
         raise _refused(
-            f"expected {math.prod(tensor.shape)} whole numbers from 0 to 255 as data of {IMAGE}"
+            f"expected {math.prod(tensor.shape)} whole numbers from 0 to 255 as data of {IMAGE}; "
+            "mend shape or data"
         ) from error
 
 
@@ -167,7 +169,9 @@ def _binary(tensor: Tensor, rest: memoryview) -> memoryview | None:
     if size is None:
         return None
     if type(size) is not int or size != len(rest):
-        raise _refused(f"expected binary_data_size to be the {len(rest)} bytes behind the JSON")
+        raise _refused(
+            f"expected binary_data_size to be the {len(rest)} bytes behind the JSON; count them"
+        )
     return rest
 
 
@@ -182,7 +186,7 @@ def _elements(data: memoryview, count: int) -> list[bytes]:
         size = int.from_bytes(data[at : at + 4], "little")
         at += 4 + size
         if at > len(data):
-            raise _refused(f"expected elements of {PHOTO} that end within the body")
+            raise _refused(f"expected elements of {PHOTO} that end within the body; send all")
         found.append(bytes(data[at - size : at]))
     return found
 
@@ -246,7 +250,7 @@ def _classified(
     """Return the best classes of each row."""
     if name not in _CLASSIFIED or type(count) is not int or count < 1:
         raise _refused(
-            f"expected classification, a number from 1 on, of {' or '.join(_CLASSIFIED)}"
+            f"expected classification, a number from 1 on, of {' or '.join(_CLASSIFIED)}; mend it"
         )
     best = np.argsort(-values, axis=1, kind="stable")[:, :count]
     rows = [
