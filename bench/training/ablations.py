@@ -82,17 +82,32 @@ def adapt_once(
         texts: of the classes; None takes the benchmark's descriptions.
         sets: further settings, as `section.key=value`.
     """
+    paths = list_images(images / "adapt").paths
+    adapt_paths(images, out, recipe, seed, paths, texts=texts, sets=sets, labels=True)
+
+
+def adapt_paths(
+    images: Path,
+    out: Path,
+    recipe: str,
+    seed: int,
+    paths: tuple[Path, ...],
+    *,
+    texts: ClassTexts | None = None,
+    sets: Sequence[str] = (),
+    labels: bool = False,
+) -> None:
+    """Adapt as `adapt_once`, to some images; `labels` measures the pseudo-labels of all."""
     if (out / MANIFEST).is_file():
         return
     settings = resolve(Recipe, recipe, [f"adapt.seed={seed}", *sets])
     texts = texts or class_texts(images / "classes.txt", images / "descriptions.json")
-    paths = list_images(images / "adapt").paths
     clip = load_clip(BackboneSpec(model="demo"))
     inputs = make_inputs(clip, settings, texts, good=paths)
     with locked(out):
         write_inputs(out, inputs)
-        heads, validator = text_heads(clip.text, texts), label_accuracy(len(paths))
-        execute(inputs, Operation(out), clip, heads, validator=validator)
+        validator = label_accuracy(len(paths)) if labels else None
+        execute(inputs, Operation(out), clip, text_heads(clip.text, texts), validator=validator)
 
 
 def label_accuracy(count: int) -> Validator:

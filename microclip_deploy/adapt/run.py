@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from microclip_deploy import artifact
+from microclip_deploy.adapt.frequencies import estimate
 from microclip_deploy.adapt.loader import AdaptImages
+from microclip_deploy.adapt.reference import look_at
 from microclip_deploy.adapt.run_directory import LABELS, RunInputs
-from microclip_deploy.adapt.trainer import Adapted, Operation, StepReport, Validator, adapt
+from microclip_deploy.adapt.trainer import Adapted, Operation, Prior, StepReport, Validator, adapt
 from microclip_deploy.errors import printable
 from microclip_deploy.model.checkpoint import build_model, write_checkpoint
 from microclip_deploy.model.clip import Clip
@@ -55,7 +57,11 @@ def execute(
     )
     paths = [Path(path) for path in inputs.images]
     images = AdaptImages(paths, clip.preprocess, recipe.views, recipe.adapt.seed)
-    adapted = adapt(model, images, recipe.adapt, operation, validate=validator, on_step=on_step)
+    reference = look_at(operation.directory, model, images)
+    prior = Prior(reference, estimate(reference.probabilities))
+    adapted = adapt(
+        model, images, recipe.adapt, operation, prior=prior, validate=validator, on_step=on_step
+    )
     write_labels(operation.directory / LABELS, inputs, adapted)
     content = manifest_content(inputs, adapted.history)
     doubts = (

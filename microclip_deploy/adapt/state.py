@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from microclip_deploy import artifact
+from microclip_deploy.adapt.boundary import Drift
 from microclip_deploy.errors import CheckpointError
 
 _KEPT = 2
@@ -37,6 +38,10 @@ class TrainingState:
     """float64 (K,): sums over the current epoch."""
     average: Tensor | None = None
     """float (C,): fairness running mean; None at the start of an epoch."""
+    drift: Drift | None = None
+    """Of the current epoch, where boundary-preserving targets are taught."""
+    rates: Tensor | None = None
+    """float32 (C, C): the drift's rates of the epoch before, likewise."""
     epoch: int = 0
     """Current epoch, from 0."""
     step: int = 0
@@ -84,6 +89,9 @@ class TrainingState:
             "previous_labels": self.previous_labels,
             "tally": self.tally,
         }
+        if self.drift is not None and self.rates is not None:
+            tensors |= {f"drift.{name}": t for name, t in self.drift._asdict().items()}
+            tensors["rates"] = self.rates
         return tensors if self.average is None else {**tensors, "average": self.average}
 
     @torch.no_grad()
@@ -105,6 +113,10 @@ class TrainingState:
         self.labels.copy_(stored["labels"])
         self.previous_labels.copy_(stored["previous_labels"])
         self.tally.copy_(stored["tally"])
+        if self.drift is not None and self.rates is not None:
+            self.rates.copy_(stored["rates"])
+            for name, tensor in self.drift._asdict().items():
+                tensor.copy_(stored[f"drift.{name}"])
         average = stored.get("average")
         self.average = None if average is None else average.to(self.tally.device)
         self.epoch, self.step, self.done = (position[key] for key in ("epoch", "step", "done"))

@@ -11,8 +11,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from microclip_deploy.adapt.boundary import Drift, added, moved, targets
 from microclip_deploy.adapt.dka import aggregate, multi_view_prior
 from microclip_deploy.adapt.loss import cross_entropy, fairness
+from microclip_deploy.adapt.reference import Support
 from microclip_deploy.head import LOGIT_SCALE
 from microclip_deploy.model.clip import exact_float32
 from microclip_deploy.model.microclip import MicroCLIP, Output, Pooling, is_layer_norm
@@ -42,6 +44,12 @@ class AdaptConfig(BaseModel):
     """Share of [CLS] in TokenFusion; 1 leaves [FG] out."""
     fairness_weight: float = Field(default=1.0, ge=0, le=100)
     """Weight of the fairness term against the cross-entropy."""
+    fairness_prior: Literal["uniform", "estimated"] = "uniform"
+    """Class frequencies that fairness pulls the mean prediction towards: all the same, as the
+    method does, or those estimated from zero-shot before training."""
+    boundary: bool = False
+    """Teach the probabilities behind the pseudo-labels, with what unlikely drift away from
+    zero-shot took given back (`boundary.targets`), in place of hard labels."""
     confidence: float = Field(default=0.0, ge=0, lt=1)
     """Images whose pseudo-label has a lower softmax probability (scale 100) are not learnt from;
     0 learns from all, as the method does."""
@@ -91,6 +99,22 @@ class Losses(NamedTuple):
     """float (C,): fairness running mean for the next iteration."""
 
 
+class Guide(NamedTuple):
+    """What is known of a batch and of its folder from before the adaptation."""
+
+    expected: Tensor | None = None
+    """float32 (C,): class frequencies that fairness pulls towards; None for uniform ones."""
+    support: Support | None = None
+    """Of the batch, for boundary-preserving targets."""
+    rates: Tensor | None = None
+    """float32 (C, C): `Drift.rates` of the epoch before."""
+    drift: Drift | None = None
+    """Of this epoch so far."""
+
+
+_ALONE = Guide()
+
+
 class Step(NamedTuple):
     """Everything one iteration computed."""
 
@@ -102,6 +126,8 @@ class Step(NamedTuple):
     output: Output
     """The model's view of the strong image, with gradient."""
     losses: Losses
+    drift: Drift | None = None
+    """Of the epoch with this batch added."""
 
 
 def make_optimizer(parameters: Mapping[str, Tensor], config: AdaptConfig) -> torch.optim.AdamW:
@@ -148,6 +174,7 @@ def train_step(
     *,
     average: Tensor | None,
     rate: float,
+    guide: Guide = _ALONE,
 ) -> Step:
     """Label a batch with the model as it is, then move the model once.
 
@@ -158,21 +185,33 @@ def train_step(
         config: optimisation settings.
         average: fairness running mean of the iteration before; None at the start of an epoch.
         rate: learning rate of this step.
+        guide: what the settings beyond the method's own ask for.
     """
     labels = label(model, views, config)
     with _encoder_precision(views, config):
         output = model(views.strong)
     chosen = labels.aggregated.argmax(dim=1)
     kept = confident(labels.aggregated, config.confidence) if config.confidence > 0 else None
-    agreement = cross_entropy(output.logits, chosen, kept)
-    fair = fairness(output.logits, average)
+    taught, drift = _taught(labels.aggregated, chosen, guide)
+    agreement = cross_entropy(output.logits, taught, kept)
+    fair = fairness(output.logits, average, guide.expected)
     total = agreement + config.fairness_weight * fair.loss
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     total.backward()
     optimizer.step()
-    return Step(labels, chosen, kept, output, Losses(total, agreement, fair.loss, fair.average))
+    losses = Losses(total, agreement, fair.loss, fair.average)
+    return Step(labels, chosen, kept, output, losses, drift)
+
+
+def _taught(aggregated: Tensor, chosen: Tensor, guide: Guide) -> tuple[Tensor, Drift | None]:
+    """Return what the strong view is taught, and the epoch's drift with this batch."""
+    if guide.support is None or guide.rates is None or guide.drift is None:
+        return chosen, None
+    current = (LOGIT_SCALE * aggregated).softmax(dim=1)
+    found = moved(current, guide.support)
+    return targets(current, found, guide.rates), added(guide.drift, found)
 
 
 def confident(aggregated: Tensor, threshold: float) -> Tensor:

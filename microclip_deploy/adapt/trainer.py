@@ -12,16 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from microclip_deploy.adapt.boundary import Drift
 from microclip_deploy.adapt.loader import AdaptImages, Batch
 from microclip_deploy.adapt.log import TrainingLog
+from microclip_deploy.adapt.reference import Reference
 from microclip_deploy.adapt.state import TrainingState
 from microclip_deploy.adapt.stop_signal import StopSignal
 from microclip_deploy.adapt.train_step import (
     AdaptConfig,
+    Guide,
     Losses,
     Step,
     Views,
@@ -80,6 +85,14 @@ class Operation:
     """Iterations between two saved states."""
 
 
+class Prior(NamedTuple):
+    """What is known of the photos before the adaptation."""
+
+    reference: Reference
+    frequencies: NDArray[np.float64]
+    """(C,), sum 1: how often each class seems to occur among them."""
+
+
 class StepReport(NamedTuple):
     """Progress after an iteration that was logged."""
 
@@ -105,6 +118,7 @@ def adapt(
     config: AdaptConfig,
     operation: Operation,
     *,
+    prior: Prior | None = None,
     validate: Validator | None = None,
     on_step: Callable[[StepReport], None] = lambda _: None,
 ) -> Adapted:
@@ -115,6 +129,7 @@ def adapt(
         images: the unlabeled images, with the backbone's normalisation.
         config: optimisation settings.
         operation: run directory, workers, saving.
+        prior: what the settings `fairness_prior = "estimated"` and `boundary` need.
         validate: given the model and the pseudo-labels after each epoch; what it returns is logged
             and never reaches the training.
         on_step: told about progress at every logged iteration.
@@ -130,7 +145,7 @@ def adapt(
     log = TrainingLog(operation.directory, state.done, state.epoch)
     try:
         with StopSignal() as stop:
-            loop = _Loop(model, images, config, operation, state, log, total, on_step, stop)
+            loop = _Loop(model, images, config, operation, prior, state, log, total, on_step, stop)
             while state.epoch < config.epochs:
                 loop.run_epoch()
                 loop.finish_epoch(validate)
@@ -145,8 +160,15 @@ def start_state(model: MicroCLIP, images: AdaptImages, config: AdaptConfig) -> T
     unlabeled = torch.full((len(images.paths),), -1, dtype=torch.int64, device=device)
     tally = torch.zeros(len(TALLY), dtype=torch.float64, device=device)
     parameters = model.trainable()
+    drift = Drift.none(len(model.classifier), device) if config.boundary else None
     return TrainingState(
-        parameters, make_optimizer(parameters, config), unlabeled, unlabeled.clone(), tally
+        parameters,
+        make_optimizer(parameters, config),
+        unlabeled,
+        unlabeled.clone(),
+        tally,
+        drift=drift,
+        rates=None if drift is None else drift.rates(),
     )
 
 
@@ -179,6 +201,7 @@ class _Loop:
     images: AdaptImages
     config: AdaptConfig
     operation: Operation
+    prior: Prior | None
     state: TrainingState
     log: TrainingLog
     total: int
@@ -218,9 +241,11 @@ class _Loop:
         state, device = self.state, self.model.classifier.device
         views = Views(*(self._network_input(x.to(device)) for x in batch[:3]))
         rate = learning_rate(self.config, state.done, self.total)
+        guide, average = self._guide(batch.indices), state.average
         step = train_step(
-            self.model, state.optimizer, views, self.config, average=state.average, rate=rate
+            self.model, state.optimizer, views, self.config, average=average, rate=rate, guide=guide
         )
+        state.drift = step.drift
         state.average = step.losses.average.detach()
         state.labels[batch.indices.to(device)] = step.chosen
         state.tally += _sums(step)
@@ -228,6 +253,17 @@ class _Loop:
         state.step += 1
         state.done += 1
         return step.losses
+
+    def _guide(self, indices: Tensor) -> Guide:
+        """Return what this batch needs of the time before the adaptation."""
+        expected, state = None, self.state
+        if self.prior is None:
+            return Guide()
+        if self.config.fairness_prior == "estimated":
+            expected = torch.from_numpy(self.prior.frequencies).to(self.model.frozen)
+        if state.drift is None:
+            return Guide(expected)
+        return Guide(expected, self.prior.reference.support(indices), state.rates, state.drift)
 
     def log_step(self, found: Losses) -> None:
         """Write a metrics line and tell the user."""
@@ -250,6 +286,9 @@ class _Loop:
         state.average, state.step, state.epoch = None, 0, state.epoch + 1
         state.previous_labels.copy_(state.labels)
         state.tally.zero_()
+        if state.drift is not None:
+            state.rates = state.drift.rates()
+            state.drift = Drift.none(len(state.rates), state.rates.device)
         self.save()
         if state.epoch < self.config.epochs:
             self.leave_if_stopped()
