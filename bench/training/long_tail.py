@@ -1,16 +1,16 @@
 """Recipes on long-tailed folders of the embedded benchmark: folders x recipes x seeds -> one table.
 
 Each run adapts to a folder with hidden labels and is measured on that folder and on the balanced
-test split. The answers to both are kept beside it (`answers.npz`), so that whatever reads logits
-can be measured without training again. Finished runs are not repeated.
+test split. The answers to both are kept beside it (`answers.safetensors`), so that whatever reads
+logits can be measured without training again. Finished runs are not repeated.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from microclip_deploy.bench.training.ablations import adapt_paths
 from microclip_deploy.data.sources import list_images, read_batches
@@ -21,7 +21,7 @@ from microclip_deploy.serving import Session, open_run
 EPOCHS = 8
 """The folders hold a quarter of the benchmark's images; the demo takes 2 epochs over all."""
 
-ANSWERS = "answers.npz"
+ANSWERS = "answers.safetensors"
 
 
 class Folder(NamedTuple):
@@ -85,16 +85,15 @@ def answers(session: Session, photos: Photos) -> dict[str, NDArray[np.float32]]:
 
 def run_once(
     images: Path, out: Path, folder: Folder, sets: tuple[str, ...], seed: int
-) -> dict[str, NDArray[np.float32]]:
+) -> dict[str, NDArray[Any]]:
     """Adapt to a folder unless it is done, and return the answers to it and to the test split."""
     kept = out / ANSWERS
     if kept.is_file():
-        with np.load(kept) as stored:
-            return dict(stored)
+        return load_file(kept)
     photos = folder_photos(images, folder)
     adapt_paths(images, out, "demo", seed, photos.paths, sets=(f"adapt.epochs={EPOCHS}", *sets))
     with open_run(out) as run:
-        told: dict[str, NDArray[np.float32]] = {"classifier": run.adapted.classifier()}
+        told: dict[str, NDArray[Any]] = {"classifier": run.adapted.classifier()}
         told |= {"names": run.names, "prior": run.prior}
         test = test_photos(images, run.adapted.classes)
         for split, those in {"folder": photos, "test": test}.items():
@@ -102,5 +101,5 @@ def run_once(
             for model, session in {"adapted": run.adapted, "initial": run.initial}.items():
                 found = answers(session, those)
                 told |= {f"{split}.{model}.{name}": array for name, array in found.items()}
-    np.savez(kept, **told)
+    save_file(told, kept)
     return told

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from microclip_deploy import artifact
-from microclip_deploy.adapt.frequencies import estimate
+from microclip_deploy.adapt.frequencies import effective_classes, estimate, warning
 from microclip_deploy.adapt.loader import AdaptImages
 from microclip_deploy.adapt.reference import look_at
 from microclip_deploy.adapt.run_directory import LABELS, RunInputs
@@ -32,6 +32,8 @@ def execute(
     heads: TextHeads,
     *,
     validator: Validator | None = None,
+    on_look: Callable[[int, int], None] = lambda done, total: None,
+    on_prior: Callable[[Prior], None] = lambda _: None,
     on_step: Callable[[StepReport], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Adapt and write the checkpoint; return the content of its manifest.
@@ -42,6 +44,8 @@ def execute(
         clip: the model that the inputs name.
         heads: `text_heads` of it and of the inputs' texts.
         validator: as for `adapt`.
+        on_look: called with (done, total) images while zero-shot looks at them.
+        on_prior: told what zero-shot has seen, before training.
         on_step: as for `adapt`.
 
     Raises:
@@ -57,14 +61,20 @@ def execute(
     )
     paths = [Path(path) for path in inputs.images]
     images = AdaptImages(paths, clip.preprocess, recipe.views, recipe.adapt.seed)
-    reference = look_at(operation.directory, model, images)
+    reference = look_at(operation.directory, model, images, on_look)
     prior = Prior(reference, estimate(reference.probabilities))
+    on_prior(prior)
     adapted = adapt(
         model, images, recipe.adapt, operation, prior=prior, validate=validator, on_step=on_step
     )
     write_labels(operation.directory / LABELS, inputs, adapted)
     content = manifest_content(inputs, adapted.history)
+    content["frequencies"] = {
+        "effective_classes": effective_classes(prior.frequencies),
+        "estimated": prior.frequencies.tolist(),
+    }
     doubts = (
+        warning(prior.frequencies, recipe.adapt.fairness_weight, recipe.adapt.fairness_prior),
         file_warning(clip.spec.model, clip.spec.pretrained),
         cut_warning(clip.text, inputs.texts()),
     )

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from microclip_deploy import artifact
 from microclip_deploy.adapt.log import BOARD, HISTORY, METRICS
+from microclip_deploy.adapt.reference import SEAL, VECTORS
 from microclip_deploy.adapt.trainer import STATE, Recipe
 from microclip_deploy.artifact import LOCK, exclusive
 from microclip_deploy.config import validate
@@ -35,7 +36,7 @@ EVALUATION = "evaluation.json"
 # The manifest first and the inputs last: a removal that is cut short leaves a run to resume.
 _OURS = (
     artifact.MANIFEST, REPORT, EVALUATION, LABELS, WEIGHTS, STATE, METRICS, HISTORY, BOARD,
-    BAD_IMAGES, CONFIG, INPUTS,
+    BAD_IMAGES, CONFIG, SEAL, VECTORS, INPUTS,
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from torch import Tensor
 
 from microclip_deploy import artifact
+from microclip_deploy.adapt.frequencies import summary, warning
 from microclip_deploy.adapt.run import execute
 from microclip_deploy.adapt.run_directory import (
     BAD_IMAGES,
@@ -21,7 +22,7 @@ from microclip_deploy.adapt.run_directory import (
     require_replaceable,
     write_inputs,
 )
-from microclip_deploy.adapt.trainer import Operation, Recipe, StepReport, Validator
+from microclip_deploy.adapt.trainer import Operation, Prior, Recipe, StepReport, Validator
 from microclip_deploy.cli.commands import gpu_memory, listing_too_many_bad, update_report
 from microclip_deploy.config import merge, parse_override, read_recipe, resolve, validate
 from microclip_deploy.console import (
@@ -102,8 +103,16 @@ def run_adapt(
         operation = Operation(out, _workers(device) if workers is None else workers, save_every)
         validator = _validator(inputs, clip, device)
         with bar(notes, "adapting") as progress:
-            step = _stepper(progress.update)
-            content = execute(inputs, operation, clip, heads, validator=validator, on_step=step)
+            content = execute(
+                inputs,
+                operation,
+                clip,
+                heads,
+                validator=validator,
+                on_look=lambda done, total: progress.update(done, total, "as zero-shot sees them"),
+                on_prior=lambda prior: _tell_frequencies(prior, inputs, notes),
+                on_step=_stepper(progress.update),
+            )
         tell_warnings(content["warnings"], notes)
         with open_run(out, device, clip=clip) as run:
             update_report(out, run, notes)
@@ -254,6 +263,13 @@ def _backbone(asked: Asked, default: str = DEFAULT_MODEL) -> BackboneSpec:
 def _workers(device: str) -> int:
     """Leave a small CPU to the model; keep a GPU fed."""
     return min(8, usable_cpus()) if device.startswith("cuda") else 0
+
+
+def _tell_frequencies(prior: Prior, inputs: RunInputs, notes: Console) -> None:
+    notes.print(summary(prior.frequencies, inputs.classes), markup=False)
+    adapt = inputs.recipe.adapt
+    doubt = warning(prior.frequencies, adapt.fairness_weight, adapt.fairness_prior)
+    tell_warnings([doubt] if doubt else [], notes)
 
 
 def _stepper(update: Callable[[int, int, str], None]) -> Callable[[StepReport], None]:

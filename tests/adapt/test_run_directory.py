@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from microclip_deploy import artifact
+from microclip_deploy.adapt.reference import VECTORS
 from microclip_deploy.adapt.run_directory import locked
 from microclip_deploy.cli.main import main
 from microclip_deploy.model.clip import BackboneSpec, load_clip
@@ -82,16 +83,30 @@ def stopped(signum: signal.Signals, names: str, arguments: list[str]) -> tuple[i
     return found.returncode, found.stderr
 
 
+BOUNDARY = ["--set", "adapt.boundary=true", "--set", "adapt.fairness_prior=estimated"]
+"""What is cached of the time before training is part of the state."""
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", [[], BOUNDARY], ids=["method", "boundary"])
 def test_a_run_stopped_and_killed_ends_with_the_bytes_of_one_that_was_not(
-    tmp_path: Path, adapt_arguments: list[str], finished: Path
+    tmp_path: Path,
+    adapt_arguments: list[str],
+    adapt_into: Callable[[Path], list[str]],
+    finished: Path,
+    settings: list[str],
 ) -> None:
+    if settings:
+        adapt_arguments, finished = [*adapt_arguments, *settings], tmp_path / "finished"
+        assert main([*adapt_into(finished), *settings]) == 0
     run, resume = tmp_path / "run", [*adapt_arguments, "--resume"]
     code, told = stopped(signal.SIGTERM, "history.jsonl,.png", resume)  # in the first batch
     assert code == 128 + signal.SIGTERM
     assert "stopped at iteration 1 of 6; the state is saved" in told
     killed_while_saving = ("step-000000005.safetensors", [*resume, "--save-every", "1"])
     assert stopped(signal.SIGKILL, *killed_while_saving)[0] == -signal.SIGKILL
+    if settings:
+        (run / VECTORS).write_bytes(b"damaged")  # made again
     assert max((run / "state").glob("*.json")).stem == "step-000000004"
     assert not (run / "manifest.json").exists()
     assert main(resume) == 0
