@@ -6,18 +6,25 @@ import io
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from torch import Tensor
 
 from microclip_deploy import artifact
 from microclip_deploy.adapt.loader import AdaptImages
 from microclip_deploy.adapt.run_directory import LABELS, RunInputs
 from microclip_deploy.adapt.trainer import Adapted, Operation, StepReport, Validator, adapt
+from microclip_deploy.calibration import Calibration
 from microclip_deploy.errors import printable
 from microclip_deploy.model.checkpoint import build_model, write_checkpoint
 from microclip_deploy.model.clip import Clip
+from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.model.text import TextHeads, cut_warning
 from microclip_deploy.model.weights import file_warning
 from microclip_deploy.ncut.spec import saliency_warning
+
+Calibrator: TypeAlias = Callable[[MicroCLIP, Tensor], Calibration]
+"""(adapted model, int64 (images,) last pseudo-labels) -> how its logits are read."""
 
 COLLAPSE_SHARE = 0.95
 """Above this share of all pseudo-labels one class has swallowed the others."""
@@ -30,6 +37,7 @@ def execute(
     heads: TextHeads,
     *,
     validator: Validator | None = None,
+    calibrator: Calibrator | None = None,
     on_step: Callable[[StepReport], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Adapt and write the checkpoint; return the content of its manifest.
@@ -40,6 +48,8 @@ def execute(
         clip: the model that the inputs name.
         heads: `text_heads` of it and of the inputs' texts.
         validator: as for `adapt`.
+        calibrator: finds how the adapted model's logits are read; None leaves that open. A resumed
+            run that was killed meanwhile asks it again.
         on_step: as for `adapt`.
 
     Raises:
@@ -63,6 +73,8 @@ def execute(
         cut_warning(clip.text, inputs.texts()),
     )
     content["warnings"] += [doubt for doubt in doubts if doubt]
+    if calibrator:
+        content["calibration"] = calibrator(model, adapted.labels).model_dump(mode="json")
     write_checkpoint(operation.directory, model, clip, heads, content)
     return content
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor
 
 from microclip_deploy import artifact
-from microclip_deploy.adapt.run import execute
+from microclip_deploy.adapt.run import Calibrator, execute
 from microclip_deploy.adapt.run_directory import (
     BAD_IMAGES,
     INPUTS,
@@ -22,6 +22,8 @@ from microclip_deploy.adapt.run_directory import (
     write_inputs,
 )
 from microclip_deploy.adapt.trainer import Operation, Recipe, StepReport, Validator
+from microclip_deploy.calibrating import calibrate, share_with_doubt
+from microclip_deploy.calibration import Calibration
 from microclip_deploy.cli.commands import gpu_memory, listing_too_many_bad, update_report
 from microclip_deploy.config import merge, parse_override, read_recipe, resolve, validate
 from microclip_deploy.console import (
@@ -37,6 +39,7 @@ from microclip_deploy.data.contents import copies
 from microclip_deploy.data.labelled import LabelledImages
 from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import UsageError, printable
+from microclip_deploy.evaluation.answers import answers_of
 from microclip_deploy.evaluation.evaluate import accuracy
 from microclip_deploy.evaluation.report import REPORT
 from microclip_deploy.model.checkpoint import read_checkpoint
@@ -103,7 +106,15 @@ def run_adapt(
         validator = _validator(inputs, clip, device)
         with bar(notes, "adapting") as progress:
             step = _stepper(progress.update)
-            content = execute(inputs, operation, clip, heads, validator=validator, on_step=step)
+            content = execute(
+                inputs,
+                operation,
+                clip,
+                heads,
+                validator=validator,
+                calibrator=_calibrator(inputs, clip, device, notes),
+                on_step=step,
+            )
         tell_warnings(content["warnings"], notes)
         with open_run(out, device, clip=clip) as run:
             update_report(out, run, notes)
@@ -275,3 +286,16 @@ def _validator(inputs: RunInputs, clip: Clip, device: str) -> Validator | None:
         return accuracy(session, labelled)
 
     return measure
+
+
+def _calibrator(inputs: RunInputs, clip: Clip, device: str, notes: Console) -> Calibrator:
+    """Return what reads the run's own images once more and calibrates the adapted model on them."""
+
+    def found(model: MicroCLIP, labels: Tensor) -> Calibration:
+        session = TorchSession(model, inputs.classes, inputs.preprocess(clip), device)
+        with bar(notes, "calibrating", "images") as progress:
+            told = answers_of(session, list(map(Path, inputs.images)), progress=progress.update)
+        agreement = told.logits.argmax(axis=1) == labels.numpy()[told.rows]
+        return calibrate(told.logits, share_with_doubt(agreement))
+
+    return found
