@@ -8,7 +8,8 @@ An interruption leaves the old classes before 2 and the new ones after it. Sessi
 open keep the matrix they read.
 
 The row of an added class is what CLIP's text tower says of it, where adaptation would have begun;
-no photo was ever compared with it. Only `add_classes` needs PyTorch.
+no photo was ever compared with it. Of its frequency nothing is known: the calibration takes the
+geometric mean of the others'. Only `add_classes` needs PyTorch.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from safetensors.numpy import save
 
 from microclip_deploy import artifact
 from microclip_deploy.artifact import exclusive
+from microclip_deploy.calibration import Calibration
 from microclip_deploy.data.classes import ClassTexts, read_descriptions
 from microclip_deploy.data.names import NameIndex, clean_name, name_key
 from microclip_deploy.errors import DataError, UsageError, require
@@ -91,8 +93,9 @@ def add_classes(
         texts = _texts(_new_names(names, old.classes), descriptions, old.templates)
         rows = _text_rows(export, texts, model, pretrained)
         matrix = np.concatenate([export.classifier, rows])
+        known = old.calibration and old.calibration.with_classes_added(len(texts.names))
         return _replace(
-            export, matrix, (*old.classes, *texts.names), (*old.unadapted, *texts.names)
+            export, matrix, (*old.classes, *texts.names), (*old.unadapted, *texts.names), known
         )
 
 
@@ -134,7 +137,8 @@ def remove_classes(directory: Path, names: Sequence[str]) -> tuple[ClassRow, ...
             )
         remaining = tuple(classes[row] for row in kept)
         unadapted = tuple(name for name in export.manifest.unadapted if name not in removed)
-        return _replace(export, export.classifier[kept], remaining, unadapted)
+        known = export.manifest.calibration and export.manifest.calibration.of_classes(kept)
+        return _replace(export, export.classifier[kept], remaining, unadapted, known)
 
 
 def _rows(classes: Iterable[str], unadapted: Iterable[str]) -> tuple[ClassRow, ...]:
@@ -221,6 +225,7 @@ def _replace(
     matrix: NDArray[np.float32],
     classes: tuple[str, ...],
     unadapted: tuple[str, ...],
+    calibration: Calibration | None,
 ) -> tuple[ClassRow, ...]:
     """Replace class matrix and names; the manifest is the moment when it happens."""
     directory, old = export.directory, export.manifest.classifier
@@ -228,7 +233,14 @@ def _replace(
     new = f"classifier-{hashlib.sha256(content).hexdigest()[:8]}.safetensors"
     artifact.write_bytes(directory / new, content)
     files = {name: entry for name, entry in export.stored["files"].items() if name != old}
-    fields = {"classes": classes, "unadapted": unadapted, "classifier": new, "files": files}
+    stored = calibration.model_dump(mode="json") if calibration else None
+    fields = {
+        "classes": classes,
+        "unadapted": unadapted,
+        "classifier": new,
+        "calibration": stored,
+        "files": files,
+    }
     artifact.rewrite_manifest(directory, {**export.stored, **fields}, [new])
     for path in {directory / old, directory / CLASSIFIER, *directory.glob(_REPLACED)}:
         if path.name not in {new, *files}:

@@ -361,6 +361,7 @@ def _complete(folder: Path, subject: _Subject, chosen: _Candidate) -> None:
         classes=checkpoint.classes,
         templates=checkpoint.texts.templates,
         graphs=chosen.graphs,
+        calibration=checkpoint.calibration,
     )
     content = {
         "package": {"name": "microclip-deploy", "version": version("microclip-deploy")},

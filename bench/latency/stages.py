@@ -22,10 +22,10 @@ from microclip_deploy.bench.latency.graph_parts import Part, Work, open_parts
 from microclip_deploy.bench.latency.report import COPY, PRODUCT, Stage, StageRow
 from microclip_deploy.bench.latency.windows import repeated
 from microclip_deploy.bench.photos import decoded
+from microclip_deploy.calibration import softmax
 from microclip_deploy.data.photo import USUAL, PhotoConfig
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.serving import open_session
-from microclip_deploy.serving.classification import softmax
 from microclip_deploy.serving.exported import BACKBONE as BACKBONE_FILE
 from microclip_deploy.serving.exported import Export, read_export
 

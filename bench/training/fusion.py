@@ -1,8 +1,8 @@
 """Ways to weigh [CLS], [FG] and photos of the folder, measured on finished long-tailed runs.
 
-No training: `long_tail` keeps what each run answered. A weight a photo, by how sure each token is or
-by whether they agree, is held against fixed weights; the mean photo of each class (prototype), of
-the surest half or of all, is blended into the rows of the classifier.
+No training: `long_tail` keeps what each run answered. A weight a photo, by how sure each token is
+or by whether they agree, is held against fixed weights; the mean photo of each class (prototype),
+of the surest half or of all, is blended into the rows of the classifier.
 """
 
 import json
@@ -27,7 +27,7 @@ TEMPERATURE = 3.0
 
 def entropy(shares: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the entropy (N,) of float (N, C) probabilities."""
-    return -(shares * np.log(shares + 1e-12)).sum(axis=1)
+    return np.asarray(-(shares * np.log(shares + 1e-12)).sum(axis=1))
 
 
 def share_by_entropy(
@@ -51,7 +51,7 @@ def with_prototypes(told: Answers, split: str, blend: float, surest: float) -> N
 
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
 
 
 def _fused(
@@ -118,7 +118,8 @@ def main(
         for group, paths in groups.items()
         if paths
     }
-    rows = [["reading", *(f"{group} ({split})" for group in results for split in ("folder", "test"))]]
+    columns = [f"{group} ({split})" for group in results for split in ("folder", "test")]
+    rows = [["reading", *columns]]
     for name in next(iter(results.values()))[0]:
         cells = [
             spread([run[name][split] for run in found])

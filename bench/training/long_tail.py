@@ -24,6 +24,11 @@ EPOCHS = 8
 ANSWERS = "answers.safetensors"
 
 
+Answers = dict[str, NDArray[Any]]
+"""`SPLIT.labels`, `SPLIT.adapted|initial.cls|fg|logits` for the splits folder and test, and the class
+matrices `classifier`, `names` and `prior`."""
+
+
 class Folder(NamedTuple):
     """A choice of the unlabelled images."""
 
@@ -83,17 +88,15 @@ def answers(session: Session, photos: Photos) -> dict[str, NDArray[np.float32]]:
     }
 
 
-def run_once(
-    images: Path, out: Path, folder: Folder, sets: tuple[str, ...], seed: int
-) -> dict[str, NDArray[Any]]:
+def run_once(images: Path, out: Path, folder: Folder, sets: tuple[str, ...], seed: int) -> Answers:
     """Adapt to a folder unless it is done, and return the answers to it and to the test split."""
     kept = out / ANSWERS
     if kept.is_file():
-        return load_file(kept)
+        return read_answers(kept)
     photos = folder_photos(images, folder)
     adapt_paths(images, out, "demo", seed, photos.paths, sets=(f"adapt.epochs={EPOCHS}", *sets))
     with open_run(out) as run:
-        told: dict[str, NDArray[Any]] = {"classifier": run.adapted.classifier()}
+        told: Answers = {"classifier": run.adapted.classifier()}
         told |= {"names": run.names, "prior": run.prior}
         test = test_photos(images, run.adapted.classes)
         for split, those in {"folder": photos, "test": test}.items():
@@ -103,3 +106,8 @@ def run_once(
                 told |= {f"{split}.{model}.{name}": array for name, array in found.items()}
     save_file(told, kept)
     return told
+
+
+def read_answers(path: Path) -> Answers:
+    """Return what `run_once` kept."""
+    return dict(load_file(path))

@@ -5,6 +5,7 @@ Python must have microclip-deploy installed: README.md of the repository.
 """
 
 import io
+import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +16,11 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from microclip_deploy import open_session
+from microclip_deploy.calibration import FOLDER, is_unknown, probabilities
 from microclip_deploy.data.decode import decode_image
 from microclip_deploy.errors import DataError, MicroclipError
 from microclip_deploy.processors import usable_cpus
 from microclip_deploy.serving import Prediction
-from microclip_deploy.serving.classification import softmax
 
 MAX_PIXELS = 50_000_000
 """Width x height of a photo, as `serve` has it by itself."""
@@ -38,8 +39,10 @@ class TritonPythonModel:
         export = Path(args["model_repository"], args["model_version"], "export")
         on_gpu = args["model_instance_kind"] == "GPU"
         device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
+        parameters = json.loads(args["model_config"]).get("parameters", {})
+        prior = parameters.get("prior", {}).get("string_value", FOLDER)
         try:
-            self._session = open_session(export, device)
+            self._session = open_session(export, device, prior=prior)
         except MicroclipError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         preprocess = self._session.preprocess
@@ -83,12 +86,15 @@ class TritonPythonModel:
         if not images:
             return
         found = self._session.predict(np.concatenate(images))
-        probabilities = softmax(found.logits).astype(np.float32)
+        known = self._session.calibration
+        shares = probabilities(found.logits, known)
+        unknown = is_unknown(shares.max(axis=1), known)
+        read = {"probabilities": shares.astype(np.float32), "unknown": unknown}
         begin = 0
         for each in images:
             rows = slice(begin, begin := begin + len(each))
             named = dict(zip(Prediction._fields, (part[rows] for part in found), strict=True))
-            yield {**named, "probabilities": probabilities[rows]}
+            yield {**named, **{name: part[rows] for name, part in read.items()}}
 
 
 def _images(request: Any, views: list[Future[NDArray[np.uint8]]]) -> Any:

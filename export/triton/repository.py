@@ -183,7 +183,9 @@ def _write_python(export: Export, name: str, folder: Path) -> None:
     artifact.write_bytes(version / "model.py", (_FILES / "model.py").read_bytes())
     logits, *others = _outputs(copied)
     probabilities = logits.model_copy(update={"name": "probabilities"})
-    _write_config("python.pbtxt", name, copied, [logits, probabilities, *others], folder)
+    unknown = others[-1].model_copy(update={"name": "unknown"})
+    outputs = [logits, probabilities, *others, unknown]
+    _write_config("python.pbtxt", name, copied, outputs, folder)
 
 
 def _write_onnx(export: Export, name: str, folder: Path) -> None:

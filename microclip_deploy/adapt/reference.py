@@ -62,6 +62,12 @@ class Reference:
         seen = self._rows(indices.cpu().numpy())
         return Support(self._probabilities(seen), seen @ self.anchors.T)
 
+    def labels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return zero-shot's classes (n,) of photos by their positions (n,), ascending."""
+        chunks = np.array_split(rows, max(1, len(rows) // _CHUNK))
+        found = [(self._rows(chunk) @ self.frozen.T).argmax(dim=1).cpu() for chunk in chunks]
+        return torch.cat(found).numpy()
+
     def probabilities(self) -> Iterator[NDArray[np.float32]]:
         """Yield the zero-shot probabilities of all photos in their order, (n, C) at a time."""
         for seen in self._chunks():

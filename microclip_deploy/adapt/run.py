@@ -3,7 +3,7 @@
 import csv
 import datetime
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from microclip_deploy import artifact
 from microclip_deploy.adapt.frequencies import effective_classes, estimate, warning
 from microclip_deploy.adapt.loader import AdaptImages
+from microclip_deploy.adapt.outcome import Outcome, judge
 from microclip_deploy.adapt.reference import look_at
 from microclip_deploy.adapt.run_directory import LABELS, RunInputs
 from microclip_deploy.adapt.trainer import Adapted, Operation, Prior, StepReport, Validator, adapt
@@ -44,7 +45,7 @@ def execute(
         clip: the model that the inputs name.
         heads: `text_heads` of it and of the inputs' texts.
         validator: as for `adapt`.
-        on_look: called with (done, total) images while zero-shot looks at them.
+        on_look: called with (done, total) images while they are looked at before and after.
         on_prior: told what zero-shot has seen, before training.
         on_step: as for `adapt`.
 
@@ -68,7 +69,17 @@ def execute(
         model, images, recipe.adapt, operation, prior=prior, validate=validator, on_step=on_step
     )
     write_labels(operation.directory / LABELS, inputs, adapted)
-    content = manifest_content(inputs, adapted.history)
+    outcome = judge(
+        model,
+        images,
+        reference,
+        # How often the last epoch's strong views agreed with their pseudo-labels: two views of a
+        # photo and two states of the model, as near to the accuracy as anything known here.
+        expected_accuracy=adapted.history[-1]["agreement"],
+        rollback=recipe.adapt.rollback,
+        progress=on_look,
+    )
+    content = manifest_content(inputs, adapted.history) | belief(outcome, inputs.classes)
     content["frequencies"] = {
         "effective_classes": effective_classes(prior.frequencies),
         "estimated": prior.frequencies.tolist(),
@@ -81,6 +92,15 @@ def execute(
     content["warnings"] += [doubt for doubt in doubts if doubt]
     write_checkpoint(operation.directory, model, clip, heads, content)
     return content
+
+
+def belief(outcome: Outcome, classes: Sequence[str]) -> dict[str, Any]:
+    """Return the manifest fields that say what is believed of the adapted model."""
+    return {
+        "verdict": outcome.verdict.model_dump(mode="json"),
+        "rolled_back": [classes[c] for c in outcome.rolled_back],
+        "calibration": outcome.calibration.model_dump(mode="json"),
+    }
 
 
 def manifest_content(inputs: RunInputs, history: list[dict[str, Any]]) -> dict[str, Any]:

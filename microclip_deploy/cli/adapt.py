@@ -48,6 +48,7 @@ from microclip_deploy.model.weights import default_tag, file_warning
 from microclip_deploy.processors import usable_cpus
 from microclip_deploy.serving import open_run
 from microclip_deploy.serving.torch_session import TorchSession, resolve_device
+from microclip_deploy.verdict import Verdict
 
 DEFAULT_MODEL = "ViT-B-32"
 
@@ -109,11 +110,12 @@ def run_adapt(
                 clip,
                 heads,
                 validator=validator,
-                on_look=lambda done, total: progress.update(done, total, "as zero-shot sees them"),
+                on_look=lambda done, total: progress.update(done, total, "looking at the photos"),
                 on_prior=lambda prior: _tell_frequencies(prior, inputs, notes),
                 on_step=_stepper(progress.update),
             )
         tell_warnings(content["warnings"], notes)
+        notes.print(Verdict.model_validate(content["verdict"]).sentence(), markup=False)
         with open_run(out, device, clip=clip) as run:
             update_report(out, run, notes)
     notes.print(f"adapted: {printable(out)}", markup=False)

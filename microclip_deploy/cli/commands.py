@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from microclip_deploy import artifact
+from microclip_deploy.calibration import FOLDER, Calibration
 from microclip_deploy.console import (
     bar,
     counter,
@@ -24,12 +25,14 @@ from microclip_deploy.console import (
     tell_warnings,
     waiting,
 )
+from microclip_deploy.data.answers import read_answers
 from microclip_deploy.data.formats import image_endings
 from microclip_deploy.data.photo import Remarks
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.data.sources import BadFile, TooManyBad, list_images, list_sources
 from microclip_deploy.describe.controls import controls_of_run
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, printable
+from microclip_deploy.evaluation.calibrate import calibration_of, store
 from microclip_deploy.evaluation.evaluate import evaluate
 from microclip_deploy.evaluation.evaluation import EVALUATION, Evaluation, write_answers
 from microclip_deploy.evaluation.overlays import OverlayWriter
@@ -80,6 +83,8 @@ def run_evaluate(
     masks: Path | None = None,
     controls: bool = False,
     file: Path | None = None,
+    prior: str = FOLDER,
+    unknown: Path | None = None,
 ) -> Evaluation:
     """Evaluate a run or an export on labelled images; a run's report gets the outcome.
 
@@ -100,6 +105,8 @@ def run_evaluate(
         masks: as for `evaluate`.
         controls: also measure texts that the run's descriptions must beat.
         file: gets one CSV row an image.
+        prior: as for `evaluate`.
+        unknown: as for `evaluate`.
     """
     _require_csv(file)
     if controls:
@@ -134,12 +141,16 @@ def run_evaluate(
                 max_pixels=max_pixels,
                 bit_depth=bit_depth,
                 controls=control_rows,
+                prior=prior,
+                unknown=unknown,
             )
         if answers is not None:
             write_answers(answers, measured)
         tell_skipped(measured.bad, notes, file)
         if run is not None:
-            _keep(directory, measured, run, notes, part=limit is not None)
+            other = "--limit measures a part" if limit is not None else ""
+            other = other or ("" if prior == FOLDER else "--prior expects other photos")
+            _keep(directory, measured, run, notes, other)
     if file is not None:
         notes.print(f"answers: {printable(file)}", markup=False)
     return measured
@@ -164,11 +175,11 @@ def _require_initial(directory: Path, *, zero_shot: bool) -> None:
 
 
 def _keep(
-    directory: Path, measured: Evaluation, run: RunSessions, notes: Console, *, part: bool
+    directory: Path, measured: Evaluation, run: RunSessions, notes: Console, other: str
 ) -> None:
-    """Keep an evaluation beside its run, unless it tells less than the one that is kept."""
+    """Keep an evaluation beside its run, unless it tells less, or `other` says why it differs."""
     kept = directory / EVALUATION
-    if reason := "--limit measures a part" if part else _less_than_kept(measured, kept):
+    if reason := other or _less_than_kept(measured, kept):
         notes.print(f"{printable(kept)} stays as it is: {reason}", markup=False)
         return
     try:
@@ -232,6 +243,7 @@ def run_predict(
     max_pixels: int | None = None,
     bit_depth: int | None = None,
     threads: int | None = None,
+    prior: str = FOLDER,
 ) -> None:
     """Classify images and print or write the results as they come.
 
@@ -240,7 +252,8 @@ def run_predict(
     chosen = output_format or _format_of(file)
     overlays = OverlayWriter(overlay) if overlay else None
     tally, remarks = _Tally(), Remarks()
-    own = {"max_pixels": max_pixels, "bit_depth": bit_depth, "threads": threads}
+    own: dict[str, Any] = {"max_pixels": max_pixels, "bit_depth": bit_depth, "threads": threads}
+    own["prior"] = prior
     with gpu_memory(), ExitStack() as stack:
         target = stack.enter_context(result_file(file, images)) if file else None
         answered, preprocess = stack.enter_context(
@@ -273,12 +286,40 @@ def run_predict(
         notes.print(f"overlays: {printable(overlay)} ({tally.drawn} pictures)", markup=False)
 
 
+def run_calibrate(
+    directory: Path,
+    images: Path,
+    notes: Console,
+    *,
+    clicks: Path | None = None,
+    device: str = "auto",
+    batch_size: int = 64,
+    **own: Any,
+) -> Calibration:
+    """Calibrate a run or an export on a folder, and store the outcome in its manifest."""
+    with gpu_memory(), ExitStack() as stack:
+        with waiting(notes, f"opening {printable(directory)}"):
+            session = stack.enter_context(open_session(directory, device, **own))
+        _tell_device(session, notes)
+        answered = None if clicks is None else read_answers(clicks, session.classes)
+        with counter(notes, "looking for images") as found:
+            listed = list_images(images, on_found=found)
+        tell_left_out(listed.left_out.summary(), notes)
+        with bar(notes, "calibrating", "images") as progress:
+            calibration, bad = calibration_of(
+                session, listed.paths, answered, batch_size=batch_size, progress=progress.update
+            )
+        store(directory, calibration, session.classes)
+    tell_skipped(bad, notes)
+    return calibration
+
+
 @contextmanager
 def _predictor(
     source: Path | Server,
     device: str,
     notes: Console,
-    own: dict[str, int | None],
+    own: dict[str, Any],
     **reading: Any,
 ) -> Iterator[tuple[Callable[..., Iterator[Result]], Preprocess]]:
     """Give what predicts photos, here or on a server, and how it sees them."""

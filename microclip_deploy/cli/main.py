@@ -17,6 +17,7 @@ import typer
 
 from microclip_deploy.cli import next_steps
 from microclip_deploy.cli.bench_serving import app as bench_app
+from microclip_deploy.cli.calibrate import calibrate
 from microclip_deploy.cli.classes import app as classes_app
 from microclip_deploy.cli.describe import app as describe_app
 from microclip_deploy.cli.doctor_text import doctor
@@ -40,6 +41,7 @@ from microclip_deploy.cli.options import (
     Model,
     Out,
     Pretrained,
+    Prior,
     ServingDevice,
     Sets,
     Templates,
@@ -231,6 +233,11 @@ def evaluate(
             "--controls",
         ),
     ] = False,
+    prior: Prior = "folder",
+    unknown: Annotated[
+        Path | None,
+        option(PHOTOS, "IMAGES", "Photos of no class: how many of them are called unknown."),
+    ] = None,
     device: ServingDevice = "auto",
     batch_size: BatchSize = 64,
     max_pixels: MaxPixels = None,
@@ -267,6 +274,8 @@ def evaluate(
         masks=masks,
         controls=controls,
         file=out_file,
+        prior=prior,
+        unknown=unknown,
     )
     if as_json:
         print_json(result.to_json())
@@ -277,6 +286,7 @@ def evaluate(
 
 
 use()(predict)
+use()(calibrate)
 deploy()(export)
 deploy()(verify)
 deploy()(serve)

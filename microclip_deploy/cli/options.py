@@ -183,6 +183,8 @@ ProofImages = Annotated[
     Path | None, option(PROOF, "IMAGES", "Prove on images of yours too: folder or list.")
 ]
 ProofDevice = Annotated[str, option(PROOF, "DEVICE", "Where graphs are run: cpu, cuda or cuda:N.")]
+PRIOR_HELP = "How frequent classes are in the photos: as adapted to, alike, or class,weight."
+Prior = Annotated[str, option(METHOD, "folder|uniform|FILE", PRIOR_HELP, "--prior")]
 BatchSize = Annotated[int, option(MACHINE, "N", "Images a batch.", min=1)]
 Threads = Annotated[
     int | None,

@@ -14,6 +14,7 @@ from microclip_deploy.cli.options import (
     BitDepth,
     MaxPixels,
     OutputFormat,
+    Prior,
     ServingDevice,
     Threads,
     option,
@@ -40,6 +41,7 @@ def predict(
             show_default=False,
         ),
     ] = None,
+    prior: Prior = "folder",
     top_k: Annotated[int, option(OUTPUT, "K", "Classes to show.", min=1)] = 5,
     output_format: Annotated[
         OutputFormat | None,
@@ -87,6 +89,11 @@ def predict(
         raise UsageError(
             f"predict: expected RUN_OR_EXPORT and IMAGES, found {directory} alone; name photos too"
         )
+    if server is not None and prior != "folder":
+        raise UsageError(
+            "--prior: expected a directory, found --server, which was started with its own; leave "
+            "one out"
+        )
     with ExitStack() as stack:
         source: Path | Server = directory
         if server is not None:
@@ -105,6 +112,7 @@ def predict(
             max_pixels=max_pixels,
             bit_depth=bit_depth,
             threads=threads,
+            prior=prior,
         )
     if server is not None:
         return

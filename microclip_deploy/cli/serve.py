@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from microclip_deploy.cli.options import MACHINE, OUTPUT, option
+from microclip_deploy.cli.options import MACHINE, OUTPUT, PRIOR_HELP, option
 from microclip_deploy.errors import UsageError, require
 from microclip_deploy.server.settings import Settings
 
@@ -53,6 +53,10 @@ def serve(
         int | None,
         _option(MACHINE, "N", "--threads", "Of a model on a CPU. [default: one a core]"),
     ] = None,
+    prior: Annotated[
+        str,
+        _option(MODELS, "folder|uniform|FILE", "--prior", PRIOR_HELP),
+    ] = Settings.prior,
     max_batch: Annotated[
         int, _option(LIMITS, "N", "--max-batch", "Images a batch.", min=1, max=4096)
     ] = Settings.max_batch,
@@ -121,6 +125,7 @@ def serve(
             port=port,
             devices=tuple(device or Settings.devices),
             threads=threads,
+            prior=prior,
             max_batch=max_batch,
             max_delay_s=max_delay / 1e3,
             max_queue=max_queue,

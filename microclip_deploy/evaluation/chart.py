@@ -203,6 +203,28 @@ def matrix_chart(names: Sequence[str], shares: Sequence[Sequence[float]]) -> str
         return _svg(figure)
 
 
+def reliability_chart(bins: Sequence[tuple[int, float, float]], *, width: float = HALF) -> str:
+    """Draw accuracy by probability beside the diagonal, on which both are equal; SVG.
+
+    Args:
+        bins: (images, mean probability, accuracy) of each interval; a point's area is its images.
+        width: inches.
+    """
+    with _drawing(width, 3.2) as (figure, axes):
+        from matplotlib.ticker import PercentFormatter
+
+        images, probabilities, accuracies = zip(*bins, strict=True)
+        areas = [12 + 240 * count / sum(images) for count in images]
+        axes.plot((0, 1), (0, 1), color=_GREY, linestyle="--")
+        axes.plot(probabilities, accuracies, color=COLOURS[0], linewidth=1)
+        axes.scatter(probabilities, accuracies, areas, color=COLOURS[0])
+        axes.set(xlabel="probability", xlim=(0, 1.03), ylim=(0, 1.03))
+        axes.set_title("right", loc="left", fontsize="medium")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1))
+        return _svg(figure)
+
+
 @contextmanager
 def _drawing(width: float, height: float) -> Iterator[tuple["Figure", "Axes"]]:
     """Give an empty chart of a size in inches, drawn with this module's settings."""

@@ -14,13 +14,14 @@ An export holds the adapted model alone, so that its evaluation has no such rows
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from microclip_deploy.calibration import FOLDER, is_unknown, probabilities, softmax
 from microclip_deploy.data.decode import BadImage
 from microclip_deploy.data.labelled import LabelledImages
 from microclip_deploy.data.photo import Remarks
@@ -30,12 +31,15 @@ from microclip_deploy.data.sources import (
     ImageSet,
     TooManyBad,
     bad_image_limit,
+    list_images,
     read_batches,
 )
 from microclip_deploy.errors import printable
+from microclip_deploy.evaluation.answers import surest_of
 from microclip_deploy.evaluation.comparison import Comparison, compared
 from microclip_deploy.evaluation.evaluation import EVALUATION, Answer, Evaluation, Row
 from microclip_deploy.evaluation.masks import MaskFacts, MaskTally, TrueMasks
+from microclip_deploy.evaluation.reliability import Reliability, Strangers
 from microclip_deploy.evaluation.scores import Scores, mean_scores, ranks_of, score, scores_of_ranks
 from microclip_deploy.ncut.spec import saliency_warning
 from microclip_deploy.paths import StrPath, as_path
@@ -47,7 +51,6 @@ from microclip_deploy.serving import (
     open_run,
     open_session,
 )
-from microclip_deploy.serving.classification import softmax
 
 __all__ = [
     "EVALUATION",
@@ -92,6 +95,7 @@ class SessionAccuracy:
     """What reading the images told."""
     ranks: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, repr=False)
     """(M,) for each row: how many classes an image's own was placed behind."""
+    reliability: Reliability | None = None
 
 
 def evaluate(
@@ -112,6 +116,8 @@ def evaluate(
     bit_depth: int | None = None,
     masks: StrPath | None = None,
     controls: Controls | None = None,
+    prior: StrPath = FOLDER,
+    unknown: StrPath | None = None,
 ) -> Evaluation:
     """Measure a run or an export on labelled images; a run beside the model before adaptation.
 
@@ -135,6 +141,9 @@ def evaluate(
         masks: folder of true masks, as for `TrueMasks.find`.
         controls: further class matrices for [CLS] before adaptation, measured with zero-shot.
             With those of which there is more than one draw the descriptions are compared.
+        prior: how frequent the classes are, as for `Session.expect`; counts for the adapted
+            model's fused logits.
+        unknown: photos of no class, as for `list_images`: how many of them are called unknown.
 
     Raises:
         DataError: the data, or the checkpoint (CheckpointError), cannot be used, or more images
@@ -150,6 +159,7 @@ def evaluate(
             adapted = sessions.adapted
         else:
             adapted = stack.enter_context(open_session(directory, device, threads=threads))
+        adapted.expect(prior)
         on_open(adapted)
         images = _spread(LabelledImages.read(data, adapted.classes, listed), limit)
         allowed = bad_image_limit(max_bad, len(images.paths))
@@ -160,6 +170,12 @@ def evaluate(
             probes.append(_Probe(sessions.initial, heads | _rows_of(controls or {})))
         preprocess = adapted.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
         measured = _measure(probes, images, preprocess, batch_size, progress)
+        reliability = measured[0].reliability
+        if reliability and unknown:
+            others = surest_of(adapted, list_images(unknown).paths, preprocess, batch_size)
+            sure = np.array([answer.probability for answer in measured[0].answers])
+            strangers = Strangers.of(others, sure, reliability.unknown_below)
+            measured[0] = replace(measured[0], reliability=replace(reliability, unknown=strangers))
     bad = measured[0].bad
     if len(bad) > allowed:
         raise TooManyBad(
@@ -249,6 +265,8 @@ class _Probe:
     answers: list[Answer] = field(default_factory=list)
     masks: MaskTally = field(default_factory=MaskTally)
     true_masks: TrueMasks | None = None
+    uncalibrated: list[NDArray[np.float64]] = field(default_factory=list)
+    """Probability of the best class at temperature 1."""
 
     def add(
         self, images: NDArray[np.uint8], labels: NDArray[np.int64], paths: Sequence[Path]
@@ -259,8 +277,11 @@ class _Probe:
         for name, logits in by_token.items():
             self.ranks.setdefault(name, []).append(ranks_of(logits, labels))
         best = found.logits.argmax(axis=1).tolist()
-        sure = softmax(found.logits).max(axis=1).tolist()
-        self.answers += map(Answer, paths, labels.tolist(), best, sure)
+        known = self.session.calibration
+        sure = probabilities(found.logits, known).max(axis=1)
+        unknown = is_unknown(sure, known).tolist()
+        self.answers += map(Answer, paths, labels.tolist(), best, sure.tolist(), unknown)
+        self.uncalibrated.append(softmax(found.logits).max(axis=1))
         cls_best, fg_best = (by_token[token].argmax(axis=1) for token in ("cls", "fg"))
         self.masks.add(found.mask, found.complete, cls_best == fg_best)
         if self.true_masks is not None:
@@ -280,7 +301,17 @@ class _Probe:
         classes = len(self.session.classes)
         ranks = {name: np.concatenate(parts) for name, parts in self.ranks.items()}
         rows = {name: scores_of_ranks(placed, labels, classes) for name, placed in ranks.items()}
-        return SessionAccuracy(rows, self.masks.result(), bad, tuple(self.answers), remarks, ranks)
+        known = self.session.calibration
+        reliability = Reliability.of(
+            np.array([answer.probability for answer in self.answers]),
+            np.concatenate(self.uncalibrated),
+            ranks["fused"] == 0,
+            known.temperature if known else None,
+            known.unknown_below if known else 0.0,
+        )
+        return SessionAccuracy(
+            rows, self.masks.result(), bad, tuple(self.answers), remarks, ranks, reliability
+        )
 
     def _logits(self, found: Prediction) -> dict[str, NDArray[np.float32]]:
         classifier = self.session.classifier()
@@ -369,6 +400,8 @@ def _evaluation(
         ),
         left_out=left_out,
         controls=comparisons,
+        reliability=adapted.reliability,
+        prior=session.prior,
     )
 
 

@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from microclip_deploy.calibration import FOLDER
 from microclip_deploy.data.sources import BadFile
 from microclip_deploy.errors import printable
 from microclip_deploy.evaluation.comparison import Comparison
 from microclip_deploy.evaluation.masks import MaskFacts
 from microclip_deploy.evaluation.records import cell, file_name
+from microclip_deploy.evaluation.reliability import Reliability
 from microclip_deploy.evaluation.scores import TOP, Scores
 
 if TYPE_CHECKING:
@@ -46,7 +48,9 @@ class Answer(NamedTuple):
     predicted: int
     """Index of the best class."""
     probability: float
-    """Of the best class: softmax over all classes; not calibrated."""
+    """Of the best class, as the model is calibrated."""
+    unknown: bool = False
+    """It is below the model's threshold."""
 
 
 class Confusion(NamedTuple):
@@ -75,6 +79,9 @@ class Evaluation:
     """Files that were not taken for images, as `LeftOut.to_json`."""
     controls: tuple[Comparison, ...] = ()
     """The descriptions beside texts that say nothing, if that was asked for."""
+    reliability: Reliability | None = None
+    prior: str = FOLDER
+    """The class frequencies that were expected, as for `Session.expect`."""
 
     def row(self, model: str, token: str, texts: str) -> Scores | None:
         """Return the scores of a row, or None if it was not measured."""
@@ -123,6 +130,8 @@ class Evaluation:
             "warnings": list(self.warnings),
             "left_out": self.left_out,
             "controls": [comparison.to_json() for comparison in self.controls],
+            "reliability": self.reliability.to_json() if self.reliability else None,
+            "prior": self.prior,
         }
 
     def tables(self, *, per_class: bool = False) -> list["Table"]:
@@ -139,19 +148,19 @@ class Evaluation:
 
 
 def write_answers(stream: IO[str], result: Evaluation) -> None:
-    """Write one CSV row an image: path, label, prediction, probability, correct, error.
+    """Write one CSV row an image, under a header.
 
     Images that could not be read come last, with the reason as their error. Cells are as in
     `records.CsvWriter`.
     """
     rows = csv.writer(stream, lineterminator="\n")
-    rows.writerow(("path", "label", "prediction", "probability", "correct", "error"))
-    for image, label, predicted, probability in result.answers:
+    rows.writerow(("path", "label", "prediction", "probability", "correct", "error", "unknown"))
+    for image, label, predicted, probability, unknown in result.answers:
         names = [cell(result.classes[label]), cell(result.classes[predicted])]
-        right = int(label == predicted)
-        rows.writerow([cell(file_name(image)), *names, f"{probability:.6f}", right, ""])
+        told = [f"{probability:.6f}", int(label == predicted), "", int(unknown)]
+        rows.writerow([cell(file_name(image)), *names, *told])
     for image, reason in result.bad:
-        rows.writerow([cell(file_name(image)), "", "", "", "", cell(reason)])
+        rows.writerow([cell(file_name(image)), "", "", "", "", cell(reason), ""])
 
 
 def _comparison(result: Evaluation) -> "Table":
@@ -159,6 +168,8 @@ def _comparison(result: Evaluation) -> "Table":
     from rich.text import Text
 
     notes = [f"{result.images} images, {len(result.bad)} unreadable", *result.masks.lines()]
+    notes += [f"prior: {printable(result.prior)}"] * (result.prior != FOLDER)
+    notes += result.reliability.lines() if result.reliability else []
     notes += [control.sentence() for control in result.controls if control.beaten]
     notes += [f"warning: {warning}" for warning in result.warnings]
     table = Table(title="accuracy", caption=Text("\n".join(notes)), caption_justify="left")

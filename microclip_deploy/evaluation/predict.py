@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from microclip_deploy.calibration import is_unknown
 from microclip_deploy.data.decode import BadImage
 from microclip_deploy.data.photo import Remarks
 from microclip_deploy.data.sources import ImageBatch, ImageSet, list_sources, read_batches
@@ -41,6 +42,8 @@ class ImagePrediction:
     """The saliency graph joins every pair of tokens: the mask says nothing."""
     view: NDArray[np.uint8]
     """(S, S, 3): the pixels the model saw, before normalisation."""
+    unknown: bool = False
+    """The best class is less probable than the model's threshold."""
     overlay: Path | None = None
     """Picture of the mask and the attention, if one was written."""
 
@@ -156,6 +159,7 @@ def _predictions(
             attention=found.attention[row],
             complete=bool(found.complete[row]),
             view=batch.images[row],
+            unknown=is_unknown(top[0].probability, session.calibration),
         )
 
 

@@ -28,6 +28,7 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "�
 class CsvWriter:
     """One row an image: path, error, the top classes, both tokens' classes, and the mask share.
 
+    `unknown` is 1 where the best class is less probable than the model's threshold.
     The column `unadapted` names those of the top classes that were added after the adaptation,
     most probable first, joined by "; ". It is empty where all are adapted. With overlays a last
     column tells the file of each.
@@ -41,7 +42,8 @@ class CsvWriter:
         self._rows = csv.writer(stream, lineterminator="\n")
         self._top_k = top_k
         guesses = [f"{part}_{i + 1}" for i in range(top_k) for part in ("class", "probability")]
-        others = ["cls_class", "fg_class", "mask_share", "complete_graph", "unadapted"]
+        others = ["cls_class", "fg_class", "mask_share", "complete_graph", "unknown"]
+        others += ["unadapted"]
         self._overlays = overlays
         self._width = len(guesses) + len(others) + overlays
         self._rows.writerow(["path", "error", *guesses, *others, *["overlay"] * overlays])
@@ -56,9 +58,10 @@ class CsvWriter:
         padding = [""] * (2 * self._top_k - len(guesses))
         share = f"{result.mask.mean():.4f}"
         tokens = (cell(result.cls_top1), cell(result.fg_top1), share, int(result.complete))
+        unknown = int(result.unknown)
         unadapted = cell("; ".join(g.name for g in result.top if not g.adapted))
         drawn = [cell(file_name(result.overlay)) if result.overlay else ""] * self._overlays
-        self._rows.writerow([name, "", *guesses, *padding, *tokens, unadapted, *drawn])
+        self._rows.writerow([name, "", *guesses, *padding, *tokens, unknown, unadapted, *drawn])
 
 
 class JsonLinesWriter:
@@ -147,6 +150,7 @@ def to_json(result: Result) -> dict[str, object]:
         "fg_class": result.fg_top1,
         "mask_share": round(float(result.mask.mean()), 4),
         "complete_graph": result.complete,
+        "unknown": result.unknown,
         **drawn,
     }
 
@@ -162,7 +166,7 @@ def table(results: Iterable[Result]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    caption = "probabilities are not calibrated; * [CLS] and [FG] disagree"
+    caption = "* [CLS] and [FG] disagree"
     unadapted = f"\n{_DAGGER} added after the adaptation: its accuracy is zero-shot"
     found = Table(caption=caption)
     found.add_column("image", overflow="fold")
@@ -177,7 +181,8 @@ def table(results: Iterable[Result]) -> "Table":
         first, *others = result.top
         mark = " *" if result.cls_top1 != result.fg_top1 else ""
         rest = ", ".join(f"{_marked(g)} {g.probability:.2f}" for g in others)
-        best = Text(_marked(first) + mark, style="bold")
+        guess = _marked(first) + mark
+        best = Text(f"unknown (best guess {guess})" if result.unknown else guess, style="bold")
         found.add_row(name, best, f"{first.probability:.3f}", Text(rest))
         if not all(guess.adapted for guess in result.top):
             found.caption = caption + unadapted

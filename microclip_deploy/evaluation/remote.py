@@ -129,6 +129,7 @@ class Server:
                 attention=np.array([*tokens["attention"], tokens["zero"]], np.float32),
                 complete=saliency["complete"],
                 view=np.empty((0, 0, 3), np.uint8),  # it stays with the server
+                unknown=answer.get("unknown", False),
             )
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise self._problem(f"another answer ({type(error).__name__})") from error

@@ -17,7 +17,7 @@ from microclip_deploy import artifact
 from microclip_deploy.adapt.log import HISTORY, read_history
 from microclip_deploy.adapt.run_directory import RunInputs, read_inputs
 from microclip_deploy.errors import CheckpointError, MicroclipError, printable
-from microclip_deploy.evaluation import page
+from microclip_deploy.evaluation import page, reliability
 from microclip_deploy.evaluation.chart import (
     HALF,
     Drawing,
@@ -163,6 +163,7 @@ def render(
         evaluation=evaluation,
         mask_lines=_mask_lines(evaluation),
         confusions=_confusions(evaluation),
+        reliability=reliability.chart_of(evaluation),
         charts=_charts(history),
         labels=_label_counts(manifest["classes"], history),
         headline=_headline(manifest, history, evaluation),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from microclip_deploy import artifact
+from microclip_deploy.calibration import Calibration, require_fit
 from microclip_deploy.config import validate
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import CheckpointError, UsageError
@@ -68,10 +69,13 @@ class CheckpointManifest(BaseModel):
     classes: tuple[str, ...] = Field(min_length=2)
     texts: StoredTexts
     config: StoredConfig
+    calibration: Calibration | None = None
+    """How the logits are read; None in a checkpoint from before it was found."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         self.ncut_spec()
+        require_fit(self.calibration, len(self.classes))
         return self
 
     def ncut_spec(self) -> NCutSpec:

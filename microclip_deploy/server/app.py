@@ -102,6 +102,8 @@ class Endpoints:
                 "preprocess": facts.preprocess.model_dump(mode="json"),
                 "grid": round(facts.shapes.sizes.tokens**0.5),
                 "device": facts.device,
+                "prior": self.catalog.settings.prior,
+                "unknown_below": facts.calibration.unknown_below if facts.calibration else 0.0,
             }
         return told
 

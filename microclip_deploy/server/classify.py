@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from microclip_deploy.calibration import is_unknown
 from microclip_deploy.head import LOGIT_SCALE
 from microclip_deploy.server.intake import View
 from microclip_deploy.server.refusal import Refusal
@@ -118,6 +119,7 @@ def answer_to(
         "photo": {"width": width, "height": height},
         "classes": best(facts, prediction.logits[0], question.top_k),
     }
+    told["unknown"] = is_unknown(told["classes"][0]["probability"], facts.calibration)
     if question.heads:
         told["heads"] = {
             name: best(facts, LOGIT_SCALE * (facts.classifier @ embedding[0]), question.top_k)

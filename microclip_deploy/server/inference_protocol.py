@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
+from microclip_deploy.calibration import Calibration, is_unknown, probabilities
 from microclip_deploy.server.intake import from_base64
 from microclip_deploy.server.refusal import Refusal
 from microclip_deploy.server.seat import Facts
-from microclip_deploy.serving.classification import softmax
 from microclip_deploy.serving.session import Prediction
 
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration")
@@ -27,6 +27,8 @@ IMAGE, PHOTO = "image", "photo"
 """Inputs: views of the model's size, or encoded photos; one of them."""
 
 _CLASSIFIED = ("logits", "probabilities")
+_READ = ("probabilities", "unknown")
+"""Outputs that the logits are read for."""
 
 _LONGEST_US = 1e15
 """Of a time limit; JSON knows numbers that a float does not."""
@@ -210,7 +212,7 @@ def write(
     all_binary = request.parameters.get("binary_data_output") is True
     told, blobs = [], []
     for each in wanted:
-        values = _output(each.name, prediction)
+        values = _output(each.name, prediction, facts.calibration)
         if count := each.parameters.get("classification"):
             values = _classified(each.name, values, facts, count)
         entry: dict[str, Any] = {
@@ -234,13 +236,15 @@ def write(
     return b"".join((head, *blobs)), headers
 
 
-def _output(name: str, prediction: Prediction) -> NDArray[Any]:
-    if name == "probabilities":
-        return softmax(prediction.logits).astype(np.float32)
+def _output(name: str, prediction: Prediction, calibration: Calibration | None) -> NDArray[Any]:
+    if name in _READ:
+        shares = probabilities(prediction.logits, calibration)
+        unknown: NDArray[np.bool_] = is_unknown(shares.max(axis=1), calibration)
+        return unknown if name == "unknown" else shares.astype(np.float32)
     if name in Prediction._fields:
         values: NDArray[Any] = getattr(prediction, name)
         return values
-    known = ", ".join(("probabilities", *Prediction._fields))
+    known = ", ".join((*_READ, *Prediction._fields))
     raise _refused(f"expected outputs of {known}, found another; see the metadata")
 
 
@@ -321,6 +325,7 @@ def _outputs(facts: Facts) -> list[tuple[str, str, list[int]]]:
         ("mask", "BOOL", [-1, tokens]),
         ("attention", "FP32", [-1, tokens + 1]),
         ("complete", "BOOL", [-1]),
+        ("unknown", "BOOL", [-1]),
     ]
 
 

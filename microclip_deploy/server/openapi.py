@@ -28,6 +28,7 @@ _ANSWER = _object(
     id=_TEXT,
     photo=_object(width={"type": "integer"}, height={"type": "integer"}),
     classes=_list(_GUESS),
+    unknown=_FLAG,
     timing_ms={"type": "object", "additionalProperties": _NUMBER},
 )
 _ANSWER["properties"] |= {

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from microclip_deploy.calibration import Calibration
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, MicroclipError
 from microclip_deploy.server.channel import READY, SLOTS, Memory, Shapes, line
@@ -64,6 +65,8 @@ class Facts:
     """Of the model's time, by stage."""
     classifier: NDArray[np.float32]
     """(C, E), unit rows."""
+    calibration: Calibration | None
+    """How the logits are read."""
 
 
 class Batch(Protocol):
@@ -313,7 +316,7 @@ class Seat:
 
 def _facts(told: dict[str, Any], descriptor: int) -> tuple[Memory, Facts]:
     batch, side, *sizes = told["shapes"]
-    shapes = Shapes(batch, side, Sizes(*sizes))
+    shapes, known = Shapes(batch, side, Sizes(*sizes)), told["calibration"]
     try:
         memory = Memory(descriptor, shapes)
     finally:
@@ -327,6 +330,7 @@ def _facts(told: dict[str, Any], descriptor: int) -> tuple[Memory, Facts]:
         shapes,
         told["shares"],
         memory.classifier().copy(),
+        known and Calibration.model_validate(known),
     )
     return memory, facts
 

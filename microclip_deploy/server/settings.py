@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from microclip_deploy.calibration import FOLDER
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -14,6 +16,8 @@ class Settings:
     """One worker each, for every model."""
     threads: int | None = None
     """Of a worker on a CPU."""
+    prior: str = FOLDER
+    """The class frequencies that every model expects, as for `Session.expect`."""
     max_batch: int = 32
     """Images a batch."""
     max_delay_s: float = 0.0

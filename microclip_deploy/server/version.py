@@ -38,7 +38,9 @@ class Version:
             max_queue=settings.max_queue,
         )
         for device in settings.devices:
-            options = Options(str(directory), device, settings.threads, settings.max_batch)
+            options = Options(
+                str(directory), device, settings.threads, settings.max_batch, settings.prior
+            )
             seats.append(Seat(options, settings.hang_timeout_s, batcher.pump))
         try:
             await asyncio.gather(*(seat.start() for seat in seats))

@@ -45,6 +45,7 @@ class Options(NamedTuple):
     device: str
     threads: int | None
     max_batch: int
+    prior: str
 
 
 def version_of(directory: Path) -> str:
@@ -88,6 +89,7 @@ class Worker:
     def hello(self) -> dict[str, Any]:
         """Return what the server must know."""
         session = self.session
+        known = session.calibration
         return {
             "version": self.version,
             "device": session.device,
@@ -97,6 +99,7 @@ class Worker:
             "shapes": [*self.shapes[:2], *self.shapes.sizes],
             "image_s": self.image_s,
             "shares": self.shares,
+            "calibration": known.model_dump(mode="json") if known else None,
         }
 
     def answer(self, memory: Memory, slot: int, count: int) -> dict[str, Any]:
@@ -145,7 +148,9 @@ def _opened(directory: Path, options: Options) -> tuple[Session, str]:
     """Open a model and tell its version, also while its classes are being changed."""
     for _ in range(_ATTEMPTS):
         version = version_of(directory)
-        session = open_session(directory, options.device, threads=options.threads)
+        session = open_session(
+            directory, options.device, threads=options.threads, prior=options.prior
+        )
         if version_of(directory) == version:
             return session, version
         session.close()

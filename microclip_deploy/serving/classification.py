@@ -1,7 +1,7 @@
 """What a model says about a photo, with the names of the classes, for people who call it.
 
-Probabilities are the softmax of the fused logits, which are cosines times 100. They rank the
-classes of one image; they are not calibrated: 0.9 does not mean right nine times out of ten.
+Probabilities are the softmax of the fused logits at the model's temperature, as
+`microclip_deploy.calibration` reads them. How far they can be trusted docs/calibration.md tells.
 """
 
 import base64
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from microclip_deploy.calibration import Calibration, is_unknown, probabilities
 from microclip_deploy.data.picture import Picture, read_picture
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, UsageError
@@ -39,7 +40,7 @@ class Guess(NamedTuple):
 
     name: str
     probability: float
-    """Softmax of the fused logits over all classes; not calibrated."""
+    """Softmax of the fused logits over all classes, at the model's temperature."""
     logit: float
     adapted: bool = True
     """False for a class that was added after the adaptation: its accuracy is zero-shot."""
@@ -63,10 +64,12 @@ class Classification:
     """The saliency graph joins every pair of tokens: the mask is all True and says nothing."""
     preprocess: Preprocess
     """Of the session: what the token grid covers."""
+    unknown: bool = False
+    """The best class is less probable than the model's threshold: do not rely on it."""
 
     @property
     def class_name(self) -> str:
-        """Return the most probable class."""
+        """Return the most probable class, also where `unknown` warns of it."""
         return self.top[0].name
 
     @property
@@ -107,7 +110,8 @@ class Classification:
 
     def __repr__(self) -> str:
         """Return the classes with their probabilities."""
-        return f"<{', '.join(f'{guess.name} {guess.probability:.3f}' for guess in self.top)}>"
+        told = ", ".join(f"{guess.name} {guess.probability:.3f}" for guess in self.top)
+        return f"<{'unknown: ' if self.unknown else ''}{told}>"
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
@@ -117,10 +121,11 @@ class Classification:
             f"<td style='text-align:right'>{guess.probability:.3f}</td></tr>"
             for guess in self.top
         )
-        head = "<tr><th style='text-align:left'>class</th><th>probability, uncalibrated</th></tr>"
+        head = "<tr><th style='text-align:left'>class</th><th>probability</th></tr>"
+        note = "<caption>unknown</caption>" if self.unknown else ""
         return (
             "<div style='display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start'>"
-            f"{self._shown()}<table>{head}{rows}</table></div>"
+            f"{self._shown()}<table>{note}{head}{rows}</table></div>"
         )
 
     def _shown(self) -> str:
@@ -177,8 +182,16 @@ def _classified(session: "Session", views: list[_View], top_k: int) -> Iterator[
     ranked = guesses(session, found.logits, top_k)
     told = zip(views, ranked, found.mask, found.attention, found.complete, strict=True)
     for view, top, mask, attention, complete in told:
+        unknown = is_unknown(top[0].probability, session.calibration)
         yield Classification(
-            view.picture, view.size, top, mask, attention, bool(complete), session.preprocess
+            view.picture,
+            view.size,
+            top,
+            mask,
+            attention,
+            bool(complete),
+            session.preprocess,
+            unknown,
         )
 
 
@@ -193,6 +206,10 @@ class Names(Protocol):
     def unadapted(self) -> frozenset[str]:
         """Return those that were added after the adaptation."""
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """Return how the logits are read."""
+
 
 def guesses(known: Names, logits: NDArray[np.float32], top_k: int) -> Iterator[tuple[Guess, ...]]:
     """Yield the `top_k` best classes, or all if there are fewer, of each row of (B, C) logits.
@@ -200,17 +217,10 @@ def guesses(known: Names, logits: NDArray[np.float32], top_k: int) -> Iterator[t
     Of equal logits the class that is named first comes first.
     """
     order = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
-    for best, row, shares in zip(order.tolist(), logits, softmax(logits), strict=True):
+    told = probabilities(logits, known.calibration)
+    for best, row, shares in zip(order.tolist(), logits, told, strict=True):
         names = [known.classes[c] for c in best]
         yield tuple(
             Guess(name, float(shares[c]), float(row[c]), adapted=name not in known.unadapted)
             for c, name in zip(best, names, strict=True)
         )
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the softmax (B, C) of float (B, C) logits in float64; rows sum to 1."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    weights = np.exp(shifted)
-    shares: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
-    return shares

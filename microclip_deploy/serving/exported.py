@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from microclip_deploy import artifact
+from microclip_deploy.calibration import Calibration, require_fit
 from microclip_deploy.config import validate
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import CheckpointError, UsageError
@@ -102,6 +103,8 @@ class ExportManifest(BaseModel):
     """File of the class matrix; another name after classes changed."""
     graphs: Mapping[str, GraphSpec]
     """By file name."""
+    calibration: Calibration | None = None
+    """How the logits are read; None in older exports."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -110,6 +113,7 @@ class ExportManifest(BaseModel):
             self.classes
         ):
             raise ValueError("classes: expected different names, the unadapted ones among them")
+        require_fit(self.calibration, len(self.classes))
         return self
 
     def ncut_spec(self) -> NCutSpec:
@@ -131,7 +135,7 @@ class Export(NamedTuple):
         """Return what a session says of the model."""
         known = self.manifest
         unadapted = frozenset(known.unadapted)
-        return Facts(known.classes, unadapted, known.preprocess, self.classifier)
+        return Facts(known.classes, unadapted, known.preprocess, self.classifier, known.calibration)
 
 
 def read_export(directory: Path) -> Export:

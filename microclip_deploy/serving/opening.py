@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microclip_deploy import artifact
+from microclip_deploy.calibration import FOLDER
 from microclip_deploy.errors import (
     CheckpointError,
     EnvironmentProblem,
@@ -43,6 +44,7 @@ def open_session(
     max_pixels: int | None = None,
     bit_depth: int | None = None,
     threads: int | None = None,
+    prior: StrPath = FOLDER,
 ) -> Session:
     """Open a run or an export with the backend that the schema in its manifest asks for.
 
@@ -58,9 +60,12 @@ def open_session(
         bit_depth: likewise.
         threads: of the CPU for one operator; None for one a core that this process may use.
             PyTorch has one such number for all of the process.
+        prior: how frequent the classes are where the photos come from, as for `Session.expect`.
 
     Raises:
-        CheckpointError: missing, damaged or of an unknown schema.
+        CheckpointError: missing, damaged or of an unknown schema; without the calibration that
+            another prior than "folder" needs.
+        DataError: the prior's file cannot be used.
         EnvironmentProblem: the backend's packages or the device are missing.
         UsageError: not a path, a number out of range, or a device that this backend does not know.
     """
@@ -75,6 +80,11 @@ def open_session(
             f"{path / artifact.MANIFEST}: expected schema {_CHECKPOINT}N or {_EXPORT}N, found "
             f"{schema}; give a directory that `adapt` or `export` wrote"
         )
+    try:
+        session.expect(prior)
+    except BaseException:
+        session.close()
+        raise
     if max_pixels is not None or bit_depth is not None:
         session.preprocess = session.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
     _log.info("%s: opened with %s on %s", path, type(session).__name__, session.device)
@@ -167,15 +177,15 @@ def _open_model(model: "MicroCLIP", known: "CheckpointManifest", place: str, ask
     """Open a model that is on its device: with the kernels on a GPU, otherwise with PyTorch."""
     from microclip_deploy.serving.torch_session import TorchSession
 
+    described = (known.classes, known.preprocess, place, known.calibration)
     if _is_cuda(place) and _has("cupy"):
         require("microclip_deploy.serving.torch_encoder", "gpu")
         from microclip_deploy.serving.torch_encoder import session_of
 
-        open_kernels = partial(session_of, model, known.classes, known.preprocess, place)
-        session = _with_kernels(open_kernels, auto=asked == "auto")
+        session = _with_kernels(partial(session_of, model, *described), auto=asked == "auto")
         if session is not None:
             return session
-    return _without_cupy(TorchSession(model, known.classes, known.preprocess, place))
+    return _without_cupy(TorchSession(model, *described))
 
 
 def _open_export(path: Path, device: str, threads: int | None) -> Session:

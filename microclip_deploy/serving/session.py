@@ -1,5 +1,6 @@
 """What every backend offers: images in, predictions out, NumPy at both ends."""
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -10,10 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from microclip_deploy.calibration import FOLDER, LEAST_SHARE, UNIFORM, Calibration
 from microclip_deploy.data.picture import Picture, is_picture
 from microclip_deploy.data.preprocess import Preprocess
-from microclip_deploy.errors import DataError, UsageError
+from microclip_deploy.data.prior import read_prior
+from microclip_deploy.errors import CheckpointError, DataError, UsageError
+from microclip_deploy.paths import StrPath, as_path
 from microclip_deploy.serving.classification import Classification, classifications
+
+_log = logging.getLogger(__name__)
 
 
 class Prediction(NamedTuple):
@@ -24,7 +30,7 @@ class Prediction(NamedTuple):
     fg: NDArray[np.float32]
     """(B, E), unit rows: [FG] embedding."""
     logits: NDArray[np.float32]
-    """(B, C), scale 100: TokenFusion."""
+    """(B, C), scale 100: TokenFusion; for the class frequencies that the session expects."""
     mask: NDArray[np.bool_]
     """(B, N), row-major token grid: saliency."""
     attention: NDArray[np.float32]
@@ -43,6 +49,8 @@ class Facts(NamedTuple):
     preprocess: Preprocess
     classifier: NDArray[np.float32]
     """(C, E), unit rows."""
+    calibration: Calibration | None = None
+    """How the logits are read; None for a model without one."""
 
 
 class Session(ABC):
@@ -58,8 +66,10 @@ class Session(ABC):
             facts: of the model.
             device: what runs it: "cpu", "cuda", "cuda:N" or "openvino"; never "auto".
         """
-        self.classes, self.unadapted, self.preprocess, self._classifier = facts
+        self.classes, self.unadapted, self.preprocess, self._classifier, self.calibration = facts
         self.device = device
+        self.prior = FOLDER
+        self._bias: NDArray[np.float32] | None = None
         self._classifier.flags.writeable = False
         self._closed = False
         self._process = os.getpid()
@@ -74,7 +84,43 @@ class Session(ABC):
             UsageError: the session is closed, or was opened before this process was forked.
         """
         self._require_open()
-        return self._answer(checked_images(images, self.preprocess.size))
+        found = self._answer(checked_images(images, self.preprocess.size))
+        bias = self._bias
+        return found if bias is None else found._replace(logits=found.logits + bias)
+
+    def expect(self, prior: StrPath) -> None:
+        """Say how frequent the classes are where the next photos come from.
+
+        Args:
+            prior: "folder", as in the folder that the model was adapted to; "uniform"; or a file
+                that `read_prior` reads.
+
+        Raises:
+            CheckpointError: the model has no calibration, which tells how frequent they were.
+            DataError: the file is none of this model's classes.
+            UsageError: neither a word nor a path.
+        """
+        self._bias = None if prior == FOLDER else self._bias_for(prior)
+        self.prior = str(prior)
+
+    def _bias_for(self, prior: StrPath) -> NDArray[np.float32]:
+        if self.calibration is None:
+            raise CheckpointError(
+                f"--prior {prior}: expected a model with a calibration, found an older one "
+                "without; run `microclip-deploy calibrate` on it, or adapt and export again"
+            )
+        if prior == UNIFORM:
+            return self.calibration.bias()
+        target = read_prior(as_path(prior, "--prior"), self.classes)
+        rare = int((target * len(target) < LEAST_SHARE).sum())
+        if rare:
+            _log.warning(
+                "warning: --prior: %d classes are taken for %g of the even share, so that their "
+                "photos can still be found",
+                rare,
+                LEAST_SHARE,
+            )
+        return self.calibration.bias(target)
 
     def predict_photos(self, photos: Sequence[Image.Image]) -> Prediction:
         """Classify RGB photos of any sizes, as `read_image` decodes them; raises as `predict`."""

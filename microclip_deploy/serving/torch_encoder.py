@@ -7,6 +7,7 @@ import cupy
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from microclip_deploy.calibration import Calibration
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.model.backbone import VisionBackbone
 from microclip_deploy.model.clip import exact_float32
@@ -24,7 +25,11 @@ from microclip_deploy.serving.session import Facts
 
 
 def session_of(
-    model: MicroCLIP, classes: tuple[str, ...], preprocess: Preprocess, device: str
+    model: MicroCLIP,
+    classes: tuple[str, ...],
+    preprocess: Preprocess,
+    device: str,
+    calibration: Calibration | None = None,
 ) -> CudaSession:
     """Serve a model with the kernels.
 
@@ -33,6 +38,7 @@ def session_of(
         classes: in the order of the logits.
         preprocess: of its images.
         device: "cuda" or "cuda:N".
+        calibration: how its logits are read.
 
     Raises:
         EnvironmentProblem: the device is missing, fails, or is out of memory.
@@ -42,7 +48,8 @@ def session_of(
     head = model.head()
     pipeline = CudaPipeline(stream, encoder, head, model.ncut, preprocess.size)
     # A run's classes are those it adapted to.
-    return CudaSession(pipeline, Facts(classes, frozenset(), preprocess, head.classifier))
+    facts = Facts(classes, frozenset(), preprocess, head.classifier, calibration)
+    return CudaSession(pipeline, facts)
 
 
 class TorchEncoder:

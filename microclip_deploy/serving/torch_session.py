@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from microclip_deploy.calibration import Calibration
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import EnvironmentProblem, UsageError
 from microclip_deploy.model.checkpoint import load_model, read_checkpoint
@@ -31,11 +32,16 @@ class TorchSession(Session):
     """A MicroCLIP module as a session."""
 
     def __init__(
-        self, model: MicroCLIP, classes: tuple[str, ...], preprocess: Preprocess, device: str
+        self,
+        model: MicroCLIP,
+        classes: tuple[str, ...],
+        preprocess: Preprocess,
+        device: str,
+        calibration: Calibration | None = None,
     ) -> None:
         classifier = model.class_matrix().detach().cpu().numpy()
         # A run's classes are those it adapted to.
-        super().__init__(Facts(classes, frozenset(), preprocess, classifier), device)
+        super().__init__(Facts(classes, frozenset(), preprocess, classifier, calibration), device)
         _first_process()
         self._model: MicroCLIP | None = model
 
@@ -45,7 +51,8 @@ class TorchSession(Session):
         device = resolve_device(device)
         checkpoint = read_checkpoint(as_path(path, "run"))
         known = checkpoint.manifest
-        return cls(load_model(checkpoint, device), known.classes, known.preprocess, device)
+        model = load_model(checkpoint, device)
+        return cls(model, known.classes, known.preprocess, device, known.calibration)
 
     @torch.inference_mode()
     @exact_float32

@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from microclip_deploy.calibration import softmax
 from microclip_deploy.errors import DataError, UsageError
 from microclip_deploy.evaluation.predict import FailedImage, ImagePrediction, predict
 from microclip_deploy.serving import Session, open_session
-from microclip_deploy.serving.classification import softmax
 
 
 @pytest.fixture(scope="module")

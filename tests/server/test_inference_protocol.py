@@ -12,8 +12,8 @@ import tritonclient.http as triton
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from microclip_deploy.calibration import softmax
 from microclip_deploy.serving import Session
-from microclip_deploy.serving.classification import softmax
 from tests.server.conftest import Encode
 from tests.server.running import Running
 

@@ -311,14 +311,15 @@ function newTile() {
 const summary = (photo) => {
   if (photo.state === "failed") return `failed: ${photo.error}`;
   if (photo.state === "waiting") return "waiting";
-  return `${photo.answer.classes[0].name}, ${photo.answer.classes[0].probability.toFixed(3)}`;
+  const unsure = photo.answer.unknown ? "unknown, best guess " : "";
+  return `${unsure}${photo.answer.classes[0].name}, ${photo.answer.classes[0].probability.toFixed(3)}`;
 };
 
 function showTile(photo) {
   const [, caption] = photo.tile.children;
   const best = photo.state === "done" ? photo.answer.classes[0] : null;
   const text = best ? best.name : photo.state === "failed" ? "failed" : "…";
-  caption.replaceChildren(make("bdi", "", text));
+  caption.replaceChildren(make("bdi", "", photo.answer?.unknown ? `unknown (${text})` : text));
   if (best) caption.append(make("span", "number", best.probability.toFixed(2)));
   photo.tile.classList.toggle("failed", photo.state === "failed");
   photo.tile.title = photo.name;
@@ -393,6 +394,7 @@ function showAnswer() {
     : "";
   if (answer) {
     showBars(page.classes, answer.classes);
+    page.unknown.hidden = !answer.unknown;
     page.zeroshot.hidden = answer.classes.every((guess) => guess.adapted);
     showHeads(answer.heads);
     showTiming(answer.timing_ms, selected.elapsed);
@@ -633,9 +635,9 @@ function csv() {
   const rows = photos.map(({ name, answer, error }) => {
     const guesses = ranks.map((rank) => answer?.classes[rank]);
     const told = guesses.flatMap((g) => (g ? [g.name, g.probability.toFixed(6)] : ["", ""]));
-    return [name, ...told, answer?.model ?? "", answer?.version ?? "", error || (answer ? "" : "no answer yet")];
+    return [name, ...told, answer ? Number(answer.unknown) : "", answer?.model ?? "", answer?.version ?? "", error || (answer ? "" : "no answer yet")];
   });
-  const lines = [["file", ...header, "model", "version", "error"], ...rows];
+  const lines = [["file", ...header, "unknown", "model", "version", "error"], ...rows];
   return lines.map((row) => `${row.map(cell).join(",")}\n`).join("");
 }
 
