@@ -31,7 +31,7 @@ def entropy(shares: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def share_by_entropy(
-    cls: NDArray[np.float32], fg: NDArray[np.float32], temperature: float
+    cls: NDArray[Any], fg: NDArray[Any], temperature: float
 ) -> NDArray[np.float64]:
     """Return the weight (N, 1) of [CLS]: more for the token whose prediction is sharper."""
     weights = [np.exp(-entropy(softmax(logits, temperature))) for logits in (cls, fg)]

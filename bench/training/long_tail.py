@@ -25,8 +25,8 @@ ANSWERS = "answers.safetensors"
 
 
 Answers = dict[str, NDArray[Any]]
-"""`SPLIT.labels`, `SPLIT.adapted|initial.cls|fg|logits` for the splits folder and test, and the class
-matrices `classifier`, `names` and `prior`."""
+"""`SPLIT.labels`, `SPLIT.adapted|initial.cls|fg|logits` for the splits folder and test, and the
+class matrices `classifier`, `names` and `prior`."""
 
 
 class Folder(NamedTuple):
