@@ -1,29 +1,42 @@
-"""Recipes on long-tailed folders of the embedded benchmark: folders x recipes x seeds -> one table.
+"""Recipes on long-tailed folders of the embedded benchmark: folders x recipes x seeds -> tables.
 
-Each run adapts to a folder with hidden labels and is measured on that folder and on the balanced
-test split. The answers to both are kept beside it (`answers.safetensors`), so that whatever reads
-logits can be measured without training again. Finished runs are not repeated.
+Each run adapts to a folder with hidden labels and is measured on that folder, as it is, and on the
+balanced test split, with the folder's class frequencies and with uniform ones expected. The last
+table holds each run's verdict against the truth. Harmful recipes are there for it. The answers are
+kept beside each run (`answers.safetensors`), so that whatever reads logits can be measured without
+training again. Finished runs are not repeated.
 """
 
+import json
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from microclip_deploy.bench.training.ablations import adapt_paths
+from microclip_deploy.adapt.log import HISTORY, read_history
+from microclip_deploy.bench.card import environment
+from microclip_deploy.bench.document import write_files
+from microclip_deploy.bench.table_text import markdown_table
+from microclip_deploy.bench.training.ablations import adapt_paths, spread
+from microclip_deploy.calibrating import calibrate
+from microclip_deploy.calibration import softmax
 from microclip_deploy.data.sources import list_images, read_batches
-from microclip_deploy.demo.folders import hidden_labels
-from microclip_deploy.demo.long_tail import long_tail
+from microclip_deploy.demo.folders import RECIPE, hidden_labels, write_benchmark
+from microclip_deploy.demo.long_tail import MOST, long_tail
+from microclip_deploy.evaluation.reliability import Reliability
 from microclip_deploy.serving import Session, open_run
+from microclip_deploy.verdict import Verdict, verdict
 
 EPOCHS = 8
 """The folders hold a quarter of the benchmark's images; the demo takes 2 epochs over all."""
 
 ANSWERS = "answers.safetensors"
-
-
 Answers = dict[str, NDArray[Any]]
 """`SPLIT.labels`, `SPLIT.adapted|initial.cls|fg|logits` for the splits folder and test, and the
 class matrices `classifier`, `names` and `prior`."""
@@ -35,7 +48,7 @@ class Folder(NamedTuple):
     name: str
     imbalance: float
     order: int = 0
-    most: int = 38
+    most: int = MOST
 
 
 FOLDERS = (
@@ -44,13 +57,22 @@ FOLDERS = (
 )
 
 RECIPES: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "no-fairness": ("adapt.fairness_weight=0",),
+    "microclip": (),
+    "folder": ("adapt.fairness_weight=0", "adapt.rollback=true"),
     "estimated": ("adapt.fairness_prior=estimated",),
     "boundary": ("adapt.boundary=true", "adapt.fairness_weight=0"),
-    "boundary-estimated": ("adapt.boundary=true", "adapt.fairness_prior=estimated"),
+    "fairness-16": ("adapt.fairness_weight=16",),
+    "own-labels": ("adapt.gamma=0", "adapt.fairness_weight=0"),
+    "own-labels-fair": ("adapt.gamma=0",),
+    "single-head": ("adapt.gamma=0", "adapt.confidence=0.7"),
+    "hot": ("adapt.lr=0.01",),
+    "warm": ("adapt.lr=0.004",),
 }
-"""Name -> settings in place of the demo's."""
+"""Name -> settings in place of the demo's; those after the second are for the verdict's table: some
+do harm."""
+
+FEW = ("balanced", "imbalance-50-order-0")
+"""Folders on which these run."""
 
 
 class Photos(NamedTuple):
@@ -58,6 +80,33 @@ class Photos(NamedTuple):
 
     paths: tuple[Path, ...]
     labels: NDArray[np.int64]
+
+
+class Measured(NamedTuple):
+    """What one run came to; accuracies are fractions."""
+
+    folder: float
+    """On the folder that was adapted to, with its own class frequencies."""
+    test: float
+    """On the balanced test split, read likewise."""
+    test_uniform: float
+    """The same with uniform class frequencies expected."""
+    zero_shot_folder: float
+    zero_shot_test: float
+    error: float
+    """Expected calibration error on the folder, with the temperature found without labels."""
+    error_before: float
+    """The same at temperature 1."""
+    verdict: dict[str, Any]
+
+    @property
+    def change(self) -> float:
+        """Return the accuracy gained on the folder, in points."""
+        return 100 * (self.folder - self.zero_shot_folder)
+
+
+Results = dict[str, dict[str, list[Measured]]]
+"""Folder -> recipe -> one for each seed."""
 
 
 def folder_photos(images: Path, folder: Folder) -> Photos:
@@ -71,21 +120,16 @@ def folder_photos(images: Path, folder: Folder) -> Photos:
 def test_photos(images: Path, classes: tuple[str, ...]) -> Photos:
     """Return the balanced test split."""
     listed = list_images(images / "test")
-    return Photos(
-        listed.paths, np.array([classes.index(str(label)) for label in listed.labels], np.int64)
-    )
+    places = [classes.index(str(label)) for label in listed.labels]
+    return Photos(listed.paths, np.array(places, np.int64))
 
 
 def answers(session: Session, photos: Photos) -> dict[str, NDArray[np.float32]]:
     """Return what a session says: cls and fg (N, E), logits (N, C)."""
-    found = [
-        session.predict(batch.images)
-        for batch in read_batches(photos.paths, session.preprocess, 256)
-    ]
-    return {
-        name: np.concatenate([getattr(each, name) for each in found])
-        for name in ("cls", "fg", "logits")
-    }
+    batches = read_batches(photos.paths, session.preprocess, 256)
+    found = [session.predict(batch.images) for batch in batches]
+    names = ("cls", "fg", "logits")
+    return {name: np.concatenate([getattr(each, name) for each in found]) for name in names}
 
 
 def run_once(images: Path, out: Path, folder: Folder, sets: tuple[str, ...], seed: int) -> Answers:
@@ -94,7 +138,8 @@ def run_once(images: Path, out: Path, folder: Folder, sets: tuple[str, ...], see
     if kept.is_file():
         return read_answers(kept)
     photos = folder_photos(images, folder)
-    adapt_paths(images, out, "demo", seed, photos.paths, sets=(f"adapt.epochs={EPOCHS}", *sets))
+    sets = (f"adapt.epochs={EPOCHS}", *sets)
+    adapt_paths(images, out, RECIPE, seed, photos.paths, sets=sets)
     with open_run(out) as run:
         told: Answers = {"classifier": run.adapted.classifier()}
         told |= {"names": run.names, "prior": run.prior}
@@ -111,3 +156,202 @@ def run_once(images: Path, out: Path, folder: Folder, sets: tuple[str, ...], see
 def read_answers(path: Path) -> Answers:
     """Return what `run_once` kept."""
     return dict(load_file(path))
+
+
+def measure(told: Answers, expected_accuracy: float) -> Measured:
+    """Return what a run came to.
+
+    Args:
+        told: its answers.
+        expected_accuracy: as the run's own calibration had it.
+    """
+    folder, test = told["folder.adapted.logits"], told["test.adapted.logits"]
+    calibration = calibrate(folder, expected_accuracy)
+    sure, sharp = (
+        softmax(folder, temperature).max(axis=1) for temperature in (calibration.temperature, 1.0)
+    )
+    right = folder.argmax(axis=1) == told["folder.labels"]
+    reliability = Reliability.of(sure, sharp, right, calibration.temperature, 0)
+    return Measured(
+        folder=_accuracy(folder, told["folder.labels"]),
+        test=_accuracy(test, told["test.labels"]),
+        test_uniform=_accuracy(test + calibration.bias(), told["test.labels"]),
+        zero_shot_folder=_accuracy(_zero_shot(told, "folder"), told["folder.labels"]),
+        zero_shot_test=_accuracy(_zero_shot(told, "test"), told["test.labels"]),
+        error=reliability.ece,
+        error_before=reliability.ece_uncalibrated,
+        verdict=judged(told).model_dump(mode="json"),
+    )
+
+
+def judged(told: Answers) -> Verdict:
+    """Return the verdict on a run, as `adapt` gives it."""
+    before = (told["folder.initial.cls"] @ told["prior"].T).argmax(axis=1)
+    after = told["folder.adapted.logits"].argmax(axis=1)
+    return verdict(told["folder.adapted.cls"], before, after, len(told["prior"]))
+
+
+def _zero_shot(told: Answers, split: str) -> NDArray[np.float32]:
+    """Return the logits of plain zero-shot CLIP, with the class names."""
+    return np.asarray(told[f"{split}.initial.cls"] @ told["names"].T)
+
+
+def _accuracy(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+    return float((logits.argmax(axis=1) == labels).mean())
+
+
+COLUMNS = {
+    "folder": "folder",
+    "test": "test",
+    "test, uniform": "test_uniform",
+    "ECE": "error",
+    "ECE at T 1": "error_before",
+}
+
+
+def accuracy_rows(results: Results) -> list[list[str]]:
+    """Return a row for each folder and recipe, percent."""
+    rows = [["folder", "recipe", "seeds", *COLUMNS]]
+    for folder, by_recipe in results.items():
+        first = next(iter(by_recipe.values()))[0]
+        zero_shot = (first.zero_shot_folder, first.zero_shot_test)
+        rows.append([folder, "zero-shot", "", *(f"{100 * each:.1f}" for each in zero_shot)])
+        rows[-1] += ["", "", ""]
+        for recipe, runs in by_recipe.items():
+            cells = [spread([getattr(run, key) for run in runs]) for key in COLUMNS.values()]
+            rows.append([folder, recipe, str(len(runs)), *cells])
+    return rows
+
+
+def verdict_rows(results: Results) -> list[list[str]]:
+    """Return a row for each run: what was predicted, what was true, points."""
+    rows = [["folder", "recipe", "seed", "true", "predicted", "90 % interval", "verdict"]]
+    for folder, recipe, seed, run in _each(results):
+        said = run.verdict
+        told = ["–", "–"]
+        if said["change"] is not None:
+            told = [f"{said['change']:+.1f}", f"{said['low']:+.1f} to {said['high']:+.1f}"]
+        rows.append([folder, recipe, str(seed), f"{run.change:+.1f}", *told, said["decision"]])
+    return rows
+
+
+def verdict_lines(results: Results) -> list[str]:
+    """Say how often verdicts and intervals were right."""
+    runs = [run for *_, run in _each(results)]
+    lines = []
+    for decision, right in {
+        "adapted": [run.change > 0 for run in runs if run.verdict["decision"] == "adapted"],
+        "keep zero-shot": [
+            run.change < 0 for run in runs if run.verdict["decision"] == "keep zero-shot"
+        ],
+    }.items():
+        lines.append(f"* {decision}: said {len(right)} times, right {sum(right)} times")
+    unsure = [run.change for run in runs if run.verdict["decision"] == "cannot tell"]
+    if unsure:
+        lines.append(
+            f"* cannot tell: said {len(unsure)} times; the truth was {min(unsure):+.1f} to "
+            f"{max(unsure):+.1f}"
+        )
+    told = [run for run in runs if run.verdict["change"] is not None]
+    held = sum(run.verdict["low"] <= run.change <= run.verdict["high"] for run in told)
+    lines.append(f"* interval of 90 %: held the truth in {held} of {len(told)} runs")
+    return lines
+
+
+def fitted_line(results: Results) -> str:
+    """Fit the verdict's line on these runs and say how far a run that was left out lies from it."""
+    runs = [run for *_, run in _each(results) if run.verdict["change"] is not None]
+    x = np.array([100 * np.subtract(*run.verdict["agreement"][::-1]) for run in runs])
+    y = np.array([run.change for run in runs])
+    if len(runs) < 4:
+        return "* too few runs to fit the line"
+    misses = []
+    for left_out in range(len(runs)):
+        kept = np.arange(len(runs)) != left_out
+        slope, offset = np.polyfit(x[kept], y[kept], 1)
+        misses.append(abs(offset + slope * x[left_out] - y[left_out]))
+    slope, offset = np.polyfit(x, y, 1)
+    return (
+        f"* fitted: change = {offset:.2f} + {slope:.2f} x agreement's change; 90 % of the runs, "
+        f"each left out of its own fit, lie within {np.quantile(misses, 0.9):.1f} points, the mean "
+        f"at {statistics.mean(misses):.1f}"
+    )
+
+
+def _each(results: Results) -> Sequence[tuple[str, str, int, Measured]]:
+    return [
+        (folder, recipe, seed, run)
+        for folder, by_recipe in results.items()
+        for recipe, runs in by_recipe.items()
+        for seed, run in enumerate(runs)
+    ]
+
+
+def collect(out: Path, jobs: Mapping[str, Sequence[int]], notes: Console) -> Results:
+    """Run what is missing and measure.
+
+    Args:
+        out: working folder with the benchmark in `images`.
+        jobs: recipe -> its seeds.
+        notes: progress.
+    """
+    results: Results = {}
+    for folder in FOLDERS:
+        for recipe, seeds in jobs.items():
+            if folder.name not in FEW and recipe in list(RECIPES)[2:]:
+                continue
+            for seed in seeds:
+                place = out / recipe / folder.name / f"seed-{seed}"
+                told = run_once(out / "images", place, folder, RECIPES[recipe], seed)
+                agreement = read_history(place / HISTORY)[-1]["agreement"]
+                run = measure(told, agreement)
+                results.setdefault(folder.name, {}).setdefault(recipe, []).append(run)
+                notes.print(f"{folder.name}, {recipe}, seed {seed}: {run.change:+.1f} points")
+    return results
+
+
+def main(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Working folder.")] = Path(
+        "runs/long-tail"
+    ),
+    recipes: Annotated[str, typer.Option(help="Comma-separated, with --seeds.")] = (
+        "microclip,folder"
+    ),
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    others: Annotated[str, typer.Option(help="Further recipes, with seed 0.")] = ",".join(
+        list(RECIPES)[2:]
+    ),
+    results_to: Annotated[
+        Path | None, typer.Option(help="Write NAME.json and NAME.md with this prefix.")
+    ] = None,
+) -> None:
+    """Run what is missing and print the tables."""
+    notes = Console(stderr=True)
+    write_benchmark(out / "images", notes)
+    jobs = {recipe: [int(seed) for seed in seeds.split(",")] for recipe in recipes.split(",")}
+    jobs |= {recipe: [0] for recipe in others.split(",") if recipe}
+    results = collect(out, jobs, notes)
+    text = "\n".join(
+        [
+            *markdown_table(accuracy_rows(results)),
+            "",
+            *verdict_lines(results),
+            fitted_line(results),
+            "",
+            *markdown_table(verdict_rows(results)),
+            "",
+        ]
+    )
+    plain = {
+        folder: {recipe: [run._asdict() for run in runs] for recipe, runs in by_recipe.items()}
+        for folder, by_recipe in results.items()
+    }
+    document = {"benchmark": "long tails", "results": plain, "environment": environment()}
+    if results_to is not None:
+        write_files(results_to.parent, results_to.stem, document, {".md": text})
+    print(text)
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -40,8 +40,9 @@ Row = dict[str, float]
 def split_classes(texts: ClassTexts, seed: int) -> tuple[ClassTexts, NDArray[np.int64]]:
     """Return the texts of the known classes, and their positions among all, ascending."""
     known = np.sort(np.random.default_rng(seed).permutation(len(texts.names))[:KNOWN])
-    names, said = ([group[c] for c in known] for group in (texts.names, texts.descriptions))
-    return replace(texts, names=tuple(names), descriptions=tuple(said)), known
+    names = tuple(texts.names[c] for c in known)
+    said = tuple(texts.descriptions[c] for c in known)
+    return replace(texts, names=names, descriptions=said), known
 
 
 def scrambled(photos: Photos, seed: int) -> list[Image.Image]:
