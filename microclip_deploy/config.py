@@ -16,6 +16,9 @@ from pydantic import BaseModel, ValidationError
 
 from microclip_deploy.errors import UsageError
 
+COMPLETE = "microclip"
+"""The shipped recipe that names every setting."""
+
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -92,12 +95,12 @@ def recipe_changes(name: str) -> tuple[str, dict[str, tuple[Any, Any]]]:
     """Return which recipe a shipped one starts from, and what it sets otherwise.
 
     Returns:
-        The name of the other recipe: the one it extends, otherwise "default". Dotted name of each
+        The name of the other recipe: the one it extends, otherwise `COMPLETE`. Dotted name of each
         setting -> (value, value there).
     """
-    base = str(_toml(_find(name, Path())).get("extends", "default"))
-    default = read_recipe("default")
-    before, after = (dict(_dotted(merge(default, read_recipe(each)))) for each in (base, name))
+    base = str(_toml(_find(name, Path())).get("extends", COMPLETE))
+    complete = read_recipe(COMPLETE)
+    before, after = (dict(_dotted(merge(complete, read_recipe(each)))) for each in (base, name))
     return base, {key: (value, before[key]) for key, value in after.items() if value != before[key]}
 
 

@@ -10,8 +10,8 @@ from microclip_deploy.config import parse_override, resolve, shipped_recipes
 from microclip_deploy.errors import UsageError
 
 
-def test_default_recipe_is_the_default() -> None:
-    assert resolve(Recipe, "default") == Recipe()
+def test_the_defaults_are_the_published_method() -> None:
+    assert resolve(Recipe, "microclip") == Recipe()
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -76,7 +76,7 @@ def test_a_shipped_name_wins_over_a_file(tmp_path: Path) -> None:
     (tmp_path / "default").write_text("nonsense")
     path = tmp_path / "mine.toml"
     path.write_text('extends = "default"\n')
-    assert resolve(Recipe, str(path)) == Recipe()
+    assert resolve(Recipe, str(path)) == resolve(Recipe, "default")
 
 
 @pytest.mark.parametrize("name", ["nothing.toml", "", "x" * 300, "a\0b", "."])

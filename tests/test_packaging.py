@@ -45,7 +45,7 @@ def test_wheel_holds_one_package_with_its_data(tmp_path: Path) -> None:
         "server/page/index.html",
         "server/page/page.css",
         "server/page/page.js",
-        "recipes/default.toml",
+        "recipes/microclip.toml",
         "recipes/demo.toml",
         "demo/model/open_clip_model.safetensors",
         "demo/model/open_clip_config.json",

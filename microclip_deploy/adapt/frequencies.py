@@ -73,5 +73,5 @@ def warning(frequencies: NDArray[np.float64], fairness_weight: float, prior: str
     return (
         f"the classes seem to be unevenly frequent (as {there:.0%} of them at equal frequencies), "
         "and this recipe teaches the model that they are not: frequent classes lose; adapt with "
-        "--recipe long-tail, unless you know that they are equally frequent"
+        "--recipe default, unless you know that they are equally frequent"
     )

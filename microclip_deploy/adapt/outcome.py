@@ -61,8 +61,8 @@ def judge(
         images: the photos.
         reference: of them.
         expected_accuracy: 0 to 1, for the calibration.
-        rollback: give classes whose photos agree less with their neighbours than before the rows
-            of the frozen head again.
+        rollback: unless the verdict is "adapted", give classes whose photos agree less with their
+            neighbours than before the rows of the frozen head again.
         progress: called with (done, total) photos.
 
     Raises:
@@ -73,7 +73,8 @@ def judge(
     before, classes = reference.labels(seen.rows), len(model.classifier)
     logits = seen.logits(model)
     found = verdict(seen.cls, before, logits.argmax(axis=1), classes)
-    rolled_back = found.harmed if rollback else ()
+    # Where adaptation is believed to help, rows that look harmed are better left as they are.
+    rolled_back = found.harmed if rollback and found.decision != "adapted" else ()
     if rolled_back:
         with torch.no_grad():
             model.classifier[list(rolled_back)] = model.frozen[list(rolled_back)]

@@ -51,7 +51,8 @@ class AdaptConfig(BaseModel):
     """Teach the probabilities behind the pseudo-labels, with what unlikely drift away from
     zero-shot took given back (`boundary.targets`), in place of hard labels."""
     rollback: bool = False
-    """After training give classes that were harmed (`verdict.harmed`) the frozen head's rows."""
+    """After training give classes that were harmed (`verdict.harmed`) the frozen head's rows again,
+    unless the verdict is that adaptation helped."""
     confidence: float = Field(default=0.0, ge=0, lt=1)
     """Images whose pseudo-label has a lower softmax probability (scale 100) are not learnt from;
     0 learns from all, as the method does."""

@@ -51,6 +51,7 @@ from microclip_deploy.serving.torch_session import TorchSession, resolve_device
 from microclip_deploy.verdict import Verdict
 
 DEFAULT_MODEL = "ViT-B-32"
+DEFAULT_RECIPE = "default"
 
 
 class Asked(NamedTuple):
@@ -141,7 +142,7 @@ def _new(
     """Check everything a new run needs, cheapest first."""
     assert asked.images is not None, "checked by run_adapt"
     assert asked.classes is not None, "checked by run_adapt"
-    recipe = resolve(Recipe, asked.recipe, asked.overrides)
+    recipe = resolve(Recipe, asked.recipe or DEFAULT_RECIPE, asked.overrides)
     texts = class_texts(asked.classes, asked.descriptions, asked.templates or DEFAULT_TEMPLATES)
     with counter(notes, "looking for images") as found:
         listed = list_images(asked.images, on_found=found)

@@ -133,7 +133,7 @@ def adapt(
         option(
             METHOD,
             "NAME|FILE",
-            "Shipped recipe (see `microclip-deploy recipes`) or TOML file.",
+            "Shipped recipe (see `microclip-deploy recipes`) or TOML file. [default: default]",
             autocompletion=recipe_names,
         ),
     ] = None,

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from microclip_deploy.cli import next_steps
 from microclip_deploy.cli.options import AsJson, recipe_names
-from microclip_deploy.config import recipe_changes, recipe_text, shipped_recipes
+from microclip_deploy.config import COMPLETE, recipe_changes, recipe_text, shipped_recipes
 from microclip_deploy.console import machine_stdout, notes, out, print_json
 
 _CAVEAT = "Differences under about two points mean nothing: most were measured with one seed."
@@ -29,7 +29,7 @@ def recipes(
 ) -> None:
     """Explain the shipped recipes: what each is for, what it changes, and what that brings.
 
-    Example: microclip-deploy recipes default > mine.toml
+    Example: microclip-deploy recipes microclip > mine.toml
     """
     if name is not None:
         machine_stdout().write(recipe_text(name))
@@ -40,7 +40,7 @@ def recipes(
             out.print(Text(each, style="bold"))
             out.print(Padding(Text(_explanation(each)), (0, 0, 0, 4)))
         out.print(_CAVEAT)
-        copy = (("recipes", "default"), "print one, to copy and change it")
+        copy = (("recipes", COMPLETE), "print one, to copy and change it")
         next_steps.tell(notes, copy, next_steps.adapt("--recipe", "FILE.toml"))
 
 
