@@ -41,6 +41,7 @@ _MOST = 20_000
 """Photos that are looked at; evenly spread over a larger folder."""
 _BLOCK = 1024
 _SHOWN = 5
+_EXAMPLES = 4
 
 
 class Move(NamedTuple):
@@ -49,6 +50,8 @@ class Move(NamedTuple):
     before: int
     after: int
     photos: int
+    examples: tuple[int, ...]
+    """Positions of some of them."""
 
 
 class Verdict(BaseModel):
@@ -88,7 +91,11 @@ class Verdict(BaseModel):
 
 
 def verdict(
-    vectors: NDArray[np.float32], before: NDArray[np.int64], after: NDArray[np.int64], classes: int
+    vectors: NDArray[np.float32],
+    before: NDArray[np.int64],
+    after: NDArray[np.int64],
+    classes: int,
+    positions: NDArray[np.int64] | None = None,
 ) -> Verdict:
     """Judge an adaptation by the photos it was made with.
 
@@ -97,6 +104,7 @@ def verdict(
         before: (N,), zero-shot's class of each.
         after: (N,), the adapted model's.
         classes: C.
+        positions: (N,), of the photos in their folder, for examples; None if these are all.
 
     Raises:
         DataError: vectors that are no finite numbers.
@@ -105,6 +113,7 @@ def verdict(
         raise DataError("verdict: expected finite embeddings, found NaN or Inf; adapt again")
     chosen = np.linspace(0, len(vectors) - 1, min(len(vectors), _MOST)).astype(np.int64)
     before, after = before[chosen], after[chosen]
+    places = chosen if positions is None else positions[chosen]
     near = neighbours(vectors[chosen], NEIGHBOURS)
     agreed = [_agreement(labels, near) for labels in (before, after)]
     kappas = (
@@ -127,7 +136,7 @@ def verdict(
         photos=len(chosen),
         agreement=kappas,
         changed=changed,
-        moves=_moves(before, after),
+        moves=_moves(before, after, places),
         effective=effective,
         missing=classes - len(np.unique(after)),
         harmed=harmed(agreed[0], agreed[1], before, after, classes),
@@ -220,10 +229,16 @@ def _alarms(effective: tuple[float, float], changed: float, photos: int) -> list
     return found
 
 
-def _moves(before: NDArray[np.int64], after: NDArray[np.int64]) -> tuple[Move, ...]:
-    """Return the most frequent changes of class."""
+def _moves(
+    before: NDArray[np.int64], after: NDArray[np.int64], positions: NDArray[np.int64]
+) -> tuple[Move, ...]:
+    """Return the most frequent changes of class; `positions` are those of the photos, (N,)."""
     moved = before != after
     pairs = np.stack([before[moved], after[moved]], axis=1)
     found, counts = np.unique(pairs, axis=0, return_counts=True)
     most = np.argsort(-counts, kind="stable")[:_SHOWN]
-    return tuple(Move(int(found[i, 0]), int(found[i, 1]), int(counts[i])) for i in most)
+    moves = []
+    for (old, new), count in zip(found[most].tolist(), counts[most].tolist(), strict=True):
+        these = positions[(before == old) & (after == new)][:_EXAMPLES]
+        moves.append(Move(old, new, count, tuple(these.tolist())))
+    return tuple(moves)

@@ -72,14 +72,14 @@ def judge(
     seen = look_again(model, images, progress)
     before, classes = reference.labels(seen.rows), len(model.classifier)
     logits = seen.logits(model)
-    found = verdict(seen.cls, before, logits.argmax(axis=1), classes)
+    found = verdict(seen.cls, before, logits.argmax(axis=1), classes, seen.rows)
     # Where adaptation is believed to help, rows that look harmed are better left as they are.
     rolled_back = found.harmed if rollback and found.decision != "adapted" else ()
     if rolled_back:
         with torch.no_grad():
             model.classifier[list(rolled_back)] = model.frozen[list(rolled_back)]
         logits = seen.logits(model)
-        found = verdict(seen.cls, before, logits.argmax(axis=1), classes)
+        found = verdict(seen.cls, before, logits.argmax(axis=1), classes, seen.rows)
     return Outcome(found, calibrate(logits, expected_accuracy), rolled_back)
 
 

@@ -6,9 +6,12 @@ connections (Content-Security-Policy). Pictures are data: URIs, in which nothing
 """
 
 import base64
+import io
 import unicodedata
 from importlib import resources
 from typing import Any
+
+from PIL import Image
 
 from microclip_deploy.errors import require
 
@@ -65,6 +68,13 @@ def percent(value: float | None, digits: int = 1) -> str:
 def svg_uri(svg: str) -> str:
     """Return an SVG document as a data: URI."""
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+
+
+def data_uri(picture: Image.Image, side: int) -> str:
+    """Return a square picture as a data: URI of a JPEG, `side` pixels wide."""
+    buffer = io.BytesIO()
+    picture.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _source(template: str) -> str:

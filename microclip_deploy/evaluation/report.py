@@ -1,7 +1,5 @@
 """report.html of a run: what was learnt, saliency before and after, data problems, settings."""
 
-import base64
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -28,7 +26,8 @@ from microclip_deploy.evaluation.chart import (
 )
 from microclip_deploy.evaluation.evaluation import EVALUATION
 from microclip_deploy.evaluation.masks import MaskFacts
-from microclip_deploy.evaluation.page import percent
+from microclip_deploy.evaluation.moves import believed
+from microclip_deploy.evaluation.page import data_uri, percent
 from microclip_deploy.evaluation.predict import FailedImage, ImagePrediction, predict
 from microclip_deploy.model.checkpoint import SCHEMA
 from microclip_deploy.paths import StrPath, as_path
@@ -161,6 +160,7 @@ def render(
         inputs=inputs,
         montage=montage,
         evaluation=evaluation,
+        believed=believed(manifest, inputs),
         mask_lines=_mask_lines(evaluation),
         confusions=_confusions(evaluation),
         reliability=reliability.chart_of(evaluation),
@@ -201,6 +201,8 @@ def _headline(
         ("Epochs", str(len(history)), _duration(sum(e["seconds"] for e in history))),
         ("Backbone", *_backbone(manifest)),
     ]
+    if "verdict" in manifest:
+        figures.insert(0, ("Verdict without labels", *_verdict(manifest["verdict"])))
     # A caller of the library may have measured other things than accuracy.
     validation = [epoch.get("validation") or {} for epoch in history]
     measured = [line["top1"] for line in validation if "top1" in line]
@@ -214,6 +216,13 @@ def _headline(
         remark = "of the strong view with its pseudo-label"
         figures.insert(0, ("Agreement", percent(history[-1]["agreement"]), remark))
     return figures
+
+
+def _verdict(said: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the decision, and the accuracy change that is predicted."""
+    if said["change"] is None:
+        return said["decision"], "no prediction"
+    return said["decision"], f"{said['low']:+.0f} to {said['high']:+.0f} points predicted"
 
 
 def _backbone(manifest: Mapping[str, Any]) -> tuple[str, str]:
@@ -392,9 +401,11 @@ def _sample_row(before: ImagePrediction, after: ImagePrediction) -> SampleRow:
     both = (before, after)
     return SampleRow(
         name=printable(after.path.name),
-        photo=data_uri(Image.fromarray(after.view)),
-        masks=tuple((data_uri(overlay(p.view, p.mask, None, scale)), _extent(p)) for p in both),
-        attentions=tuple(data_uri(attention_map(p.view, p.attention, scale)) for p in both),
+        photo=data_uri(Image.fromarray(after.view), _TILE),
+        masks=tuple(
+            (data_uri(overlay(p.view, p.mask, None, scale), _TILE), _extent(p)) for p in both
+        ),
+        attentions=tuple(data_uri(attention_map(p.view, p.attention, scale), _TILE) for p in both),
         guesses=(before.top[0], after.top[0]),
     )
 
@@ -404,10 +415,3 @@ def _extent(prediction: ImagePrediction) -> str:
     if prediction.mask.all():
         return "complete graph" if prediction.complete else "whole image"
     return percent(float(prediction.mask.mean()), 0)
-
-
-def data_uri(picture: Image.Image) -> str:
-    """Return the picture as a data: URI of a JPEG, `_TILE` pixels wide."""
-    buffer = io.BytesIO()
-    picture.resize((_TILE, _TILE), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
