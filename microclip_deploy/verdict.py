@@ -83,9 +83,9 @@ class Verdict(BaseModel):
     def sentence(self) -> str:
         """Tell it in one sentence."""
         if self.change is None or self.low is None or self.high is None:
-            return f"verdict: {self.decision}: {'; '.join(self.reasons)}"
+            return f"{self.decision}: {'; '.join(self.reasons)}"
         return (
-            f"verdict: {self.decision}: predicted accuracy change {self.change:+.1f} points "
+            f"{self.decision}: predicted accuracy change {self.change:+.1f} points "
             f"(90 %: {self.low:+.1f} to {self.high:+.1f}); {'; '.join(self.reasons)}"
         )
 

@@ -116,7 +116,8 @@ def run_adapt(
                 on_step=_stepper(progress.update),
             )
         tell_warnings(content["warnings"], notes)
-        notes.print(Verdict.model_validate(content["verdict"]).sentence(), markup=False)
+        told = Verdict.model_validate(content["verdict"]).sentence()
+        notes.print(f"verdict without labels: {told}", markup=False)
         with open_run(out, device, clip=clip) as run:
             update_report(out, run, notes)
     notes.print(f"adapted: {printable(out)}", markup=False)

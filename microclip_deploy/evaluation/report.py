@@ -212,7 +212,7 @@ def _headline(
         figures.insert(0, ("Accuracy", _from_to(before, after), change))
     elif measured:
         figures.insert(0, ("Validation accuracy", percent(measured[-1]), "after the last epoch"))
-    elif history:
+    elif history and "verdict" not in manifest:
         remark = "of the strong view with its pseudo-label"
         figures.insert(0, ("Agreement", percent(history[-1]["agreement"]), remark))
     return figures

@@ -160,6 +160,24 @@ def test_confused_classes_are_drawn_and_listed(
     assert "are confused" not in render(manifest, history, None, Montage((), ""), evaluation)
 
 
+def test_the_verdict_names_moves_and_classes_and_shows_photos(
+    finished_run: Path, manifest: dict[str, Any], history: list[dict[str, Any]]
+) -> None:
+    inputs, classes = read_inputs(finished_run), manifest["classes"]
+    move = {"before": 0, "after": 1, "photos": 7, "examples": [0, 1]}
+    said = manifest["verdict"] | {"moves": [move], "harmed": [1], "decision": "cannot tell"}
+    manifest |= {"verdict": said, "rolled_back": [classes[0]]}
+    page = render(manifest, history, inputs, Montage((), ""), None)
+    assert "Did it help?" in page
+    assert "rolled back to zero-shot" in page
+    rows = re.findall(r"<tr>.*?class=\"moved\".*?</tr>", page)
+    assert len(rows) == 1
+    assert rows[0].count("data:image/jpeg") == 2
+    assert all(part in rows[0] for part in (classes[0], classes[1], ">7<"))
+    del manifest["verdict"]  # an older run
+    assert "Did it help?" not in rendered(manifest, history)
+
+
 def test_validation_is_drawn(manifest: dict[str, Any], history: list[dict[str, Any]]) -> None:
     for number, epoch in enumerate(history):
         epoch["validation"] = {"top1": 0.5 + 0.1 * number, "cls_top1": 0.4, "fg_top1": 0.3}
