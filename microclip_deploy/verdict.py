@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from microclip_deploy.errors import DataError
+from microclip_deploy.joint.neighbours import nearest
 
 Decision = Literal["adapted", "keep zero-shot", "cannot tell"]
 
@@ -39,7 +40,6 @@ FEWEST = 100
 
 _MOST = 20_000
 """Photos that are looked at; evenly spread over a larger folder."""
-_BLOCK = 1024
 _SHOWN = 5
 _EXAMPLES = 4
 
@@ -114,7 +114,7 @@ def verdict(
     chosen = np.linspace(0, len(vectors) - 1, min(len(vectors), _MOST)).astype(np.int64)
     before, after = before[chosen], after[chosen]
     places = chosen if positions is None else positions[chosen]
-    near = neighbours(vectors[chosen], NEIGHBOURS)
+    near, _ = nearest(vectors[chosen], min(NEIGHBOURS, len(chosen) - 1))
     agreed = [_agreement(labels, near) for labels in (before, after)]
     kappas = (
         _beyond_chance(float(agreed[0].mean()), before),
@@ -143,20 +143,6 @@ def verdict(
     )
 
 
-def neighbours(vectors: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Return the nearest other photos of each, int64 (N, min(count, N - 1)), by cosine.
-
-    Exact, in blocks; the order among them is not defined.
-    """
-    count, near = min(count, len(vectors) - 1), []
-    for begin in range(0, len(vectors), _BLOCK):
-        cosines = vectors[begin : begin + _BLOCK] @ vectors.T
-        rows = np.arange(len(cosines))
-        cosines[rows, begin + rows] = -np.inf
-        near.append(np.argpartition(-cosines, count - 1, axis=1)[:, :count])
-    return np.concatenate(near)
-
-
 def harmed(
     agreed_before: NDArray[np.float64],
     agreed_after: NDArray[np.float64],
@@ -177,7 +163,7 @@ def harmed(
     return tuple(np.flatnonzero(sums < HARMED * counts).tolist())
 
 
-def _agreement(labels: NDArray[np.int64], near: NDArray[np.int64]) -> NDArray[np.float64]:
+def _agreement(labels: NDArray[np.int64], near: NDArray[np.int32]) -> NDArray[np.float64]:
     """Return a_i, float64 (N,): the share of a photo's neighbours with its class."""
     same = labels[near] == labels[:, None]
     return np.asarray(same.sum(axis=1) / max(1, near.shape[1]))

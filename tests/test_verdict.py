@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from microclip_deploy.errors import DataError
-from microclip_deploy.verdict import harmed, neighbours, verdict
+from microclip_deploy.verdict import harmed, verdict
 
 CLASSES, EACH = 10, 40
 TRUTH = np.repeat(np.arange(CLASSES), EACH)
@@ -23,13 +23,6 @@ def mistaken(share: float, seed: int = 1) -> NDArray[np.int64]:
     rng = np.random.default_rng(seed)
     wrong = rng.random(len(TRUTH)) < share
     return np.where(wrong, rng.integers(0, CLASSES, len(TRUTH)), TRUTH)
-
-
-def test_neighbours_are_the_nearest_others() -> None:
-    seen = photos()
-    found = neighbours(seen, 5)
-    cosines = seen @ seen.T - 2 * np.eye(len(seen), dtype=np.float32)
-    np.testing.assert_array_equal(np.sort(found), np.sort(np.argsort(-cosines, axis=1)[:, :5]))
 
 
 def test_fewer_mistakes_are_a_gain_and_more_are_a_loss() -> None:

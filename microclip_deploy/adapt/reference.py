@@ -23,6 +23,7 @@ from microclip_deploy.adapt.loader import AdaptImages
 from microclip_deploy.data.sources import read_batches
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.head import LOGIT_SCALE
+from microclip_deploy.joint import Folder, Shortlist
 from microclip_deploy.model.clip import exact_float32
 from microclip_deploy.model.microclip import MicroCLIP
 
@@ -72,6 +73,14 @@ class Reference:
         """Yield the zero-shot probabilities of all photos in their order, (n, C) at a time."""
         for seen in self._chunks():
             yield self._probabilities(seen).cpu().numpy()
+
+    def joint(self) -> Shortlist:
+        """Return what a joint reading of the photos says; it depends on nothing but them."""
+        folder = Folder(self.frozen.cpu().numpy())
+        for seen in self._chunks():
+            rows = F.normalize(seen, dim=1)  # half precision left the norm
+            folder.add(rows.cpu().numpy(), (LOGIT_SCALE * rows @ self.frozen.T).cpu().numpy())
+        return folder.read()
 
     def _anchors(self) -> Tensor:
         """Return float32 (C, E): mean vector of the photos that zero-shot gives each class.

@@ -63,7 +63,8 @@ def execute(
     paths = [Path(path) for path in inputs.images]
     images = AdaptImages(paths, clip.preprocess, recipe.views, recipe.adapt.seed)
     reference = look_at(operation.directory, model, images, on_look)
-    prior = Prior(reference, estimate(reference.probabilities))
+    joint = reference.joint() if recipe.adapt.joint_share > 0 else None
+    prior = Prior(reference, estimate(reference.probabilities), joint)
     on_prior(prior)
     adapted = adapt(
         model, images, recipe.adapt, operation, prior=prior, validate=validator, on_step=on_step

@@ -50,6 +50,9 @@ class AdaptConfig(BaseModel):
     boundary: bool = False
     """Teach the probabilities behind the pseudo-labels, with what unlikely drift away from
     zero-shot took given back (`boundary.targets`), in place of hard labels."""
+    joint_share: float = Field(default=0.0, ge=0, le=1)
+    """Weight, beside the two heads' cosines, of the probabilities that zero-shot's joint reading of
+    the folder gives (`microclip_deploy.joint`)."""
     rollback: bool = False
     """After training give classes that were harmed (`verdict.harmed`) the frozen head's rows again,
     unless the verdict is that adaptation helped."""
@@ -107,6 +110,8 @@ class Guide(NamedTuple):
 
     expected: Tensor | None = None
     """float32 (C,): class frequencies that fairness pulls towards; None for uniform ones."""
+    joint: Tensor | None = None
+    """float32 (B, C): probabilities of the joint reading, a third prior."""
     support: Support | None = None
     """Of the batch, for boundary-preserving targets."""
     rates: Tensor | None = None
@@ -154,8 +159,13 @@ def learning_rate(config: AdaptConfig, iteration: int, total: int) -> float:
 
 
 @torch.no_grad()
-def label(model: MicroCLIP, views: Views, config: AdaptConfig) -> Labels:
-    """Label a batch with the current model: multi-view prior and Dynamic Knowledge Aggregation."""
+def label(
+    model: MicroCLIP, views: Views, config: AdaptConfig, joint: Tensor | None = None
+) -> Labels:
+    """Label a batch with the current model: multi-view prior and Dynamic Knowledge Aggregation.
+
+    `joint` (B, C) is what a joint reading says, weighted by `config.joint_share`.
+    """
     with _encoder_precision(views, config):
         weak = model(views.weak)
         seen = model.encode_cls(views.crops.flatten(0, 1)) if config.gamma > 0 else None
@@ -165,6 +175,8 @@ def label(model: MicroCLIP, views: Views, config: AdaptConfig) -> Labels:
         prior = multi_view_prior(seen.unflatten(0, views.crops.shape[:2]), weak.cls)
     heads = {"frozen": model.frozen, "classifier": model.class_matrix()}
     aggregated = aggregate(prior, fused, gamma=config.gamma, **heads)
+    if joint is not None:
+        aggregated = aggregated + config.joint_share * joint
     return Labels(aggregated, (prior @ model.frozen.T).argmax(dim=1), weak)
 
 
@@ -190,7 +202,7 @@ def train_step(
         rate: learning rate of this step.
         guide: what the settings beyond the method's own ask for.
     """
-    labels = label(model, views, config)
+    labels = label(model, views, config, guide.joint)
     with _encoder_precision(views, config):
         output = model(views.strong)
     chosen = labels.aggregated.argmax(dim=1)

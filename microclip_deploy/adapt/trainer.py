@@ -37,6 +37,7 @@ from microclip_deploy.adapt.train_step import (
 from microclip_deploy.adapt.views import ViewConfig
 from microclip_deploy.data.photo import PhotoConfig
 from microclip_deploy.errors import Interrupted, VerificationError
+from microclip_deploy.joint import Shortlist
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
 
@@ -91,6 +92,8 @@ class Prior(NamedTuple):
     reference: Reference
     frequencies: NDArray[np.float64]
     """(C,), sum 1: how often each class seems to occur among them."""
+    joint: Shortlist | None = None
+    """What a joint reading by zero-shot says of each, for `joint_share`."""
 
 
 class StepReport(NamedTuple):
@@ -129,7 +132,7 @@ def adapt(
         images: the unlabeled images, with the backbone's normalisation.
         config: optimisation settings.
         operation: run directory, workers, saving.
-        prior: what the settings `fairness_prior = "estimated"` and `boundary` need.
+        prior: what the settings `fairness_prior`, `boundary` and `joint_share` need.
         validate: given the model and the pseudo-labels after each epoch; what it returns is logged
             and never reaches the training.
         on_step: told about progress at every logged iteration.
@@ -256,14 +259,20 @@ class _Loop:
 
     def _guide(self, indices: Tensor) -> Guide:
         """Return what this batch needs of the time before the adaptation."""
-        expected, state = None, self.state
-        if self.prior is None:
-            return Guide()
+        prior, state, guide = self.prior, self.state, Guide()
+        if prior is None:
+            return guide
         if self.config.fairness_prior == "estimated":
-            expected = torch.from_numpy(self.prior.frequencies).to(self.model.frozen)
-        if state.drift is None:
-            return Guide(expected)
-        return Guide(expected, self.prior.reference.support(indices), state.rates, state.drift)
+            expected = torch.from_numpy(prior.frequencies).to(self.model.frozen)
+            guide = guide._replace(expected=expected)
+        if prior.joint is not None:
+            rows = Shortlist(*(part[indices.numpy()] for part in prior.joint))
+            joint = torch.from_numpy(rows.dense(len(prior.frequencies)))
+            guide = guide._replace(joint=joint.to(self.model.frozen))
+        if state.drift is not None:
+            support = prior.reference.support(indices)
+            guide = guide._replace(support=support, rates=state.rates, drift=state.drift)
+        return guide
 
     def log_step(self, found: Losses) -> None:
         """Write a metrics line and tell the user."""

@@ -83,7 +83,11 @@ def stopped(signum: signal.Signals, names: str, arguments: list[str]) -> tuple[i
     return found.returncode, found.stderr
 
 
-BOUNDARY = ["--set", "adapt.boundary=true", "--set", "adapt.fairness_prior=estimated"]
+BOUNDARY = [
+    argument
+    for setting in ("boundary=true", "fairness_prior=estimated", "joint_share=0.1", "rollback=true")
+    for argument in ("--set", f"adapt.{setting}")
+]
 """What is cached of the time before training is part of the state."""
 
 

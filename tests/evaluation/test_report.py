@@ -19,6 +19,7 @@ from microclip_deploy.evaluation.evaluate import EVALUATION, evaluate
 from microclip_deploy.evaluation.page import shortened, visible
 from microclip_deploy.evaluation.report import Montage, render, write_report
 from microclip_deploy.model.checkpoint import SCHEMA
+from microclip_deploy.verdict import Move, Verdict
 
 HOSTILE = '<script>alert("x")</script>'
 
@@ -164,9 +165,18 @@ def test_the_verdict_names_moves_and_classes_and_shows_photos(
     finished_run: Path, manifest: dict[str, Any], history: list[dict[str, Any]]
 ) -> None:
     inputs, classes = read_inputs(finished_run), manifest["classes"]
-    move = {"before": 0, "after": 1, "photos": 7, "examples": [0, 1]}
-    said = manifest["verdict"] | {"moves": [move], "harmed": [1], "decision": "cannot tell"}
-    manifest |= {"verdict": said, "rolled_back": [classes[0]]}
+    said = Verdict(
+        decision="cannot tell",
+        change=None,
+        photos=10,
+        agreement=(0.5, 0.4),
+        changed=0.3,
+        moves=(Move(0, 1, 7, (0, 1)),),
+        effective=(2, 2),
+        missing=0,
+        harmed=(1,),
+    )
+    manifest |= {"verdict": said.model_dump(mode="json"), "rolled_back": [classes[0]]}
     page = render(manifest, history, inputs, Montage((), ""), None)
     assert "Did it help?" in page
     assert "rolled back to zero-shot" in page
