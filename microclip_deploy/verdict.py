@@ -124,9 +124,14 @@ def verdict(
     changed = float((before != after).mean())
     change = OFFSET + 100 * SLOPE * (kappas[1] - kappas[0])
     alarms = _alarms(effective, changed, len(chosen))
-    known = len(chosen) >= FEWEST and effective[0] > 1
+    # A collapse makes neighbours agree: the line does not hold for it, and it needs no line.
+    collapsed = effective[1] < COLLAPSED * effective[0]
+    enough = len(chosen) >= FEWEST and effective[0] > 1
+    known = enough and not collapsed
     low, high = change - MARGIN, change + MARGIN
-    decision = _decision(low, high, effective) if known else "cannot tell"
+    decision: Decision = "keep zero-shot" if enough else "cannot tell"
+    if known:
+        decision = _decision(low, high)
     return Verdict(
         decision=decision,
         change=change if known else None,
@@ -182,10 +187,8 @@ def _effective(labels: NDArray[np.int64]) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def _decision(low: float, high: float, effective: tuple[float, float]) -> Decision:
-    if effective[1] < COLLAPSED * effective[0] or high < 0:
-        return "keep zero-shot"
-    return "adapted" if low > 0 else "cannot tell"
+def _decision(low: float, high: float) -> Decision:
+    return "adapted" if low > 0 else "keep zero-shot" if high < 0 else "cannot tell"
 
 
 def _because(agreement: tuple[float, float]) -> str:
