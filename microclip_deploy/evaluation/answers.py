@@ -58,7 +58,9 @@ def answers_of(
         found = session.predict(batch.images)
         best = ((token @ classifier.T).argmax(axis=1) for token in (found.cls, found.fg))
         parts.append(FolderAnswers(chosen[batch.indices], found.logits, *best))
-        progress(int(batch.indices[-1]) + 1, len(given))
+        done = int(batch.indices[-1]) + 1
+        if done < len(given):
+            progress(done, len(given))
     if not parts:
         raise DataError(
             f"photos: expected readable ones, found none among {len(given)}; `predict` tells why"
