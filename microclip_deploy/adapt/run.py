@@ -8,8 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from torch import Tensor
-
 from microclip_deploy import artifact
 from microclip_deploy.adapt.loader import AdaptImages
 from microclip_deploy.adapt.run_directory import LABELS, RunInputs
@@ -23,8 +21,8 @@ from microclip_deploy.model.text import TextHeads, cut_warning
 from microclip_deploy.model.weights import file_warning
 from microclip_deploy.ncut.spec import saliency_warning
 
-Calibrator: TypeAlias = Callable[[MicroCLIP, Tensor], Calibration]
-"""(adapted model, int64 (images,) last pseudo-labels) -> how its logits are read."""
+Calibrator: TypeAlias = Callable[[MicroCLIP], Calibration]
+"""Adapted model -> how its logits are read."""
 
 COLLAPSE_SHARE = 0.95
 """Above this share of all pseudo-labels one class has swallowed the others."""
@@ -74,7 +72,7 @@ def execute(
     )
     content["warnings"] += [doubt for doubt in doubts if doubt]
     if calibrator:
-        content["calibration"] = calibrator(model, adapted.labels).model_dump(mode="json")
+        content["calibration"] = calibrator(model).model_dump(mode="json")
     write_checkpoint(operation.directory, model, clip, heads, content)
     return content
 

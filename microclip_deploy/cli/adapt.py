@@ -22,7 +22,6 @@ from microclip_deploy.adapt.run_directory import (
     write_inputs,
 )
 from microclip_deploy.adapt.trainer import Operation, Recipe, StepReport, Validator
-from microclip_deploy.calibrating import calibrate, share_with_doubt
 from microclip_deploy.calibration import Calibration
 from microclip_deploy.cli.commands import gpu_memory, listing_too_many_bad, update_report
 from microclip_deploy.config import merge, parse_override, read_recipe, resolve, validate
@@ -39,7 +38,7 @@ from microclip_deploy.data.contents import copies
 from microclip_deploy.data.labelled import LabelledImages
 from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import UsageError, printable
-from microclip_deploy.evaluation.answers import answers_of
+from microclip_deploy.evaluation.calibrate import calibration_of
 from microclip_deploy.evaluation.evaluate import accuracy
 from microclip_deploy.evaluation.report import REPORT
 from microclip_deploy.model.checkpoint import read_checkpoint
@@ -291,11 +290,10 @@ def _validator(inputs: RunInputs, clip: Clip, device: str) -> Validator | None:
 def _calibrator(inputs: RunInputs, clip: Clip, device: str, notes: Console) -> Calibrator:
     """Return what reads the run's own images once more and calibrates the adapted model on them."""
 
-    def found(model: MicroCLIP, labels: Tensor) -> Calibration:
+    def found(model: MicroCLIP) -> Calibration:
         session = TorchSession(model, inputs.classes, inputs.preprocess(clip), device)
+        paths = [Path(path) for path in inputs.images]
         with bar(notes, "calibrating", "images") as progress:
-            told = answers_of(session, list(map(Path, inputs.images)), progress=progress.update)
-        agreement = told.logits.argmax(axis=1) == labels.numpy()[told.rows]
-        return calibrate(told.logits, share_with_doubt(agreement))
+            return calibration_of(session, paths, progress=progress.update).calibration
 
     return found

@@ -113,7 +113,7 @@ def test_an_adaptation_is_calibrated_also_when_it_was_stopped_then(
         raise Interrupted("stopped")
 
     run = tmp_path / "run"
-    monkeypatch.setattr("microclip_deploy.cli.adapt.calibrate", stopped)
+    monkeypatch.setattr("microclip_deploy.cli.adapt.calibration_of", stopped)
     assert main(adapt_arguments) == 130
     assert not (run / artifact.MANIFEST).exists()
     monkeypatch.undo()
