@@ -132,6 +132,7 @@ def test_photo_gives_what_the_session_says(
     said = session.classify(pictures[0])
     assert texts(page, "#classes bdi") == [guess.name for guess in said.top]
     assert texts(page, "#classes .number") == [f"{guess.probability:.3f}" for guess in said.top]
+    assert page.locator("#unknown").is_visible() is said.unknown
     assert len(texts(page, "#cls bdi")) == len(texts(page, "#fg bdi")) == len(said.top)
     assert "network and rest" in texts(page, "#legend span")
 
