@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +100,13 @@ class SessionAccuracy:
     """(M,) for each row: how many classes an image's own was placed behind."""
     reliability: Reliability | None = None
 
+    def beside(self, surest: NDArray[np.float64]) -> Self:
+        """Return it with what tells photos of no class apart: their best probability (U,)."""
+        assert self.reliability is not None, "every session that measured images has one"
+        known = np.array([answer.probability for answer in self.answers])
+        strangers = Strangers.of(surest, known, self.reliability.unknown_below)
+        return replace(self, reliability=replace(self.reliability, unknown=strangers))
+
 
 def evaluate(
     directory: StrPath,
@@ -172,13 +179,11 @@ def evaluate(
             heads = {"names": sessions.names, "prior": sessions.prior}
             probes.append(_Probe(sessions.initial, heads | rows_of(controls or {})))
         preprocess = adapted.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
+        strange = list_images(unknown).paths if unknown else ()
         measured = _measure(probes, images, preprocess, batch_size, progress)
-        reliability = measured[0].reliability
-        if reliability and unknown:
-            others = surest_of(adapted, list_images(unknown).paths, preprocess, batch_size)
-            sure = np.array([answer.probability for answer in measured[0].answers])
-            strangers = Strangers.of(others, sure, reliability.unknown_below)
-            measured[0] = replace(measured[0], reliability=replace(reliability, unknown=strangers))
+        if strange:
+            others = surest_of(adapted, strange, preprocess, batch_size)
+            measured[0] = measured[0].beside(others)
     bad = measured[0].bad
     if len(bad) > allowed:
         raise TooManyBad(
