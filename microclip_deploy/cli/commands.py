@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from microclip_deploy import artifact
-from microclip_deploy.calibration import FOLDER, Calibration
+from microclip_deploy.calibration import FOLDER
 from microclip_deploy.console import (
     bar,
     counter,
@@ -25,14 +25,12 @@ from microclip_deploy.console import (
     tell_warnings,
     waiting,
 )
-from microclip_deploy.data.answers import read_answers
 from microclip_deploy.data.formats import image_endings
 from microclip_deploy.data.photo import Remarks
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.data.sources import BadFile, TooManyBad, list_images, list_sources
 from microclip_deploy.describe.controls import controls_of_run
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, printable
-from microclip_deploy.evaluation.calibrate import calibration_of, store
 from microclip_deploy.evaluation.evaluate import evaluate
 from microclip_deploy.evaluation.evaluation import EVALUATION, Evaluation, write_answers
 from microclip_deploy.evaluation.overlays import OverlayWriter
@@ -136,7 +134,7 @@ def run_evaluate(
                 threads=threads,
                 sessions=run,
                 progress=progress.update,
-                on_open=lambda session: _tell_device(session, notes),
+                on_open=lambda session: tell_device(session, notes),
                 listed=listed,
                 max_pixels=max_pixels,
                 bit_depth=bit_depth,
@@ -286,34 +284,6 @@ def run_predict(
         notes.print(f"overlays: {printable(overlay)} ({tally.drawn} pictures)", markup=False)
 
 
-def run_calibrate(
-    directory: Path,
-    images: Path,
-    notes: Console,
-    *,
-    clicks: Path | None = None,
-    device: str = "auto",
-    batch_size: int = 64,
-    **own: Any,
-) -> Calibration:
-    """Calibrate a run or an export on a folder, and store the outcome in its manifest."""
-    with gpu_memory(), ExitStack() as stack:
-        with waiting(notes, f"opening {printable(directory)}"):
-            session = stack.enter_context(open_session(directory, device, **own))
-        _tell_device(session, notes)
-        answered = None if clicks is None else read_answers(clicks, session.classes)
-        with counter(notes, "looking for images") as found:
-            listed = list_images(images, on_found=found)
-        tell_left_out(listed.left_out.summary(), notes)
-        with bar(notes, "calibrating", "images") as progress:
-            calibration, bad = calibration_of(
-                session, listed.paths, answered, batch_size=batch_size, progress=progress.update
-            )
-        store(directory, calibration, session.classes)
-    tell_skipped(bad, notes)
-    return calibration
-
-
 @contextmanager
 def _predictor(
     source: Path | Server,
@@ -329,7 +299,7 @@ def _predictor(
     with ExitStack() as stack:
         with waiting(notes, f"opening {printable(source)}"):
             session = stack.enter_context(open_session(source, device, **own))
-        _tell_device(session, notes)
+        tell_device(session, notes)
         yield partial(predict, session, **reading), session.preprocess
 
 
@@ -423,5 +393,6 @@ def update_report(directory: Path, run: RunSessions, notes: Console) -> None:
     notes.print(f"report: {printable(directory / 'report.html')}", markup=False)
 
 
-def _tell_device(session: Session, notes: Console) -> None:
+def tell_device(session: Session, notes: Console) -> None:
+    """Say which device a session chose."""
     notes.print(f"device: {session.device}", markup=False)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,13 @@ from microclip_deploy.data.sources import (
 )
 from microclip_deploy.errors import printable
 from microclip_deploy.evaluation.answers import surest_of
-from microclip_deploy.evaluation.comparison import Comparison, compared
+from microclip_deploy.evaluation.comparison import (
+    Comparison,
+    Controls,
+    compared,
+    row_names,
+    rows_of,
+)
 from microclip_deploy.evaluation.evaluation import EVALUATION, Answer, Evaluation, Row
 from microclip_deploy.evaluation.masks import MaskFacts, MaskTally, TrueMasks
 from microclip_deploy.evaluation.reliability import Reliability, Strangers
@@ -68,9 +74,6 @@ __all__ = [
 
 _SHOWN = 5  # files an error message lists
 
-Controls = Mapping[str, Sequence[NDArray[np.float32]]]
-"""Name -> class matrices (C, E) with unit rows, one for each draw."""
-
 
 def _ignore(done: int, total: int) -> None:
     """Show no progress."""
@@ -96,6 +99,13 @@ class SessionAccuracy:
     ranks: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, repr=False)
     """(M,) for each row: how many classes an image's own was placed behind."""
     reliability: Reliability | None = None
+
+    def beside(self, surest: NDArray[np.float64]) -> Self:
+        """Return it with what tells photos of no class apart: their best probability (U,)."""
+        assert self.reliability is not None, "every session that measured images has one"
+        known = np.array([answer.probability for answer in self.answers])
+        strangers = Strangers.of(surest, known, self.reliability.unknown_below)
+        return replace(self, reliability=replace(self.reliability, unknown=strangers))
 
 
 def evaluate(
@@ -132,7 +142,7 @@ def evaluate(
         max_bad: how many images may be unreadable, as for `sources.bad_image_limit`; they are left
             out, and named in `Evaluation.bad`.
         threads: as for `open_session`.
-        sessions: of the run, if they are open; they stay so.
+        sessions: of the run, if they are open; they stay so, and expect the prior from then on.
         progress: called with (done, total) after each batch.
         on_open: called with the open session before the first image.
         listed: as for `LabelledImages.read`.
@@ -167,15 +177,13 @@ def evaluate(
         probes = [_Probe(adapted, true_masks=known)]
         if zero_shot and sessions:
             heads = {"names": sessions.names, "prior": sessions.prior}
-            probes.append(_Probe(sessions.initial, heads | _rows_of(controls or {})))
+            probes.append(_Probe(sessions.initial, heads | rows_of(controls or {})))
         preprocess = adapted.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
+        strange = list_images(unknown).paths if unknown else ()
         measured = _measure(probes, images, preprocess, batch_size, progress)
-        reliability = measured[0].reliability
-        if reliability and unknown:
-            others = surest_of(adapted, list_images(unknown).paths, preprocess, batch_size)
-            sure = np.array([answer.probability for answer in measured[0].answers])
-            strangers = Strangers.of(others, sure, reliability.unknown_below)
-            measured[0] = replace(measured[0], reliability=replace(reliability, unknown=strangers))
+        if strange:
+            others = surest_of(adapted, strange, preprocess, batch_size)
+            measured[0] = measured[0].beside(others)
     bad = measured[0].bad
     if len(bad) > allowed:
         raise TooManyBad(
@@ -187,24 +195,11 @@ def evaluate(
     return _evaluation(adapted, measured, str(data.absolute()), images.left_out.to_json(), controls)
 
 
-def _rows_of(controls: Controls) -> dict[str, NDArray[np.float32]]:
-    """Return the class matrices of all draws by the name of their row."""
-    return {
-        name: matrix
-        for control, draws in controls.items()
-        for name, matrix in zip(_row_names(control, len(draws)), draws, strict=True)
-    }
-
-
-def _row_names(control: str, draws: int) -> list[str]:
-    return [f"{control} {draw + 1}" for draw in range(draws)] if draws > 1 else [control]
-
-
 def _comparisons(before: SessionAccuracy, controls: Controls) -> tuple[Comparison, ...]:
     """Compare the descriptions with every control that was drawn, and then with the names."""
     right = before.ranks["cls"] == 0
     drawn = {
-        control: _row_names(control, len(draws))
+        control: row_names(control, len(draws))
         for control, draws in controls.items()
         if len(draws) > 1
     }
@@ -383,7 +378,7 @@ def _evaluation(
             for token in ("cls", "fg", "fused")
         ]
         for control, draws in (controls or {}).items():
-            drawn = [before.rows[name] for name in _row_names(control, len(draws))]
+            drawn = [before.rows[name] for name in row_names(control, len(draws))]
             rows.append(Row("zero-shot", "cls", control, mean_scores(drawn)))
     comparisons = _comparisons(measured[-1], controls or {}) if len(measured) > 1 else ()
     return Evaluation(

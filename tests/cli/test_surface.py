@@ -22,13 +22,14 @@ SURFACE = {
     "evaluate": {
         "--device", "--batch-size", "--zero-shot", "--controls", "--limit", "--masks",
         "--max-bad-images",
-        "--per-class", "--out", "--threads", "--json", *PHOTOS,
+        "--per-class", "--out", "--threads", "--json", "--prior", "--unknown", *PHOTOS,
     },
+    "calibrate": {"--clicks", "--device", "--batch-size", "--threads", "--json", *PHOTOS},
     "describe": set(),
     "describe check": {"--domain", "--clip", "--clip-weights", "--report", "--json"},
     "predict": {
         "--top-k", "--format", "--out", "--overlay", "--device", "--batch-size", "--threads",
-        *PHOTOS, "--server", "--model", "--api-key",
+        *PHOTOS, "--server", "--model", "--api-key", "--prior",
     },
     "export": {
         "--out", "--dtype", "--calibration", "--images", "--device", "--atol", "--min-agreement",
@@ -41,6 +42,7 @@ SURFACE = {
         "--host", "--port", "--api-key", "--device", "--threads", "--max-batch", "--max-delay",
         "--max-queue", "--timeout", "--body-timeout", "--max-body", "--max-pixels",
         "--hang-timeout", "--drain-delay", "--unload-after", "--access-log",
+        "--prior",
     },
     "classes": set(),
     "classes list": {"--json"},
