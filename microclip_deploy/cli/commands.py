@@ -33,7 +33,7 @@ from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageEr
 from microclip_deploy.evaluation.evaluate import evaluate
 from microclip_deploy.evaluation.evaluation import EVALUATION, Evaluation, write_answers
 from microclip_deploy.evaluation.overlays import OverlayWriter
-from microclip_deploy.evaluation.predict import FailedImage, Result, predict
+from microclip_deploy.evaluation.predict import FailedImage, Result, predict, predict_jointly
 from microclip_deploy.evaluation.records import cell, file_name, open_writer, table
 from microclip_deploy.evaluation.remote import Server
 from microclip_deploy.serving import RunSessions, Session, is_export, open_run, open_session
@@ -79,6 +79,7 @@ def run_evaluate(
     threads: int | None = None,
     masks: Path | None = None,
     controls: bool = False,
+    joint: bool = False,
     file: Path | None = None,
 ) -> Evaluation:
     """Evaluate a run or an export on labelled images; a run's report gets the outcome.
@@ -99,6 +100,7 @@ def run_evaluate(
         threads: as for `open_session`.
         masks: as for `evaluate`.
         controls: also measure texts that the run's descriptions must beat.
+        joint: as for `evaluate`.
         file: gets one CSV row an image.
     """
     _require_csv(file)
@@ -134,6 +136,7 @@ def run_evaluate(
                 max_pixels=max_pixels,
                 bit_depth=bit_depth,
                 controls=control_rows,
+                joint=joint,
             )
         if answers is not None:
             write_answers(answers, measured)
@@ -194,7 +197,7 @@ def _less_than_kept(measured: Evaluation, kept: Path) -> str:
     elif measured.masks.true_masks < true_masks:
         told = f"it measured {true_masks} true masks, this one {measured.masks.true_masks}"
     else:
-        told = "it measured zero-shot or controls too" if len(measured.rows) < rows else ""
+        told = "it measured zero-shot, controls or joint too" if len(measured.rows) < rows else ""
     return f"{told}; remove it to keep the next one" if told else ""
 
 
@@ -232,8 +235,9 @@ def run_predict(
     max_pixels: int | None = None,
     bit_depth: int | None = None,
     threads: int | None = None,
+    joint: bool = False,
 ) -> None:
-    """Classify images and print or write the results as they come.
+    """Classify images and print or write the results as they come; joint ones after the last.
 
     The source is a run, an export, or a server, for which the device and what follows do not count.
     """
@@ -244,7 +248,9 @@ def run_predict(
     with gpu_memory(), ExitStack() as stack:
         target = stack.enter_context(result_file(file, images)) if file else None
         answered, preprocess = stack.enter_context(
-            _predictor(source, device, notes, own, batch_size=batch_size, remarks=remarks)
+            _predictor(
+                source, device, notes, own, joint=joint, batch_size=batch_size, remarks=remarks
+            )
         )
         with counter(notes, "looking for images") as found:
             given = list_sources(images, on_found=found)
@@ -258,7 +264,9 @@ def run_predict(
             results = overlays.drawn(results, preprocess)
         results = tally.counting(results)
         try:
-            shown_table = _write(results, chosen, target, top_k, overlays=overlay is not None)
+            shown_table = _write(
+                results, chosen, target, top_k, overlays=overlay is not None, joint=joint
+            )
         finally:
             listed = list_bad(file, tally.bad) if file else None
     tell_warnings(remarks.lines(), notes)
@@ -279,6 +287,8 @@ def _predictor(
     device: str,
     notes: Console,
     own: dict[str, int | None],
+    *,
+    joint: bool,
     **reading: Any,
 ) -> Iterator[tuple[Callable[..., Iterator[Result]], Preprocess]]:
     """Give what predicts photos, here or on a server, and how it sees them."""
@@ -289,7 +299,10 @@ def _predictor(
         with waiting(notes, f"opening {printable(source)}"):
             session = stack.enter_context(open_session(source, device, **own))
         _tell_device(session, notes)
-        yield partial(predict, session, **reading), session.preprocess
+        if joint:
+            notes.print("joint: classes are read from all photos together, after the last one")
+        answered = predict_jointly if joint else predict
+        yield partial(answered, session, **reading), session.preprocess
 
 
 def _write(
@@ -299,6 +312,7 @@ def _write(
     top_k: int,
     *,
     overlays: bool,
+    joint: bool,
 ) -> "Table | None":
     """Write the results to a file or to stdout; return a table that is still to be printed."""
     if chosen == "table":
@@ -308,7 +322,7 @@ def _write(
         Console(file=target, width=_FILE_WIDTH).print(found)
         return None
     stream = target or machine_stdout()
-    with open_writer(chosen, stream, top_k, overlays=overlays) as writer:
+    with open_writer(chosen, stream, top_k, overlays=overlays, joint=joint) as writer:
         for result in results:
             writer.write(result)
     return None

@@ -35,6 +35,7 @@ from microclip_deploy.cli.options import (
     Device,
     Images,
     ImagesAgain,
+    Joint,
     MaxBad,
     MaxPixels,
     Model,
@@ -231,6 +232,7 @@ def evaluate(
             "--controls",
         ),
     ] = False,
+    joint: Joint = False,
     device: ServingDevice = "auto",
     batch_size: BatchSize = 64,
     max_pixels: MaxPixels = None,
@@ -266,6 +268,7 @@ def evaluate(
         threads=threads,
         masks=masks,
         controls=controls,
+        joint=joint,
         file=out_file,
     )
     if as_json:

@@ -183,6 +183,10 @@ ProofImages = Annotated[
     Path | None, option(PROOF, "IMAGES", "Prove on images of yours too: folder or list.")
 ]
 ProofDevice = Annotated[str, option(PROOF, "DEVICE", "Where graphs are run: cpu, cuda or cuda:N.")]
+Joint = Annotated[
+    bool,
+    option(METHOD, None, "Also let all photos together say what each one shows.", "--joint"),
+]
 BatchSize = Annotated[int, option(MACHINE, "N", "Images a batch.", min=1)]
 Threads = Annotated[
     int | None,

@@ -12,6 +12,7 @@ from microclip_deploy.cli.options import (
     SERVER,
     BatchSize,
     BitDepth,
+    Joint,
     MaxPixels,
     OutputFormat,
     ServingDevice,
@@ -56,6 +57,7 @@ def predict(
             OUTPUT, "FILE", "Write here instead of printing: .csv, .json, .jsonl or .txt.", "--out"
         ),
     ] = None,
+    joint: Joint = False,
     overlay: Annotated[
         Path | None, option(OUTPUT, "DIR", "Write saliency overlays (PNG) into this folder.")
     ] = None,
@@ -87,6 +89,11 @@ def predict(
         raise UsageError(
             f"predict: expected RUN_OR_EXPORT and IMAGES, found {directory} alone; name photos too"
         )
+    if server is not None and joint:
+        raise UsageError(
+            "--joint: expected RUN_OR_EXPORT, found --server, which answers each photo alone; "
+            "leave one of them out"
+        )
     with ExitStack() as stack:
         source: Path | Server = directory
         if server is not None:
@@ -105,6 +112,7 @@ def predict(
             max_pixels=max_pixels,
             bit_depth=bit_depth,
             threads=threads,
+            joint=joint,
         )
     if server is not None:
         return
