@@ -65,7 +65,9 @@ def measured(images: int, classes: int, size: int) -> dict[str, dict[str, float]
     def add() -> None:
         for begin in range(0, images, _BATCH):
             rows = features[begin : begin + _BATCH].copy()
-            folder.add(rows, np.float32(LOGIT_SCALE) * rows @ texts.T)
+            logits = rows @ texts.T
+            logits *= LOGIT_SCALE
+            folder.add(rows, logits)
 
     stage("classify and shortlist", add)
     read = stage("joint reading, all of it", folder.read)
