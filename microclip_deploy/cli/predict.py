@@ -12,6 +12,7 @@ from microclip_deploy.cli.options import (
     SERVER,
     BatchSize,
     BitDepth,
+    Joint,
     MaxPixels,
     OutputFormat,
     Prior,
@@ -58,6 +59,7 @@ def predict(
             OUTPUT, "FILE", "Write here instead of printing: .csv, .json, .jsonl or .txt.", "--out"
         ),
     ] = None,
+    joint: Joint = False,
     overlay: Annotated[
         Path | None, option(OUTPUT, "DIR", "Write saliency overlays (PNG) into this folder.")
     ] = None,
@@ -94,6 +96,11 @@ def predict(
             "--prior: expected a directory, found --server, which was started with its own; leave "
             "one out"
         )
+    if server is not None and joint:
+        raise UsageError(
+            "--joint: expected RUN_OR_EXPORT, found --server, which answers each photo alone; "
+            "leave one of them out"
+        )
     with ExitStack() as stack:
         source: Path | Server = directory
         if server is not None:
@@ -113,6 +120,7 @@ def predict(
             bit_depth=bit_depth,
             threads=threads,
             prior=prior,
+            joint=joint,
         )
     if server is not None:
         return

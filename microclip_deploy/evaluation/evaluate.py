@@ -43,10 +43,11 @@ from microclip_deploy.evaluation.comparison import (
     row_names,
     rows_of,
 )
-from microclip_deploy.evaluation.evaluation import EVALUATION, Answer, Evaluation, Row
+from microclip_deploy.evaluation.evaluation import EVALUATION, JOINT, Answer, Evaluation, Row
 from microclip_deploy.evaluation.masks import MaskFacts, MaskTally, TrueMasks
 from microclip_deploy.evaluation.reliability import Reliability, Strangers
 from microclip_deploy.evaluation.scores import Scores, mean_scores, ranks_of, score, scores_of_ranks
+from microclip_deploy.joint import Folder
 from microclip_deploy.ncut.spec import saliency_warning
 from microclip_deploy.paths import StrPath, as_path
 from microclip_deploy.serving import (
@@ -88,7 +89,8 @@ class SessionAccuracy:
     """What one session scored."""
 
     rows: Mapping[str, Scores]
-    """"fused", "cls", "fg" and the names of further class matrices, which [CLS] is compared to."""
+    """"fused", "cls", "fg", "joint" if that was asked for, and the names of further class matrices,
+    which [CLS] is compared to."""
     masks: MaskFacts
     bad: tuple[BadFile, ...]
     """Images that could not be read and count nowhere."""
@@ -128,6 +130,7 @@ def evaluate(
     controls: Controls | None = None,
     prior: StrPath = FOLDER,
     unknown: StrPath | None = None,
+    joint: bool = False,
 ) -> Evaluation:
     """Measure a run or an export on labelled images; a run beside the model before adaptation.
 
@@ -154,6 +157,7 @@ def evaluate(
         prior: how frequent the classes are, as for `Session.expect`; counts for the adapted
             model's fused logits.
         unknown: photos of no class, as for `list_images`: how many of them are called unknown.
+        joint: also measure the adapted model where all images together say what each shows.
 
     Raises:
         DataError: the data, or the checkpoint (CheckpointError), cannot be used, or more images
@@ -174,7 +178,8 @@ def evaluate(
         images = _spread(LabelledImages.read(data, adapted.classes, listed), limit)
         allowed = bad_image_limit(max_bad, len(images.paths))
         known = TrueMasks.find(as_path(masks, "masks"), images.paths) if masks else None
-        probes = [_Probe(adapted, true_masks=known)]
+        folder = Folder(adapted.classifier()) if joint else None
+        probes = [_Probe(adapted, true_masks=known, folder=folder)]
         if zero_shot and sessions:
             heads = {"names": sessions.names, "prior": sessions.prior}
             probes.append(_Probe(sessions.initial, heads | rows_of(controls or {})))
@@ -262,12 +267,16 @@ class _Probe:
     true_masks: TrueMasks | None = None
     uncalibrated: list[NDArray[np.float64]] = field(default_factory=list)
     """Probability of the best class at temperature 1."""
+    folder: Folder | None = None
+    """For a joint reading."""
 
     def add(
         self, images: NDArray[np.uint8], labels: NDArray[np.int64], paths: Sequence[Path]
     ) -> None:
         """Let the session classify a batch and tally it."""
         found = self.session.predict(images)
+        if self.folder is not None:
+            self.folder.add(found.cls, found.logits)
         by_token = self._logits(found)
         for name, logits in by_token.items():
             self.ranks.setdefault(name, []).append(ranks_of(logits, labels))
@@ -295,6 +304,8 @@ class _Probe:
         """Return the scores over all batches; `labels` are those of the readable images."""
         classes = len(self.session.classes)
         ranks = {name: np.concatenate(parts) for name, parts in self.ranks.items()}
+        if self.folder is not None:
+            ranks[JOINT] = self.folder.read().ranks(labels)
         rows = {name: scores_of_ranks(placed, labels, classes) for name, placed in ranks.items()}
         known = self.session.calibration
         reliability = Reliability.of(
@@ -368,9 +379,8 @@ def _evaluation(
     controls: Controls | None,
 ) -> Evaluation:
     adapted = measured[0]
-    rows = [
-        Row("adapted", token, "adapted", adapted.rows[token]) for token in ("fused", "cls", "fg")
-    ]
+    tokens = ("fused", "cls", "fg", *(token for token in adapted.rows if token == JOINT))
+    rows = [Row("adapted", token, "adapted", adapted.rows[token]) for token in tokens]
     for before in measured[1:]:
         rows += [Row("zero-shot", "cls", texts, before.rows[texts]) for texts in ("names", "prior")]
         rows += [

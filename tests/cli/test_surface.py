@@ -20,7 +20,7 @@ SURFACE = {
         *PHOTOS,
     },
     "evaluate": {
-        "--device", "--batch-size", "--zero-shot", "--controls", "--limit", "--masks",
+        "--device", "--batch-size", "--zero-shot", "--controls", "--joint", "--limit", "--masks",
         "--max-bad-images",
         "--per-class", "--out", "--threads", "--json", "--prior", "--unknown", *PHOTOS,
     },
@@ -28,8 +28,8 @@ SURFACE = {
     "describe": set(),
     "describe check": {"--domain", "--clip", "--clip-weights", "--report", "--json"},
     "predict": {
-        "--top-k", "--format", "--out", "--overlay", "--device", "--batch-size", "--threads",
-        *PHOTOS, "--server", "--model", "--api-key", "--prior",
+        "--top-k", "--format", "--out", "--overlay", "--joint", "--device", "--batch-size",
+        "--threads", *PHOTOS, "--server", "--model", "--api-key", "--prior",
     },
     "export": {
         "--out", "--dtype", "--calibration", "--images", "--device", "--atol", "--min-agreement",
