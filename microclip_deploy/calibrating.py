@@ -12,6 +12,9 @@ from microclip_deploy.errors import DataError, VerificationError
 MOST_LOGITS = 25_000_000
 """That are looked at: 100 MB. A folder of more is represented by photos spread evenly over it."""
 
+MOST_PHOTOS = 50_000
+"""Likewise: 200 MB for both tokens of a ViT-B."""
+
 UNKNOWN_SHARE = 0.05
 """Without labels: at most so many of the folder's own photos are called unknown."""
 
@@ -34,7 +37,7 @@ _DECIMALS = 1e4
 
 def sample(images: int, classes: int) -> NDArray[np.int64]:
     """Return the positions of the photos that are looked at: all, or so many spread evenly."""
-    wanted = max(1, min(images, MOST_LOGITS // classes))
+    wanted = max(1, min(images, MOST_LOGITS // classes, MOST_PHOTOS))
     return np.arange(wanted) * images // wanted
 
 

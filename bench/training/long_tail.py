@@ -71,6 +71,9 @@ RECIPES: dict[str, tuple[str, ...]] = {
 """Name -> settings in place of the demo's; those after the second are for the verdict's table: some
 do harm."""
 
+COLLAPSED_ACCURACY = 0.3
+"""Runs below it collapsed, and are no ground for an estimate."""
+
 FEW = ("balanced", "imbalance-50-order-0")
 """Folders on which these run."""
 
@@ -97,6 +100,10 @@ class Measured(NamedTuple):
     """Expected calibration error on the folder, with the temperature found without labels."""
     error_before: float
     """The same at temperature 1."""
+    views_agree: float
+    """Share of the last epoch's strong views that agree with their pseudo-label."""
+    tokens_agree: float
+    """Share of the folder for which [CLS] and [FG] name the same class."""
     verdict: dict[str, Any]
 
     @property
@@ -180,6 +187,8 @@ def measure(told: Answers, expected_accuracy: float) -> Measured:
         zero_shot_test=_accuracy(_zero_shot(told, "test"), told["test.labels"]),
         error=reliability.ece,
         error_before=reliability.ece_uncalibrated,
+        views_agree=expected_accuracy,
+        tokens_agree=float((_best(told, "cls") == _best(told, "fg")).mean()),
         verdict=judged(told).model_dump(mode="json"),
     )
 
@@ -194,6 +203,11 @@ def judged(told: Answers) -> Verdict:
 def _zero_shot(told: Answers, split: str) -> NDArray[np.float32]:
     """Return the logits of plain zero-shot CLIP, with the class names."""
     return np.asarray(told[f"{split}.initial.cls"] @ told["names"].T)
+
+
+def _best(told: Answers, token: str) -> NDArray[np.int64]:
+    """Return the best class of each photo of the folder by one token."""
+    return np.asarray((told[f"folder.adapted.{token}"] @ told["classifier"].T).argmax(axis=1))
 
 
 def _accuracy(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
@@ -255,6 +269,22 @@ def verdict_lines(results: Results) -> list[str]:
     told = [run for run in runs if run.verdict["change"] is not None]
     held = sum(run.verdict["low"] <= run.change <= run.verdict["high"] for run in told)
     lines.append(f"* interval of 90 %: held the truth in {held} of {len(told)} runs")
+    return lines
+
+
+def estimate_lines(results: Results) -> list[str]:
+    """Say how near two estimates of the accuracy on the folder came."""
+    runs = [run for *_, run in _each(results) if run.folder > COLLAPSED_ACCURACY]
+    lines = []
+    for title, key in {
+        "strong views agree with their pseudo-label": "views_agree",
+        "[CLS] and [FG] agree": "tokens_agree",
+    }.items():
+        off = [100 * (getattr(run, key) - run.folder) for run in runs]
+        lines.append(
+            f"* accuracy estimated by how often {title}: {statistics.mean(off):+.1f} points off on "
+            f"average, {min(off):+.1f} to {max(off):+.1f}, in {len(off)} runs"
+        )
     return lines
 
 
@@ -337,6 +367,7 @@ def main(
             "",
             *verdict_lines(results),
             fitted_line(results),
+            *estimate_lines(results),
             "",
             *markdown_table(verdict_rows(results)),
             "",
