@@ -8,7 +8,6 @@ from pydantic import ValidationError
 from microclip_deploy.calibrating import (
     LEAST_ANSWERS,
     MOST_LOGITS,
-    NONE_OF_THE_CLASSES,
     calibrate,
     calibrate_with_answers,
     sample,
@@ -112,13 +111,13 @@ def test_the_temperature_gives_the_expected_accuracy(temperature: float) -> None
 @pytest.mark.parametrize("temperature", [0.5, 4.0])
 def test_answers_find_the_temperature_and_a_threshold(temperature: float) -> None:
     logits, labels = drawn(3000, 20, temperature)
-    labels[:300] = NONE_OF_THE_CLASSES
+    labels[:300] = -1  # of no class
     logits[:300] *= 0.1
-    found = calibrate_with_answers(logits, logits, labels)
+    right, shown = logits.argmax(axis=1) == labels, labels >= 0
+    found = calibrate_with_answers(logits, logits, right, shown)
     assert (found.source, found.images) == ("clicks", 3000)
     assert found.temperature == pytest.approx(temperature, rel=DRAWN)
     unknown = is_unknown(probabilities(logits, found).max(axis=1), found)
-    right = logits.argmax(axis=1) == labels
     assert unknown[:300].mean() > 0.9
     assert right[~unknown].mean() > right.mean() + 0.1
 
@@ -127,10 +126,10 @@ def test_weights_count_as_copies() -> None:
     logits, labels = drawn(60, 5, 1.0)
     weights = np.where(np.arange(60) < 20, 3.0, 1.0)
     copies = np.repeat(np.arange(60), weights.astype(int))
-    once = calibrate_with_answers(logits, logits, labels, weights)
-    assert once.temperature == pytest.approx(
-        calibrate_with_answers(logits, logits[copies], labels[copies]).temperature, rel=1e-4
-    )
+    right, shown = logits.argmax(axis=1) == labels, np.ones(60, bool)
+    once = calibrate_with_answers(logits, logits, right, shown, weights)
+    copied = calibrate_with_answers(logits, logits[copies], right[copies], shown[copies])
+    assert once.temperature == pytest.approx(copied.temperature, rel=1e-4)
 
 
 def test_unusual_folders_are_calibrated() -> None:
@@ -139,7 +138,7 @@ def test_unusual_folders_are_calibrated() -> None:
     assert not is_unknown(probabilities(one + 1e-4, same).max(axis=1), same).any()
     two = calibrate(one[:2], share_with_doubt(np.ones(2, np.bool_)))
     assert probabilities(one[:2], two).max() == pytest.approx(0.75, abs=1e-3)
-    certain = calibrate_with_answers(one, one, np.zeros(50, np.int64))
+    certain = calibrate_with_answers(one, one, np.ones(50, bool), np.ones(50, bool))
     assert certain.unknown_below == 0
     flat = calibrate(np.zeros((5, 4), np.float32), 0.9)
     assert flat.mean_prediction == (0.25,) * 4
@@ -162,4 +161,4 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
         calibrate(np.zeros((0, 3), np.float32), 0.5)
     few = np.zeros((LEAST_ANSWERS - 1, 3), np.float32)
     with pytest.raises(DataError, match=f"at least {LEAST_ANSWERS}"):
-        calibrate_with_answers(few, few, np.zeros(len(few), np.int64))
+        calibrate_with_answers(few, few, np.ones(len(few), bool), np.ones(len(few), bool))

@@ -10,7 +10,6 @@ import numpy as np
 from microclip_deploy import artifact
 from microclip_deploy.artifact import exclusive
 from microclip_deploy.calibrating import (
-    NONE_OF_THE_CLASSES,
     calibrate,
     calibrate_with_answers,
     share_with_doubt,
@@ -63,9 +62,11 @@ def calibration_of(
         return Calibrated(calibrate(folder.logits, expected_accuracy(folder)), tuple(bad))
     told = ask([each.path for each in answered])
     given = [answered[row] for row in told.rows]
-    rows = [NONE_OF_THE_CLASSES if each.row is None else each.row for each in given]
+    best = told.logits.argmax(axis=1).tolist()
+    right = np.array([each.row == row for each, row in zip(given, best, strict=True)])
+    shown = np.array([not each.stranger for each in given])
     weights = np.array([each.weight for each in given])
-    found = calibrate_with_answers(folder.logits, told.logits, np.array(rows, np.int64), weights)
+    found = calibrate_with_answers(folder.logits, told.logits, right, shown, weights)
     return Calibrated(found, tuple(bad))
 
 

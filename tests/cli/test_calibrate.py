@@ -113,13 +113,17 @@ def test_an_adaptation_is_calibrated_also_when_it_was_stopped_then(
         raise Interrupted("stopped")
 
     run = tmp_path / "run"
-    monkeypatch.setattr("microclip_deploy.cli.adapt.calibration_of", stopped)
+    monkeypatch.setattr("microclip_deploy.adapt.run.judge", stopped)
     assert main(adapt_arguments) == 130
     assert not (run / artifact.MANIFEST).exists()
     monkeypatch.undo()
     history = (run / "history.jsonl").read_bytes()
     assert main(["adapt", "--resume", "-o", str(run), "--device", "cpu"]) == 0
     assert (run / "history.jsonl").read_bytes() == history
+    content = artifact.read_json(run / artifact.MANIFEST)
+    assert content["verdict"]["decision"] == "cannot tell"  # of 24 photos
+    assert content["rolled_back"] == []
+    assert len(content["frequencies"]["estimated"]) == len(content["classes"])
     found = stored(run)
     assert (found.source, found.images) == ("folder", 24)
     with open_session(run, prior="uniform") as session:

@@ -58,8 +58,8 @@ def test_what_is_no_prior_is_named(tmp_path: Path, name: str, text: str, told: s
 def test_answers_are_read_as_they_were_clicked(tmp_path: Path) -> None:
     text = "path,answer,weight\na.png,Red circle,2.5\nb/c.png,none,\nd.png,,\n"
     assert read_answers(written(tmp_path, "a.csv", text), CLASSES) == (
-        Answered(tmp_path / "a.png", 0, 2.5),
-        Answered(tmp_path / "b/c.png", None, 1.0),
+        Answered(tmp_path / "a.png", 0, False, 2.5),
+        Answered(tmp_path / "b/c.png", None, True, 1.0),
     )
 
 
