@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from microclip_deploy.cli import next_steps
+from microclip_deploy.cli.audit import audit
 from microclip_deploy.cli.bench_serving import app as bench_app
 from microclip_deploy.cli.classes import app as classes_app
 from microclip_deploy.cli.describe import app as describe_app
@@ -276,6 +277,7 @@ def evaluate(
     next_steps.tell(notes, use, next_steps.deployment(directory))
 
 
+use()(audit)
 use()(predict)
 deploy()(export)
 deploy()(verify)

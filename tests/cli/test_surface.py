@@ -24,6 +24,10 @@ SURFACE = {
         "--max-bad-images",
         "--per-class", "--out", "--threads", "--json", *PHOTOS,
     },
+    "audit": {
+        "--against", "--clicks", "--seed", "--out", "--csv", "--browser", "--device",
+        "--batch-size", "--threads", "--json", *PHOTOS,
+    },
     "describe": set(),
     "describe check": {"--domain", "--clip", "--clip-weights", "--report", "--json"},
     "predict": {
