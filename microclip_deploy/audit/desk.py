@@ -11,7 +11,6 @@ from microclip_deploy.audit.plan import Plan
 from microclip_deploy.audit.result import Result
 from microclip_deploy.audit.wording import sentences
 from microclip_deploy.data.decode import read_photo
-from microclip_deploy.data.photo import PhotoConfig
 
 _SIDE, _EXAMPLE_SIDE = 1600, 320
 """Longest side of pictures, pixels."""
@@ -21,9 +20,9 @@ _MATCHES = 12  # class names a search shows
 class Desk:
     """An audit at work; several threads may use it."""
 
-    def __init__(self, plan: Plan, sheet: Sheet, root: Path, photos: PhotoConfig) -> None:
-        """Take what is asked, where answers go, where photos lie and how they are read."""
-        self.plan, self._sheet, self._root, self._photos = plan, sheet, root, photos
+    def __init__(self, plan: Plan, sheet: Sheet, root: Path) -> None:
+        """Take what is asked, where answers go and where photos lie."""
+        self.plan, self._sheet, self._root = plan, sheet, root
         self._lock = Lock()
 
     def state(self) -> dict[str, Any]:
@@ -84,7 +83,7 @@ class Desk:
         return self._picture(self._examples(row)[place], _EXAMPLE_SIDE)
 
     def _picture(self, path: str, side: int) -> bytes:
-        picture = read_photo(self._root / path, self._photos).image
+        picture = read_photo(self._root / path, self.plan.reading).image
         picture.thumbnail((side, side))
         stream = io.BytesIO()
         picture.save(stream, "JPEG", quality=90)

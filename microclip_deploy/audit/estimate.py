@@ -123,9 +123,16 @@ def difference(differ: Tally, agree_photos: Counts, z: float = Z) -> Interval:
 
 
 def difference_limits(differ: Tally, z: Any = Z) -> tuple[Any, Any]:
-    """Return limits of the difference as a share of the photos on which the models differ."""
+    """Return limits of the difference as a share of the photos on which the models differ.
+
+    One photo is added at either side, which matters where there are few: the score test takes
+    counts for continuous. Nothing lies outside of what the photos without an answer can bring.
+    """
     total, n, a, b = np.broadcast_arrays(*(np.asarray(part, np.int64) for part in differ))
-    return -_most(total, n, b, a, z), _most(total, n, a, b, z)
+    lead, rest, photos = a - b, total - n, np.maximum(total, 1)
+    low = np.maximum(-_most(total, n, b, a, z) - 1 / photos, (lead - rest) / photos)
+    high = np.minimum(_most(total, n, a, b, z) + 1 / photos, (lead + rest) / photos)
+    return low, high
 
 
 def _most(total: Any, n: Any, a: Any, b: Any, z: Any) -> Any:
@@ -137,8 +144,7 @@ def _most(total: Any, n: Any, a: Any, b: Any, z: Any) -> Any:
         middle = (low + high) / 2
         inside = (n * middle - (a - b)) ** 2 <= z**2 * correction * _variance(n, a, b, middle)
         low, high = np.where(inside, middle, low), np.where(inside, high, middle)
-    certain = (a - b + total - n) / np.maximum(total, 1)  # were all the others A's
-    return np.minimum(np.where(n == 0, 1.0, high), certain)
+    return np.where(n == 0, 1.0, high)
 
 
 def _variance(n: Any, a: Any, b: Any, delta: Any) -> Any:

@@ -21,23 +21,49 @@ from microclip_deploy.serving.classification import softmax
 
 ADAPTED, ZERO_SHOT = "adapted", "zero-shot"
 
+Facts = dict[str, str]
+"""What knows a model again: `title`, `directory`, and `sha256` of its manifest."""
+
+
+def model_facts(directory: Path, against: Path | None) -> tuple[Facts, Facts]:
+    """Return what knows both models again; neither is opened.
+
+    Args:
+        directory: run or export.
+        against: another one; None for the run's own zero-shot model with the class names.
+
+    Raises:
+        UsageError: an export without `against`.
+    """
+    if against is None and is_export(directory):
+        raise UsageError(
+            f"{printable(directory)}: expected a run, found an export, which holds no zero-shot "
+            "model; give the run, or another model with --against"
+        )
+    places = (directory, against or directory)
+    titles = [place.absolute().name for place in places]
+    if against is None:
+        titles = [ADAPTED, ZERO_SHOT]
+    elif titles[0] == titles[1]:
+        titles = [printable(place) for place in places]
+    first, second = (
+        {
+            "title": title,
+            "directory": printable(place),
+            "sha256": str(artifact.read_json(place / artifact.MANIFEST).get("sha256")),
+        }
+        for title, place in zip(titles, places, strict=True)
+    )
+    return first, second
+
 
 @dataclass(frozen=True)
 class Model:
     """One of the two models."""
 
-    title: str
-    """What the results call it."""
     session: Session
-    place: Path
-    """The run or export it was opened from."""
     names: NDArray[np.float32] | None = None
     """(C, E), unit rows, that [CLS] is compared to; None for the model's own fused answer."""
-
-    def to_json(self) -> dict[str, str]:
-        """Return what knows it again."""
-        sha256 = artifact.read_json(self.place / artifact.MANIFEST)["sha256"]
-        return {"title": self.title, "directory": printable(self.place), "sha256": sha256}
 
     def say(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Return the best classes (B,) of its list and their probabilities (B,), uncalibrated."""
@@ -61,52 +87,38 @@ def open_models(
     """Open a model and its rival.
 
     Args:
-        directory: run or export.
-        against: another one; None for the run's own zero-shot model with the class names.
+        directory: as for `model_facts`.
+        against: likewise.
         device: as for `open_session`.
         threads: as for `open_session`.
         max_pixels: likewise.
         bit_depth: likewise.
 
     Raises:
-        UsageError: an export without `against`, or models of other classes.
+        UsageError: models of other classes.
     """
     with ExitStack() as stack:
         if against is None:
-            if is_export(directory):
-                raise UsageError(
-                    f"{printable(directory)}: expected a run, found an export, which holds no "
-                    "zero-shot model; give the run, or another model with --against"
-                )
             run = stack.enter_context(open_run(directory, device, threads=threads))
             for session in run[:2]:
                 read = session.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
                 session.preprocess = read
-            yield (
-                Model(ADAPTED, run.adapted, directory),
-                Model(ZERO_SHOT, run.initial, directory, run.names),
-            )
+            yield Model(run.adapted), Model(run.initial, run.names)
             return
         own = {"max_pixels": max_pixels, "bit_depth": bit_depth, "threads": threads}
         places = (directory, against)
-        names = [place.absolute().name for place in places]
-        titles = names if names[0] != names[1] else [printable(place) for place in places]
-        first, second = (
-            Model(title, stack.enter_context(open_session(place, device, **own)), place)
-            for title, place in zip(titles, places, strict=True)
-        )
+        first, second = (stack.enter_context(open_session(p, device, **own)) for p in places)
         _require_same_classes(first, second)
-        yield first, second
+        yield Model(first), Model(second)
 
 
-def _require_same_classes(first: Model, second: Model) -> None:
-    ours, theirs = set(first.session.classes), set(second.session.classes)
-    if only := sorted(ours ^ theirs):
-        owner = first if only[0] in ours else second
+def _require_same_classes(first: Session, second: Session) -> None:
+    only = sorted(set(first.classes) ^ set(second.classes))
+    if only:
         raise UsageError(
-            f"--against: expected models of the same classes, found '{only[0]}' in {owner.title} "
-            f"alone, and {len(only)} such in all; compare models of one class list, or let "
-            "`classes add` and `classes remove` make them so"
+            f"--against: expected models of the same classes, found {len(only)} that one model has "
+            f"alone, such as '{only[0]}'; compare models of one class list, or let `classes add` "
+            "and `classes remove` make them so"
         )
 
 

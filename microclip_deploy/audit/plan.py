@@ -13,8 +13,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from microclip_deploy import artifact
-from microclip_deploy.audit.models import Model, Opinions
+from microclip_deploy.audit.models import Facts, Model, Opinions
 from microclip_deploy.audit.sample import order
+from microclip_deploy.data.photo import PhotoConfig
 from microclip_deploy.data.sources import ImageSet
 from microclip_deploy.errors import CheckpointError, UsageError, printable
 
@@ -56,9 +57,11 @@ class Plan(BaseModel):
 
     format: str = FORMAT
     seed: int
-    models: tuple[dict[str, str], dict[str, str]]
+    models: tuple[Facts, Facts]
     photos_sha256: str
     """Of all names and sizes of files."""
+    reading: PhotoConfig
+    """How photos are read."""
     planned: tuple[int, ...]
     """Clicks asked for; a further number each time that more were asked for."""
     classes: tuple[str, ...]
@@ -98,7 +101,8 @@ def _relative(path: Path, root: Path) -> str:
 
 
 def make_plan(
-    models: tuple[Model, Model],
+    facts: tuple[Facts, Facts],
+    model: Model,
     said: Opinions,
     listed: ImageSet,
     *,
@@ -107,10 +111,18 @@ def make_plan(
 ) -> Plan:
     """Draw the photos that are asked about.
 
+    Args:
+        facts: of both models.
+        model: A.
+        said: what both say.
+        listed: the photos.
+        clicks: how many are drawn.
+        seed: of the draw.
+
     Raises:
         UsageError: a class has the name of an answer.
     """
-    if words := [name for name in models[0].session.classes if name.casefold() in WORDS]:
+    if words := [name for name in model.session.classes if name.casefold() in WORDS]:
         raise UsageError(
             f"audit: expected class names other than {' and '.join(WORDS)}, which are answers, "
             f"found '{words[0]}'; rename the class"
@@ -130,10 +142,11 @@ def make_plan(
     )
     return Plan(
         seed=seed,
-        models=(models[0].to_json(), models[1].to_json()),
+        models=facts,
         photos_sha256=fingerprint(listed),
+        reading=model.session.preprocess.photos,
         planned=(clicks,),
-        classes=models[0].session.classes,
+        classes=model.session.classes,
         differ=int(differ.sum()),
         agree=int((~differ).sum()),
         predicted=_predicted(said, differ),
@@ -196,7 +209,7 @@ def read_plan(directory: Path) -> Plan | None:
 
 
 def require_same(
-    plan: Plan, models: Sequence[dict[str, str]], photos_sha256: str, seed: int, place: Path
+    plan: Plan, models: Sequence[Facts], photos_sha256: str, seed: int, place: Path
 ) -> None:
     """Refuse to go on with an audit of something else.
 

@@ -45,7 +45,7 @@ def sentences(result: Result) -> list[str]:
     if len(plan.planned) > 1:
         told.append(
             f"More clicks were asked for than the {plan.planned[0]} of the beginning: a verdict "
-            "given after these errs in up to 7 % of such audits, not in 5 %."
+            "given after these errs in up to 8 % of such audits, not in 5 %."
         )
     return [*told, *_skipped(result)]
 

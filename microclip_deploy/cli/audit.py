@@ -37,7 +37,6 @@ from microclip_deploy.errors import Interrupted, printable
 
 if TYPE_CHECKING:
     from microclip_deploy.audit.clicks import Sheet
-    from microclip_deploy.audit.models import Model
     from microclip_deploy.audit.plan import Plan
     from microclip_deploy.audit.result import Result
 
@@ -84,7 +83,6 @@ def audit(
     """
     from microclip_deploy.audit.clicks import Sheet
     from microclip_deploy.audit.desk import Desk
-    from microclip_deploy.audit.models import open_models
     from microclip_deploy.audit.result import Result
     from microclip_deploy.audit.server import serve_page
     from microclip_deploy.audit.wording import write_result
@@ -96,17 +94,14 @@ def audit(
         with counter(notes, "looking for photos") as found:
             listed = list_images(photos, on_found=found)
         tell_left_out(listed.left_out.summary(), notes)
-        with ExitStack() as opened:
-            with waiting(notes, f"opening {printable(directory)}"):
-                models = opened.enter_context(open_models(directory, against, device, **own))
-            reading = models[0].session.preprocess.photos
-            plan, grown = _plan(out_dir, listed, models, clicks, seed, batch_size)
+        plan, grown = _plan(
+            out_dir, listed, (directory, against, device), clicks, seed, batch_size, **own
+        )
         sheet = Sheet(out_dir, plan)
         sheet.begin(again=grown)
         try:
             if not csv_only and not Result(plan, sheet.read()).complete:
-                desk = Desk(plan, sheet, listed.root, reading)
-                serve_page(desk, browser=browser, tell=_tell_page)
+                serve_page(Desk(plan, sheet, listed.root), browser=browser, tell=_tell_page)
         except Interrupted as stopped:
             raise _paused(plan, sheet, out_dir, stopped) from stopped
         finally:
@@ -118,32 +113,40 @@ def audit(
 def _plan(
     out_dir: Path,
     listed: ImageSet,
-    models: "tuple[Model, Model]",
+    which: tuple[Path, Path | None, str],
     clicks: int,
     seed: int,
     batch_size: int,
+    **own: int | None,
 ) -> "tuple[Plan, bool]":
     """Return the plan of the audit in a folder, and whether it has more photos than before.
 
-    Models are only asked where no photo was drawn yet, or more are wanted.
+    Models are opened only where no photo was drawn yet, or more are wanted.
     """
     from microclip_deploy.audit import plan as plans
-    from microclip_deploy.audit.models import opinions
+    from microclip_deploy.audit.models import model_facts, open_models, opinions
 
-    known = plans.read_plan(out_dir)
+    directory, against, device = which
+    known, facts = plans.read_plan(out_dir), model_facts(directory, against)
     if known is not None:
-        facts = [model.to_json() for model in models]
         plans.require_same(known, facts, plans.fingerprint(listed), seed, out_dir)
         if clicks <= len(known.drawn) or len(known.drawn) == known.photos:
             return known, False
     remarks = Remarks()
-    with bar(notes, "classifying", "photos") as progress:
-        said = opinions(
-            models, listed.paths, batch_size=batch_size, remarks=remarks, progress=progress.update
-        )
+    with ExitStack() as stack:
+        with waiting(notes, f"opening {printable(directory)}"):
+            models = stack.enter_context(open_models(directory, against, device, **own))
+        with bar(notes, "classifying", "photos") as progress:
+            said = opinions(
+                models,
+                listed.paths,
+                batch_size=batch_size,
+                remarks=remarks,
+                progress=progress.update,
+            )
+        plan = plans.make_plan(facts, models[0], said, listed, clicks=clicks, seed=seed)
     tell_warnings(remarks.lines(), notes)
     tell_skipped(said.bad, notes)
-    plan = plans.make_plan(models, said, listed, clicks=clicks, seed=seed)
     if known is not None:
         plan = plans.enlarged(known, plan)
     plans.write_plan(out_dir, plan)
