@@ -145,7 +145,7 @@ def make_plan(
         models=facts,
         photos_sha256=fingerprint(listed),
         reading=model.session.preprocess.photos,
-        planned=(clicks,),
+        planned=(min(clicks, len(names)),),
         classes=model.session.classes,
         differ=int(differ.sum()),
         agree=int((~differ).sum()),

@@ -182,7 +182,8 @@ class Result:
                     known = self.tallies(said=(model, row)) if (model, row) in asked else ()
                     missing = CLASS_ANSWERS - sum(tally.answered for tally in known)
                     needed.append(max(1, math.ceil(missing / rate)))
-        return min(needed, default=None)
+        left = self.plan.photos - self.handled
+        return min((clicks for clicks in needed if clicks <= left), default=None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers and every answer for other programs."""

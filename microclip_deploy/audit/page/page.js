@@ -1,5 +1,5 @@
 const ids = [
-  "bar", "count", "trouble", "stop", "ask", "photo", "unreadable", "candidates", "neither", "skip",
+  "title", "bar", "count", "trouble", "stop", "ask", "photo", "unreadable", "candidates", "neither", "skip",
   "undo", "other", "name", "names", "done", "results", "end", "undolast", "ended", "numbers",
   "sofar", "pause",
 ];
@@ -50,6 +50,7 @@ async function show() {
   page.bar.max = total;
   page.bar.value = answered;
   page.count.textContent = `${answered} of ${total}`;
+  page.title.textContent = number === 0 ? "All photos are answered" : "Which class is it?";
   page.done.hidden = number !== 0;
   page.ask.hidden = number === 0;
   page.numbers.hidden = number === 0 || answered === 0;
@@ -110,6 +111,7 @@ async function end() {
   busy = true;
   await ask("end", {});
   for (const part of [page.ask, page.done, page.numbers, page.stop]) part.hidden = true;
+  page.title.textContent = "Done";
   page.ended.hidden = false;
 }
 
