@@ -26,6 +26,10 @@ BOUNDARY = 2.1
 """Constant of O'Brien and Fleming's boundary. For four looks and an error of 5 % it is 2.024; as
 counts are whole numbers, 2.1 is needed to stay below 5 % in every setting that was simulated."""
 
+FEW, FEW_LEFT = 50, 10
+"""Photos in a stratum, and without an answer, up to which the difference's interval is widened:
+exact enumeration found the plain score test to hold the truth too rarely there."""
+
 _STEPS = 50  # halvings of [-1, 1]: far below one photo in a million
 
 Counts = Any
@@ -125,13 +129,14 @@ def difference(differ: Tally, agree_photos: Counts, z: float = Z) -> Interval:
 def difference_limits(differ: Tally, z: Any = Z) -> tuple[Any, Any]:
     """Return limits of the difference as a share of the photos on which the models differ.
 
-    One photo is added at either side, which matters where there are few: the score test takes
-    counts for continuous. Nothing lies outside of what the photos without an answer can bring.
+    The score test takes counts for continuous. Where there are few photos, or few left, one photo
+    is added at either side. Nothing lies outside of what the photos without an answer can bring.
     """
     total, n, a, b = np.broadcast_arrays(*(np.asarray(part, np.int64) for part in differ))
     lead, rest, photos = a - b, total - n, np.maximum(total, 1)
-    low = np.maximum(-_most(total, n, b, a, z) - 1 / photos, (lead - rest) / photos)
-    high = np.minimum(_most(total, n, a, b, z) + 1 / photos, (lead + rest) / photos)
+    more = ((total <= FEW) | (rest <= FEW_LEFT)) / photos
+    low = np.maximum(-_most(total, n, b, a, z) - more, (lead - rest) / photos)
+    high = np.minimum(_most(total, n, a, b, z) + more, (lead + rest) / photos)
     return low, high
 
 
