@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from microclip_deploy import artifact
 from microclip_deploy.audit.estimate import Interval
@@ -19,10 +19,14 @@ _NARROWER = 1.5
 (2.1 + 0.84) / 1.96."""
 
 
+def document(result: Result) -> dict[str, Any]:
+    """Return what `audit.json` holds."""
+    return {"format": FORMAT, "sentences": sentences(result), **result.to_json()}
+
+
 def write_result(directory: Path, result: Result) -> None:
     """Write `audit.json` whole."""
-    told = {"format": FORMAT, "sentences": sentences(result)}
-    artifact.write_json(directory / AUDIT, told | result.to_json())
+    artifact.write_json(directory / AUDIT, document(result))
 
 
 def sentences(result: Result) -> list[str]:

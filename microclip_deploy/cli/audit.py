@@ -169,10 +169,10 @@ def _paused(plan: "Plan", sheet: "Sheet", out_dir: Path, stopped: Interrupted) -
 
 
 def _tell(result: "Result", out_dir: Path, clicks: Path, *, csv_only: bool, as_json: bool) -> None:
-    from microclip_deploy.audit.wording import AUDIT, sentences, tables
+    from microclip_deploy.audit.wording import AUDIT, document, sentences, tables
 
     if as_json:
-        print_json(result.to_json())
+        print_json(document(result))
     else:
         if result.handled:
             out.print(*tables(result), sep="\n")

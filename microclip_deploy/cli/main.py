@@ -193,6 +193,7 @@ def adapt(
         notes,
         next_steps.predict(out_dir, "--top-k", "3"),
         next_steps.evaluate(out_dir),
+        next_steps.audit(out_dir),
         next_steps.export(out_dir),
     )
 
