@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from microclip_deploy.cli import next_steps
+from microclip_deploy.cli.audit import audit
 from microclip_deploy.cli.bench_serving import app as bench_app
 from microclip_deploy.cli.calibrate import calibrate
 from microclip_deploy.cli.classes import app as classes_app
@@ -195,6 +196,7 @@ def adapt(
         notes,
         next_steps.predict(out_dir, "--top-k", "3"),
         next_steps.evaluate(out_dir),
+        next_steps.audit(out_dir),
         next_steps.export(out_dir),
     )
 
@@ -288,6 +290,7 @@ def evaluate(
     next_steps.tell(notes, use, next_steps.deployment(directory))
 
 
+use()(audit)
 use()(predict)
 use()(calibrate)
 deploy()(export)

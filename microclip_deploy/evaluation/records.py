@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Literal, Self
 
+from microclip_deploy.data.text_file import cell as cell
 from microclip_deploy.errors import DataError, printable
 from microclip_deploy.evaluation.predict import FailedImage, Result
 from microclip_deploy.serving.classification import Guess
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _DAGGER = "†"
-
-# A cell that starts like this is a formula to spreadsheet programs, also behind blanks.
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 class CsvWriter:
@@ -202,12 +200,6 @@ def table(results: Iterable[Result]) -> "Table":
 
 def _marked(guess: Guess) -> str:
     return printable(guess.name) + ("" if guess.adapted else _DAGGER)
-
-
-def cell(text: str) -> str:
-    """Return the text, defused if a spreadsheet program would take it for a formula."""
-    starts = text.lstrip(" \u00a0").startswith(_FORMULA_STARTS)
-    return f"'{text}" if starts else text
 
 
 def file_name(

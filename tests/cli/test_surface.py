@@ -25,6 +25,10 @@ SURFACE = {
         "--per-class", "--out", "--threads", "--json", "--prior", "--unknown", *PHOTOS,
     },
     "calibrate": {"--clicks", "--device", "--batch-size", "--threads", "--json", *PHOTOS},
+    "audit": {
+        "--against", "--clicks", "--seed", "--out", "--csv", "--browser", "--device",
+        "--batch-size", "--threads", "--json", *PHOTOS,
+    },
     "describe": set(),
     "describe check": {"--domain", "--clip", "--clip-weights", "--report", "--json"},
     "predict": {
