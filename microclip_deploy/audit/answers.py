@@ -1,5 +1,6 @@
 """The answers of an audit as arrays, for estimates of other kinds, such as calibration."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from microclip_deploy import artifact
 from microclip_deploy.audit.plan import SKIP
 from microclip_deploy.audit.wording import AUDIT, FORMAT
+from microclip_deploy.data.answers import Answered
 from microclip_deploy.errors import CheckpointError, printable
 
 
@@ -60,4 +62,22 @@ def read_clicks(path: Path) -> Answers:
         np.array([row["confidence"] for row in rows], np.float64).reshape(-1, 2).T,
         np.array([[a == b for a, b in zip(each, truth, strict=True)] for each in said], bool),
         np.array([chance["differ" if row["differ"] else "agree"] for row in rows], np.float64),
+    )
+
+
+def answered(path: Path, photos: Path, classes: Sequence[str]) -> tuple[Answered, ...]:
+    """Return an audit's answers as `calibrate` takes them, each with the photos it stands for.
+
+    Args:
+        path: as for `read_clicks`.
+        photos: the folder that was audited.
+        classes: of the model.
+
+    Raises:
+        CheckpointError: as `read_clicks`.
+    """
+    told, rows = read_clicks(path), {name: row for row, name in enumerate(classes)}
+    each = zip(told.paths, told.truth, told.inclusion.tolist(), strict=True)
+    return tuple(
+        Answered(photos / name, rows.get(truth), False, 1 / chance) for name, truth, chance in each
     )

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microclip_deploy import artifact
+from microclip_deploy.calibration import softmax
 from microclip_deploy.data.decode import BadImage
 from microclip_deploy.data.photo import Remarks
 from microclip_deploy.data.preprocess import Preprocess
@@ -17,7 +18,6 @@ from microclip_deploy.data.sources import BadFile, read_batches
 from microclip_deploy.errors import DataError, UsageError, printable
 from microclip_deploy.head import LOGIT_SCALE
 from microclip_deploy.serving import Session, is_export, open_run, open_session
-from microclip_deploy.serving.classification import softmax
 
 ADAPTED, ZERO_SHOT = "adapted", "zero-shot"
 
@@ -105,9 +105,14 @@ def open_models(
                 session.preprocess = read
             yield Model(run.adapted), Model(run.initial, run.names)
             return
-        own = {"max_pixels": max_pixels, "bit_depth": bit_depth, "threads": threads}
-        places = (directory, against)
-        first, second = (stack.enter_context(open_session(p, device, **own)) for p in places)
+        first, second = (
+            stack.enter_context(
+                open_session(
+                    place, device, max_pixels=max_pixels, bit_depth=bit_depth, threads=threads
+                )
+            )
+            for place in (directory, against)
+        )
         _require_same_classes(first, second)
         yield Model(first), Model(second)
 

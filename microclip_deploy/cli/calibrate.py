@@ -41,7 +41,9 @@ def calibrate(
     ],
     clicks: Annotated[
         Path | None,
-        option(PHOTOS, "FILE.csv", "A person's answers: columns path, answer, perhaps weight."),
+        option(
+            PHOTOS, "AUDIT|CSV", "Answers: what `audit` wrote for PHOTOS, or path,answer,weight."
+        ),
     ] = None,
     device: ServingDevice = "auto",
     batch_size: BatchSize = 64,
@@ -55,8 +57,9 @@ def calibrate(
     `adapt` does so on the photos it learns from, and `export` copies it. Run it on a folder in
     which classes are otherwise distributed, or with answers, which no estimate replaces.
 
-    Example: microclip-deploy calibrate exports/birds new/
+    Example: microclip-deploy calibrate exports/birds new/ --clicks audits/new
     """
+    from microclip_deploy.audit.answers import answered
     from microclip_deploy.cli.commands import gpu_memory, tell_device
     from microclip_deploy.data.answers import read_answers
     from microclip_deploy.data.sources import list_images
@@ -68,13 +71,17 @@ def calibrate(
         with waiting(notes, f"opening {printable(directory)}"):
             session = stack.enter_context(open_session(directory, device, **own))
         tell_device(session, notes)
-        answered = None if clicks is None else read_answers(clicks, session.classes)
         with counter(notes, "looking for images") as count:
             listed = list_images(images, on_found=count)
         tell_left_out(listed.left_out.summary(), notes)
+        answers = None
+        if clicks is not None and clicks.suffix.lower() == ".csv":
+            answers = read_answers(clicks, session.classes)
+        elif clicks is not None:
+            answers = answered(clicks, listed.root, session.classes)
         with bar(notes, "calibrating", "images") as progress:
             found, bad = calibration_of(
-                session, listed.paths, answered, batch_size=batch_size, progress=progress.update
+                session, listed.paths, answers, batch_size=batch_size, progress=progress.update
             )
         store(directory, found, session.classes)
     tell_skipped(bad, notes)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from microclip_deploy.audit.answers import answered
 from microclip_deploy.audit.models import model_facts
 from microclip_deploy.cli.main import main
 from microclip_deploy.errors import UsageError
@@ -70,6 +72,22 @@ def test_all_photos_give_the_accuracy_of_evaluate(
     for name, row in (("a", ("fused", "adapted")), ("b", ("cls", "names"))):
         assert told[name]["low"] == pytest.approx(told[name]["high"])
         assert told[name]["estimate"] == pytest.approx(rows[row])
+
+
+def test_an_audit_calibrates_the_model_it_was_about(
+    ask: Any, tmp_path: Path, finished_run: Path, photos: Path, capsys: Any
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    for _ in range(2):
+        ask("--clicks", "24", run=run)
+        fill(tmp_path / "a")
+    ask("--clicks", "24", run=run)
+    wanted = ["calibrate", str(run), str(photos), "--clicks", str(tmp_path / "a"), "--json"]
+    capsys.readouterr()
+    assert main([*wanted, "--device", "cpu"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["source"], told["images"]) == ("clicks", 24)
+    assert all(each.weight == 1 for each in answered(tmp_path / "a", photos, ["x"]))
 
 
 def test_more_clicks_keep_those_there_are(ask: Any, tmp_path: Path) -> None:
