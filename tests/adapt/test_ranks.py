@@ -278,7 +278,7 @@ def start() -> Iterator[Start]:
 
 def ended(processes: list["subprocess.Popen[str]"]) -> tuple[list[int], list[str]]:
     """Return exit codes and what was said on stderr; nothing may take minutes."""
-    told = [process.communicate(timeout=120)[1] for process in processes]
+    told = [process.communicate(timeout=400)[1] for process in processes]
     return [process.returncode for process in processes], told
 
 
@@ -313,7 +313,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes(
 
 def wait_for(path: Path, processes: list["subprocess.Popen[str]"]) -> None:
     """Wait for a file, or for processes that end without it."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline and not path.exists() and processes[0].poll() is None:
         time.sleep(0.001)
 
