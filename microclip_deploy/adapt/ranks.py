@@ -2,7 +2,7 @@
 
 All hold the same weights and move them by the same gradients. Plain all-reduces, not
 DistributedDataParallel: it averages over processes, whose shares may be unequal, and its buckets
-hide the time of gradients that are hundreds of MB; those of an adaptation are about 9.
+hide the time of gradients that are hundreds of MB; those of an adaptation are about 8.
 
 Small numbers that the host decides by go through gloo, tensors on a GPU through NCCL. The death of
 a process breaks its connections, and so ends the others.

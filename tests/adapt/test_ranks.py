@@ -232,6 +232,26 @@ def test_memory_that_runs_out_halves_what_is_looked_at_in_one_go(
     require_equal_runs(tmp_path / "run", finished)
 
 
+def test_one_process_out_of_memory_lets_all_start_again() -> None:
+    board = Board(2)
+
+    def lacking(rank: int) -> int:
+        if rank:
+            raise torch.OutOfMemoryError("CUDA out of memory: tried")
+        return rank
+
+    def told(rank: int) -> str:
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            Threads(rank, 2, board=board).together(lambda: lacking(rank))
+        return str(error.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(told, range(2))) == [
+            "another process is out of memory",
+            "CUDA out of memory: tried",
+        ]
+
+
 def test_memory_for_no_image_is_an_error_that_says_what_to_do(
     tmp_path: Path,
     often: Callable[..., list[str]],
