@@ -12,7 +12,11 @@ from microclip_deploy.bench import document
 from microclip_deploy.bench.table_text import digits, in_ms, percent, slug
 
 PRODUCT, PLAIN = "product", "plain"
-LABELLING, STRONG, OPTIMISER = "labelling", "strong view", "optimiser"
+WEAK, CROPS = "labels: weak view", "labels: crops"
+FORWARD, BACKWARD, OPTIMISER = "strong view forward", "loss and backward", "optimiser"
+LABELLING = (WEAK, CROPS, "labelling")
+"""The last in reports from before both were told apart."""
+UPLOAD = "upload"
 DECODE, VIEWS = "decode", "decode + views"
 AUGMENTATION, MODEL = "augmentation", "the model"
 
@@ -20,9 +24,12 @@ TIMED = {
     "step": "labelling, the strong view forward and backward, and AdamW, from normalised tensors "
     "on the device on; decoding, augmentation, upload, normalising and saving are outside. After a "
     "warm-up; median of the samples, fastest to slowest in brackets; the sides take turns",
-    LABELLING: "weak view and crops through the encoder, cut and pooling, without gradient",
-    STRONG: "strong view forward, loss and backward",
+    WEAK: "the weak view through the encoder, cut and pooling, without gradient",
+    CROPS: "the crops through the encoder, without gradient, and the pseudo-labels",
+    FORWARD: "the strong view through the encoder, cut and pooling",
+    BACKWARD: "the loss and its gradients",
     OPTIMISER: "AdamW over LayerNorms, the pooling's maps and the class matrix",
+    UPLOAD: "all views of a batch, uint8, to the device (on a CPU they stay), and normalised there",
     DECODE: "files -> RGB pixels by adaptation's reader, in the loader's processes; files come "
     "from the page cache; the start of processes is outside. Images of all rounds over their "
     "seconds",
@@ -32,6 +39,10 @@ TIMED = {
     "included; what torch allocated on CUDA",
 }
 """What is inside the timed region of each number."""
+
+
+GPUS = (1, 4, 8)
+"""For how many it is computed what would limit."""
 
 
 class Pipeline(BaseModel):
@@ -85,8 +96,28 @@ class Case(Steps):
     side: int
     """S of the network input, pixels."""
     peak_mib: dict[str, float]
+    upload_s: list[float] = []
+    """Seconds of a batch, raw; none in reports from before it was measured."""
     decode: Pipeline
     views: Pipeline
+
+
+class Scaled(BaseModel):
+    """What so many devices like this one would reach, by arithmetic from the measured stages.
+
+    Each takes its share of the same batch; all but the optimiser shrinks with it. What sums up
+    gradients is left out.
+    """
+
+    geometry: str
+    gpus: int
+    images_per_s: float
+    """What the devices would learn from."""
+    workers: int
+    """Loading processes a device that would keep up, each at the measured speed."""
+    reached: float
+    """Images a second, with no more loading processes than this machine has cores."""
+    limited_by: str
 
 
 class AdaptationReport(BaseModel):
@@ -110,10 +141,13 @@ class AdaptationReport(BaseModel):
     cases: list[Case]
     limits: str = ""
     """What limits an adaptation, and the lever, a line a geometry; follows from the cases."""
+    scaling: list[Scaled] = []
+    """Likewise."""
 
     def model_post_init(self, context: Any) -> None:
         """Fill in what follows from the cases."""
         self.limits = "\n".join(_limit(self, case) for case in self.cases)
+        self.scaling = [_scaled(self, case, gpus) for case in self.cases for gpus in GPUS]
 
 
 def plain(report: AdaptationReport) -> str:
@@ -153,6 +187,23 @@ def limited_by(case: Case, workers: int) -> str:
     return slowest if (load_s if workers else data[slowest]) > model_s else MODEL
 
 
+def _scaled(report: AdaptationReport, case: Case, gpus: int) -> Scaled:
+    alone_s = case.median_s[PRODUCT] * case.shares[OPTIMISER]
+    shared_s = case.median_s[PRODUCT] - alone_s + (median(case.upload_s) if case.upload_s else 0)
+    learnt = case.batch / (alone_s + shared_s / gpus)
+    each = case.views.images_per_s / max(report.workers, 1)
+    workers = math.ceil(learnt / each / gpus)
+    loaded = each * report.environment.get("cores", 1)
+    return Scaled(
+        geometry=case.geometry,
+        gpus=gpus,
+        images_per_s=learnt,
+        workers=workers,
+        reached=min(learnt, loaded),
+        limited_by="loading" if loaded < learnt else MODEL,
+    )
+
+
 def _limit(report: AdaptationReport, case: Case) -> str:
     limit, workers = limited_by(case, report.workers), report.workers
     loaded, learnt = case.views.images_per_s, case.images_per_s[PRODUCT]
@@ -166,7 +217,7 @@ def _limit(report: AdaptationReport, case: Case) -> str:
 def _lever(report: AdaptationReport, case: Case, limit: str) -> str:
     if limit == MODEL:
         first = "a GPU" if report.device == "cpu" else "--set adapt.precision=bf16"
-        share = percent(case.shares[LABELLING])
+        share = percent(sum(case.shares.get(part, 0) for part in LABELLING))
         return f"{first}, a smaller backbone, or fewer crops (labelling takes {share} of the step)"
     needed = max(report.workers, 1) * case.images_per_s[PRODUCT] / case.views.images_per_s
     workers = (
@@ -188,6 +239,9 @@ def _tables(report: AdaptationReport) -> dict[str, list[list[str]]]:
         f"training step: {what}": _step_rows(report),
         "the product's step, by part": _part_rows(report),
         f"images a second, loading with --workers {report.workers}": _pipeline_rows(report),
+        f"by arithmetic, on several such devices and {report.environment.get('cores')} cores": (
+            _scaling_rows(report)
+        ),
     }
 
 
@@ -211,12 +265,22 @@ def _range(samples_s: Sequence[float]) -> str:
 
 
 def _part_rows(report: AdaptationReport) -> list[list[str]]:
-    rows = [["geometry", *report.cases[0].parts_s]]
+    rows = [["geometry", *report.cases[0].parts_s, f"{UPLOAD}, before it"]]
     for case in report.cases:
         cells = [
             f"{percent(case.shares[p])} ({in_ms(median(s))} ms)" for p, s in case.parts_s.items()
         ]
-        rows.append([case.geometry, *cells])
+        upload = f"{in_ms(median(case.upload_s))} ms" if case.upload_s else "–"
+        rows.append([case.geometry, *cells, upload])
+    return rows
+
+
+def _scaling_rows(report: AdaptationReport) -> list[list[str]]:
+    names = ("GPUs", "images/s learnt", "--workers needed, each", "images/s reached", "limited by")
+    rows = [["geometry", *names]]
+    for scaled in report.scaling:
+        numbers = (digits(scaled.images_per_s), str(scaled.workers), digits(scaled.reached))
+        rows.append([scaled.geometry, str(scaled.gpus), *numbers, scaled.limited_by])
     return rows
 
 

@@ -36,7 +36,12 @@ from microclip_deploy.bench.training.report import (
     Case,
     Pipeline,
 )
-from microclip_deploy.bench.training.step import Work, measure_steps, peak_memory_mib
+from microclip_deploy.bench.training.step import (
+    Work,
+    measure_steps,
+    measure_upload,
+    peak_memory_mib,
+)
 from microclip_deploy.console import tell_left_out, tell_skipped, tell_warnings
 from microclip_deploy.data.decode import read_photo
 from microclip_deploy.data.photo import PhotoConfig
@@ -168,6 +173,7 @@ def _measure_case(
     notes.print(f"{name}: training steps")
     try:
         steps = measure_steps(geometry, work, sides, repeats)
+        upload_s = measure_upload(work, geometry.preprocess, repeats)
     except torch.cuda.OutOfMemoryError as error:
         raise EnvironmentProblem(
             f"{name}: the GPU is out of memory; use a smaller --batch-size or fewer --crops"
@@ -185,6 +191,7 @@ def _measure_case(
         side=preprocess.size,
         **steps.model_dump(),
         peak_mib=peaks,
+        upload_s=upload_s,
         decode=decode,
         views=views,
     )

@@ -23,11 +23,20 @@ from microclip_deploy.adapt.train_step import AdaptConfig, Views, make_optimizer
 from microclip_deploy.bench.geometry import Geometry, random_geometry
 from microclip_deploy.bench.memory import forget_peak, peak_rss_bytes
 from microclip_deploy.bench.training.plain import plain_of, plain_step
-from microclip_deploy.bench.training.report import LABELLING, OPTIMISER, PRODUCT, STRONG, Steps
+from microclip_deploy.bench.training.report import (
+    BACKWARD,
+    CROPS,
+    FORWARD,
+    OPTIMISER,
+    PRODUCT,
+    WEAK,
+    Steps,
+)
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import EnvironmentProblem, VerificationError
 from microclip_deploy.model.clip import exact_float32
 
-PARTS = (LABELLING, STRONG, OPTIMISER)
+PARTS = (WEAK, CROPS, FORWARD, BACKWARD, OPTIMISER)
 
 LOSS_TOLERANCE = 1e-3
 """Relative: float32 sums in another order, scaled by 100 in the logits."""
@@ -79,6 +88,17 @@ def measure_steps(geometry: Geometry, work: Work, sides: Sequence[str], repeats:
                 for part, (start, end) in zip(PARTS, pairwise(marks), strict=True):
                     parts[part].append(_between(start, end))
     return Steps(batch=work.batch, samples_s=samples, parts_s=parts, losses=losses)
+
+
+def measure_upload(work: Work, preprocess: Preprocess, repeats: int) -> list[float]:
+    """Return seconds from a batch of uint8 views on the host to network input on the device."""
+    shape = (work.batch * (2 + work.crops), 3, preprocess.size, preprocess.size)
+    pixels = torch.zeros(shape, dtype=torch.uint8)
+
+    def upload() -> Tensor:
+        return preprocess.normalize(pixels.to(work.device))
+
+    return [_seconds(upload, work.device) for _ in range(repeats + 1)][1:]
 
 
 def make_steps(
@@ -169,11 +189,12 @@ def _product_step(geometry: Geometry, views: Views, device: str, marks: list[Mar
     def mark(*_: object) -> None:
         marks.append(_now(device))
 
-    def at_forward(*_: object) -> None:
-        if torch.is_grad_enabled():  # the strong view; labels are computed without gradient
+    def before_strong(*_: object) -> None:
+        if torch.is_grad_enabled():  # labels are computed without gradient
             mark()
 
-    model.register_forward_pre_hook(at_forward)
+    model.register_forward_pre_hook(before_strong)
+    model.register_forward_hook(mark)  # weak, and strong; crops do not pass through it
     optimizer.register_step_pre_hook(mark)
 
     def step() -> Tensor:
@@ -212,7 +233,7 @@ def _between(start: Mark, end: Mark) -> float:
 
 
 def _seconds(step: Step, device: str) -> float:
-    """Return the wall clock of a step, until the device has done it."""
+    """Return the wall clock of some work, until the device has done it."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = perf_counter()

@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from microclip_deploy.adapt.ranks import ALONE, Ranks
 from microclip_deploy.adapt.views import ViewConfig, Views, make_views, view_generator
 from microclip_deploy.data.decode import BadImage, read_photo
 from microclip_deploy.data.preprocess import Preprocess
@@ -44,6 +45,9 @@ class Batch(NamedTuple):
     """uint8 (B, V, 3, S, S)"""
     indices: torch.Tensor
     """int64 (B,), positions of the images in the paths given."""
+    whole: torch.Tensor
+    """int64: positions of all images of the batch, of which several processes have shares; equal to
+    `indices` where one has all."""
 
 
 class AdaptImages:
@@ -97,14 +101,16 @@ class AdaptImages:
         batch_size: int,
         start_iteration: int = 0,
         workers: int = 0,
+        ranks: Ranks = ALONE,
     ) -> Iterator[Batch]:
-        """Yield the batches of one epoch, from any iteration on.
+        """Yield the batches of one epoch, or this process's share of each, from any iteration on.
 
         Args:
             epoch: >= 0.
             batch_size: B; the last batch may be smaller.
             start_iteration: first batch to yield, 0 <= start <= iterations.
             workers: processes that decode; 0 decodes in this one.
+            ranks: the processes that share each batch.
 
         Raises:
             DataError: a file became unreadable after it was checked. It is never replaced, because
@@ -119,11 +125,13 @@ class AdaptImages:
                 f"resume with the batch size the run was started with"
             )
         order = self.order(epoch).tolist()
+        begins = range(start_iteration * batch_size, len(order), batch_size)
+        batches = [order[begin : begin + batch_size] for begin in begins]
+        mine = [rows[ranks.share(len(rows))] for rows in batches]
         loader = DataLoader(
             _EpochViews(self, epoch),
-            batch_sampler=[
-                order[i * batch_size : (i + 1) * batch_size] for i in range(start_iteration, count)
-            ],
+            # A process without a share reads an image all the same: its views have their shape.
+            batch_sampler=[own or rows[:1] for own, rows in zip(mine, batches, strict=True)],
             num_workers=workers,
             collate_fn=_collate,
             worker_init_fn=_ignore_interrupts,
@@ -132,7 +140,10 @@ class AdaptImages:
             # belongs to the model.
             generator=torch.Generator(),
         )
-        return _checked(loader)
+        return (
+            Batch(*(part[: len(own)] for part in batch[:-1]), torch.tensor(rows))
+            for batch, own, rows in zip(_checked(loader), mine, batches, strict=True)
+        )
 
 
 class _Unreadable(NamedTuple):
@@ -180,11 +191,13 @@ def _collate(samples: list[_Sample]) -> Batch | _Unreadable:
     def stacked(arrays: list[NDArray[np.uint8]]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.stack(arrays), -1, -3)))
 
+    positions = torch.tensor([sample.position for sample in samples], dtype=torch.int64)
     return Batch(
         weak=stacked([view.weak for view in views]),
         strong=stacked([view.strong for view in views]),
         crops=stacked([view.crops for view in views]),
-        indices=torch.tensor([sample.position for sample in samples], dtype=torch.int64),
+        indices=positions,
+        whole=positions,
     )
 
 

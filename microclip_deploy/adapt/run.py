@@ -39,6 +39,8 @@ def execute(
 ) -> dict[str, Any]:
     """Adapt and write the checkpoint; return the content of its manifest.
 
+    Of several processes the first one writes; the others help it to adapt and return nothing.
+
     Args:
         inputs: what the run depends on.
         operation: how it is carried out.
@@ -62,13 +64,17 @@ def execute(
     )
     paths = [Path(path) for path in inputs.images]
     images = AdaptImages(paths, clip.preprocess, recipe.views, recipe.adapt.seed)
-    reference = look_at(operation.directory, model, images, on_look)
+    ranks = operation.ranks
+    reference = ranks.first(lambda: look_at(operation.directory, model, images, on_look))
     joint = reference.joint() if recipe.adapt.joint_share > 0 else None
     prior = Prior(reference, estimate(reference.probabilities), joint)
     on_prior(prior)
     adapted = adapt(
         model, images, recipe.adapt, operation, prior=prior, validate=validator, on_step=on_step
     )
+    ranks.leave()
+    if not ranks.leads:
+        return {}
     write_labels(operation.directory / LABELS, inputs, adapted)
     outcome = judge(
         model,

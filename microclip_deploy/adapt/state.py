@@ -6,6 +6,7 @@ on (seed, epoch, image) alone, so there is no random state to save.
 """
 
 import json
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,13 @@ class TrainingState:
                 f"{directory}: expected an intact state, found only damaged ones; start again with "
                 "--overwrite"
             )
+
+    def checksum(self) -> int:
+        """Return a number that tells states apart, by their position and trained tensors."""
+        found = self.done
+        for parameter in self.parameters.values():
+            found = zlib.crc32(parameter.detach().cpu().contiguous().numpy().tobytes(), found)
+        return found
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.parameters.items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 from microclip_deploy.adapt.boundary import Drift, added, moved, targets
 from microclip_deploy.adapt.dka import aggregate, multi_view_prior
 from microclip_deploy.adapt.loss import cross_entropy, fairness
+from microclip_deploy.adapt.ranks import ALONE, Ranks
 from microclip_deploy.adapt.reference import Support
 from microclip_deploy.head import LOGIT_SCALE
 from microclip_deploy.model.clip import exact_float32
@@ -29,7 +30,13 @@ class AdaptConfig(BaseModel):
     epochs: int = Field(default=15, ge=1, le=10_000)
     """Passes over the images."""
     batch_size: int = Field(default=64, ge=1, le=65_536)
-    """Images an iteration; a last partial batch is kept."""
+    """Images an iteration, over all processes; a last partial batch is kept."""
+    micro_batch: int | None = Field(default=None, ge=1, le=65_536)
+    """Images of a batch that a process looks at in one go; fewer need less memory, and one more
+    forward pass of the strong views. None: all of them."""
+    checkpointing: bool = False
+    """Keep only the input of each block of the strong views' pass, and compute the block again when
+    its gradient is due: less memory for about a third more time of that pass."""
     lr: float = Field(default=1e-4, gt=0, lt=1)
     """AdamW learning rate of the first iteration."""
     end_lr: float = Field(default=2e-6, ge=0, lt=1)
@@ -85,7 +92,7 @@ class Views(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """Pseudo-labels of one batch."""
+    """Pseudo-labels of this process's share of one batch."""
 
     aggregated: Tensor
     """float32 (B, C): Dynamic Knowledge Aggregation, cosines."""
@@ -111,28 +118,29 @@ class Guide(NamedTuple):
     expected: Tensor | None = None
     """float32 (C,): class frequencies that fairness pulls towards; None for uniform ones."""
     joint: Tensor | None = None
-    """float32 (B, C): probabilities of the joint reading, a third prior."""
+    """float32 (b, C): probabilities of the joint reading of this process's share, a third prior."""
     support: Support | None = None
-    """Of the batch, for boundary-preserving targets."""
+    """Of the whole batch, for boundary-preserving targets."""
     rates: Tensor | None = None
     """float32 (C, C): `Drift.rates` of the epoch before."""
     drift: Drift | None = None
     """Of this epoch so far."""
 
 
-_ALONE = Guide()
+_NO_GUIDE = Guide()
 
 
 class Step(NamedTuple):
-    """Everything one iteration computed."""
+    """Everything one iteration computed; b of the batch's B images are this process's share."""
 
     labels: Labels
+    """Of the share."""
     chosen: Tensor
     """int64 (B,): the pseudo-labels."""
     kept: Tensor | None
     """bool (B,): images learnt from; None for all."""
     output: Output
-    """The model's view of the strong image, with gradient."""
+    """The model's view of the share's strong images."""
     losses: Losses
     drift: Drift | None = None
     """Of the epoch with this batch added."""
@@ -189,35 +197,97 @@ def train_step(
     *,
     average: Tensor | None,
     rate: float,
-    guide: Guide = _ALONE,
+    guide: Guide = _NO_GUIDE,
+    ranks: Ranks = ALONE,
+    images: int = 0,
 ) -> Step:
     """Label a batch with the model as it is, then move the model once.
+
+    The loss is a function of the logits of the whole batch. Its gradient for each image's logits is
+    computed first, and then sent back through the model for as many images at a time as memory
+    holds, so that neither shares nor micro-batches change what is learnt.
 
     Args:
         model: on the views' device.
         optimizer: over the model's trainable tensors.
-        views: one batch.
+        views: one batch, or this process's share of it.
         config: optimisation settings.
         average: fairness running mean of the iteration before; None at the start of an epoch.
         rate: learning rate of this step.
         guide: what the settings beyond the method's own ask for.
+        ranks: the processes that share the batch.
+        images: B of the whole batch, where several share it.
+
+    Raises:
+        torch.OutOfMemoryError: a process lacks memory; the model is as it was.
     """
-    labels = label(model, views, config, guide.joint)
-    with _encoder_precision(views, config):
-        output = model(views.strong)
-    chosen = labels.aggregated.argmax(dim=1)
-    kept = confident(labels.aggregated, config.confidence) if config.confidence > 0 else None
-    taught, drift = _taught(labels.aggregated, chosen, guide)
-    agreement = cross_entropy(output.logits, taught, kept)
-    fair = fairness(output.logits, average, guide.expected)
+    parts = _parts(len(views.weak), config.micro_batch)
+    labels, output = ranks.together(lambda: _look(model, views, config, parts, guide.joint))
+    aggregated = ranks.gather(labels.aggregated, images)
+    logits = ranks.gather(output.logits.detach(), images).requires_grad_()
+    chosen = aggregated.argmax(dim=1)
+    kept = confident(aggregated, config.confidence) if config.confidence > 0 else None
+    taught, drift = _taught(aggregated, chosen, guide)
+    agreement = cross_entropy(logits, taught, kept)
+    fair = fairness(logits, average, guide.expected)
     total = agreement + config.fairness_weight * fair.loss
+    total.backward()
+    assert logits.grad is not None, "the loss depends on every logit"
+    slope = logits.grad[ranks.share(len(logits))]
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    total.backward()
+    ranks.together(lambda: _send_back(model, views, config, parts, output.logits, slope))
+    ranks.sum_gradients(model.trainable().values())
     optimizer.step()
     losses = Losses(total, agreement, fair.loss, fair.average)
     return Step(labels, chosen, kept, output, losses, drift)
+
+
+def _parts(images: int, at_once: int | None) -> list[slice]:
+    """Return the rows that are looked at in one go: all, or so many at most; always one part."""
+    size = at_once or max(images, 1)
+    return [slice(begin, min(begin + size, images)) for begin in range(0, max(images, 1), size)]
+
+
+def _look(
+    model: MicroCLIP, views: Views, config: AdaptConfig, parts: list[slice], joint: Tensor | None
+) -> tuple[Labels, Output]:
+    """Label images and look at their strong views, with a graph where all are seen in one go."""
+    labels, outputs = [], []
+    for rows in parts:
+        some = Views(*(view[rows] for view in views))
+        labels.append(label(model, some, config, None if joint is None else joint[rows]))
+        with torch.set_grad_enabled(len(parts) == 1), _encoder_precision(views, config):
+            outputs.append(model(some.strong))
+    return _joined(labels), _joined(outputs)
+
+
+def _send_back(
+    model: MicroCLIP,
+    views: Views,
+    config: AdaptConfig,
+    parts: list[slice],
+    logits: Tensor,
+    slope: Tensor,
+) -> None:
+    """Add up the parameters' gradients, given that of the loss for the share's logits (b, C)."""
+    if len(parts) == 1:
+        logits.backward(slope)
+        return
+    for rows in parts:
+        with _encoder_precision(views, config):
+            seen = model(views.strong[rows])
+        seen.logits.backward(slope[rows])
+
+
+def _joined(parts: Any) -> Any:
+    """Return tensors, or tuples of them, one behind the other along their first dimension."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return type(parts[0])(*(_joined(fields) for fields in zip(*parts, strict=True)))
 
 
 def _taught(aggregated: Tensor, chosen: Tensor, guide: Guide) -> tuple[Tensor, Drift | None]:

@@ -5,6 +5,7 @@ teaches it these labels on the strong view. Only LayerNorms, SOAP's maps and the
 move. docs/numerics.md sections 6 to 8 hold every equation.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from torch import Tensor
 from microclip_deploy.adapt.boundary import Drift
 from microclip_deploy.adapt.loader import AdaptImages, Batch
 from microclip_deploy.adapt.log import TrainingLog
+from microclip_deploy.adapt.ranks import ALONE, Ranks
 from microclip_deploy.adapt.reference import Reference
 from microclip_deploy.adapt.state import TrainingState
 from microclip_deploy.adapt.stop_signal import StopSignal
@@ -40,6 +42,8 @@ from microclip_deploy.errors import Interrupted, VerificationError
 from microclip_deploy.joint import Shortlist
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
+
+_log = logging.getLogger(__name__)
 
 TALLY = (
     "images",
@@ -84,6 +88,8 @@ class Operation:
     workers: int = 0
     save_every: int = 200
     """Iterations between two saved states."""
+    ranks: Ranks = ALONE
+    """The processes that adapt together."""
 
 
 class Prior(NamedTuple):
@@ -110,7 +116,7 @@ class Adapted(NamedTuple):
     """What an adaptation leaves besides the model."""
 
     history: list[dict[str, Any]]
-    """One record an epoch."""
+    """One record an epoch; none in a process that does not lead."""
     labels: Tensor
     """int64 (images,): the last pseudo-label of each image."""
 
@@ -127,6 +133,8 @@ def adapt(
 ) -> Adapted:
     """Adapt `model` in place, resuming from the run directory's state if it holds one.
 
+    Of several processes all end with the same model; the first one alone writes and measures.
+
     Args:
         model: in its initial state, on the device that trains.
         images: the unlabeled images, with the backbone's normalisation.
@@ -140,21 +148,25 @@ def adapt(
     Raises:
         Interrupted: SIGINT or SIGTERM arrived; the state is on disk.
         VerificationError: the loss is no longer a finite number; the last good state is kept.
-        EnvironmentProblem: the disk is full.
+        EnvironmentProblem: the disk is full, or another process of the adaptation ended.
     """
+    ranks = operation.ranks
+    model.backbone.checkpointing = config.checkpointing
     state = start_state(model, images, config)
     state.restore(operation.directory / STATE)
+    ranks.require_same(state.checksum())
     total = config.epochs * images.iterations(config.batch_size)
-    log = TrainingLog(operation.directory, state.done, state.epoch)
+    log = TrainingLog(operation.directory, state.done, state.epoch) if ranks.leads else None
     try:
         with StopSignal() as stop:
             loop = _Loop(model, images, config, operation, prior, state, log, total, on_step, stop)
             while state.epoch < config.epochs:
                 loop.run_epoch()
                 loop.finish_epoch(validate)
-        return Adapted(log.history(), state.labels.cpu())
+        return Adapted(log.history() if log else [], state.labels.cpu())
     finally:
-        log.close()
+        if log:
+            log.close()
 
 
 def start_state(model: MicroCLIP, images: AdaptImages, config: AdaptConfig) -> TrainingState:
@@ -175,10 +187,11 @@ def start_state(model: MicroCLIP, images: AdaptImages, config: AdaptConfig) -> T
     )
 
 
-def _sums(step: Step) -> Tensor:
-    """Return float64 (len(TALLY),): what a batch adds to the epoch's tally."""
+def _sums(step: Step, share: slice) -> Tensor:
+    """Return float64 (len(TALLY),): what a share of a batch adds to the epoch's tally."""
     # torch.full fills on the device; a tensor made from a Python number would be copied to it.
-    count, device = len(step.chosen), step.chosen.device
+    chosen = step.chosen[share]
+    count, device = len(chosen), chosen.device
     images = torch.full((), count, dtype=torch.float64, device=device)
     weak = step.labels.weak.saliency
     sums = {
@@ -186,9 +199,9 @@ def _sums(step: Step) -> Tensor:
         "loss": step.losses.total.detach() * images,
         "cross_entropy": step.losses.cross_entropy.detach() * images,
         "fairness": step.losses.fairness.detach() * images,
-        "agreement": (step.output.logits.argmax(dim=1) == step.chosen).sum(),
-        "prior_agreement": (step.labels.prior == step.chosen).sum(),
-        "kept": images if step.kept is None else step.kept.sum(),
+        "agreement": (step.output.logits.argmax(dim=1) == chosen).sum(),
+        "prior_agreement": (step.labels.prior == chosen).sum(),
+        "kept": images if step.kept is None else step.kept[share].sum(),
         "complete_graphs": weak.complete.sum(),
         "degenerate_graphs": weak.degenerate.sum(),
         "mask_share": weak.mask.double().mean(dim=1).sum(),
@@ -206,7 +219,8 @@ class _Loop:
     operation: Operation
     prior: Prior | None
     state: TrainingState
-    log: TrainingLog
+    log: TrainingLog | None
+    """None in a process that does not lead."""
     total: int
     on_step: Callable[[StepReport], None]
     stop: StopSignal
@@ -227,38 +241,71 @@ class _Loop:
             batch_size=config.batch_size,
             start_iteration=state.step,
             workers=self.operation.workers,
+            ranks=self.operation.ranks,
         )
         for batch in batches:
             found = self.iterate(batch)
             if state.done % LOG_EVERY == 0 or state.done == self.total:
                 self.log_step(found)
-            stopping = bool(self.stop.received)  # once: a signal after the save must wait its turn
+            # Asked once: a signal after the save must wait its turn.
+            stopping = self.operation.ranks.any(self.stop.received)
             if state.done % self.operation.save_every == 0 or stopping:
                 self._finite(found)
                 self.save()
-            if stopping:
-                self.leave_if_stopped()
+            self.leave_if_stopped(stopping)
 
     def iterate(self, batch: Batch) -> Losses:
         """Label a batch, learn from it, and add to the tally."""
-        state, device = self.state, self.model.classifier.device
-        views = Views(*(self._network_input(x.to(device)) for x in batch[:3]))
-        rate = learning_rate(self.config, state.done, self.total)
-        guide, average = self._guide(batch.indices), state.average
-        step = train_step(
-            self.model, state.optimizer, views, self.config, average=average, rate=rate, guide=guide
-        )
+        state, ranks, count = self.state, self.operation.ranks, len(batch.whole)
+        step = self._step(batch)
         state.drift = step.drift
         state.average = step.losses.average.detach()
-        state.labels[batch.indices.to(device)] = step.chosen
-        state.tally += _sums(step)
-        self.trained += len(batch.indices)
+        state.labels[batch.whole.to(state.labels.device)] = step.chosen
+        state.tally += ranks.sum(_sums(step, ranks.share(count)))
+        self.trained += count
         state.step += 1
         state.done += 1
         return step.losses
 
-    def _guide(self, indices: Tensor) -> Guide:
-        """Return what this batch needs of the time before the adaptation."""
+    def _step(self, batch: Batch) -> Step:
+        """Take the step, again with half as many images at a time wherever memory runs out."""
+        state, device = self.state, self.model.classifier.device
+        views = Views(*(self._network_input(x.to(device)) for x in batch[:3]))
+        rate = learning_rate(self.config, state.done, self.total)
+        guide, ranks, count = self._guide(batch), self.operation.ranks, len(batch.whole)
+        while True:
+            try:
+                return train_step(
+                    self.model,
+                    state.optimizer,
+                    views,
+                    self.config,
+                    average=state.average,
+                    rate=rate,
+                    guide=guide,
+                    ranks=ranks,
+                    images=count,
+                )
+            except torch.OutOfMemoryError:
+                largest = math.ceil(count / ranks.count)
+                held = min(largest, self.config.micro_batch or largest)
+                if held == 1:
+                    raise
+                self._hold_fewer(held, math.ceil(held / 2))
+
+    def _hold_fewer(self, held: int, fewer: int) -> None:
+        """From now on look at fewer images at a time."""
+        self.config = self.config.model_copy(update={"micro_batch": fewer})
+        if self.operation.ranks.leads:
+            _log.warning(
+                "warning: out of memory with %d images at a time; from here on %d, with the same "
+                "batch and the same result but for rounding; --set adapt.micro_batch=%d begins "
+                "with it",
+                *(held, fewer, fewer),
+            )
+
+    def _guide(self, batch: Batch) -> Guide:
+        """Return what a batch needs of the time before the adaptation."""
         prior, state, guide = self.prior, self.state, Guide()
         if prior is None:
             return guide
@@ -266,11 +313,11 @@ class _Loop:
             expected = torch.from_numpy(prior.frequencies).to(self.model.frozen)
             guide = guide._replace(expected=expected)
         if prior.joint is not None:
-            rows = Shortlist(*(part[indices.numpy()] for part in prior.joint))
+            rows = Shortlist(*(part[batch.indices.numpy()] for part in prior.joint))
             joint = torch.from_numpy(rows.dense(len(prior.frequencies)))
             guide = guide._replace(joint=joint.to(self.model.frozen))
         if state.drift is not None:
-            support = prior.reference.support(indices)
+            support = prior.reference.support(batch.whole)
             guide = guide._replace(support=support, rates=state.rates, drift=state.drift)
         return guide
 
@@ -283,6 +330,8 @@ class _Loop:
         self.logged = (self.trained, now)
         rate = state.optimizer.param_groups[0]["lr"]
         line = {"iteration": state.done, "epoch": state.epoch + 1, **values, "lr": rate}
+        if self.log is None:
+            return
         self.log.metrics({**line, "images_per_s": round(speed, 2)})
         self.on_step(StepReport(state.done, self.total, state.epoch + 1, values["loss"], speed))
 
@@ -291,7 +340,8 @@ class _Loop:
         state, seconds = self.state, time.perf_counter() - self.started
         if validate is not None:
             self.save()  # a long validation must not cost the epoch when it fails or is killed
-        self.log.epoch(self._epoch_record(seconds, validate))
+        if self.log is not None:
+            self.log.epoch(self._epoch_record(seconds, validate))
         state.average, state.step, state.epoch = None, 0, state.epoch + 1
         state.previous_labels.copy_(state.labels)
         state.tally.zero_()
@@ -300,25 +350,29 @@ class _Loop:
             state.drift = Drift.none(len(state.rates), state.rates.device)
         self.save()
         if state.epoch < self.config.epochs:
-            self.leave_if_stopped()
+            self.leave_if_stopped(self.operation.ranks.any(self.stop.received))
 
     def save(self) -> None:
-        """Save the state, unless a number in it is none.
+        """Save the state, unless a number in it is none; on return it is on disk.
 
         A finite loss may still have left a gradient that was not.
         """
         finite = [torch.isfinite(p).all() for p in self.state.parameters.values()]
         if not torch.stack(finite).all().item():
             raise self._diverged()
-        self.state.save(self.operation.directory / STATE)
+        if self.operation.ranks.leads:
+            self.state.save(self.operation.directory / STATE)
+        self.operation.ranks.wait()
 
-    def leave_if_stopped(self) -> None:
-        """Raise Interrupted if a signal has arrived; the state was saved just before."""
-        if self.stop.received:
+    def leave_if_stopped(self, received: int) -> None:
+        """Raise Interrupted if a process got a signal; the state was saved just before."""
+        if received and not self.operation.ranks.leads:
+            raise Interrupted("stopped with the first process", received)
+        if received:
             raise Interrupted(
                 f"stopped at iteration {self.state.done} of {self.total}; the state is saved, "
                 f"continue with: microclip-deploy adapt --resume -o {self.operation.directory}",
-                self.stop.received,
+                received,
             )
 
     def _network_input(self, pixels: Tensor) -> Tensor:

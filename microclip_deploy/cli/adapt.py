@@ -10,6 +10,7 @@ from torch import Tensor
 
 from microclip_deploy import artifact
 from microclip_deploy.adapt.frequencies import summary, warning
+from microclip_deploy.adapt.ranks import join, neighbours, own_device
 from microclip_deploy.adapt.run import execute
 from microclip_deploy.adapt.run_directory import (
     BAD_IMAGES,
@@ -80,7 +81,10 @@ def run_adapt(
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Start or resume a run and write its checkpoint and report; return the manifest's content."""
+    """Start or resume a run and write its checkpoint and report; return the manifest's content.
+
+    Of several processes that torchrun started, all but the first return nothing.
+    """
     if resume and overwrite:
         raise UsageError("--resume continues a run and --overwrite replaces it; give one of them")
     started = resume and (out / INPUTS).is_file()
@@ -89,11 +93,20 @@ def run_adapt(
         missing = " and no ".join(name for name, value in given.items() if value is None)
         nothing = f"no started run in {out}, " if resume else ""
         raise UsageError(f"adapt: expected IMAGES and --classes FILE, found {nothing}no {missing}")
-    device = choose_device(device, notes)
+    device = resolve_device(own_device(device))
+    ranks = join(device)
+    operation = Operation(out, _workers(device) if workers is None else workers, save_every, ranks)
+    if not ranks.leads:
+        _help(operation, asked, device)
+        return {}
+    choose_device(device, notes)
+    if ranks.count > 1:
+        notes.print(f"processes: {ranks.count}, each with its share of every batch", markup=False)
     with locked(out), gpu_memory():
         if started:
             inputs, clip = _resumed(out, asked, device, notes)
             if (out / artifact.MANIFEST).is_file():
+                ranks.wait()
                 return _finished(out, device, clip, notes)
             inputs = _images_again(out, asked.images, inputs, notes)
             heads = text_heads(clip.text, inputs.texts())
@@ -102,7 +115,7 @@ def run_adapt(
             inputs, clip, heads = _new(out, asked, device, max_bad, notes)
             remove_run(out)
             write_inputs(out, inputs)
-        operation = Operation(out, _workers(device) if workers is None else workers, save_every)
+        ranks.wait()
         validator = _validator(inputs, clip, device)
         with bar(notes, "adapting") as progress:
             content = execute(
@@ -122,6 +135,15 @@ def run_adapt(
             update_report(out, run, notes)
     notes.print(f"adapted: {printable(out)}", markup=False)
     return content
+
+
+def _help(operation: Operation, asked: Asked, device: str) -> None:
+    """Adapt with the first process, which has everything checked and written, if need be."""
+    operation.ranks.wait()
+    with gpu_memory():
+        inputs, clip = _resumed(operation.directory, asked, device, Console(quiet=True))
+        if not (operation.directory / artifact.MANIFEST).is_file():
+            execute(inputs, operation, clip, text_heads(clip.text, inputs.texts()))
 
 
 def choose_device(device: str, notes: Console) -> str:
@@ -266,7 +288,7 @@ def _backbone(asked: Asked, default: str = DEFAULT_MODEL) -> BackboneSpec:
 
 def _workers(device: str) -> int:
     """Leave a small CPU to the model; keep a GPU fed."""
-    return min(8, usable_cpus()) if device.startswith("cuda") else 0
+    return min(8, max(usable_cpus() // neighbours(), 1)) if device.startswith("cuda") else 0
 
 
 def _tell_frequencies(prior: Prior, inputs: RunInputs, notes: Console) -> None:

@@ -60,8 +60,8 @@ def gpu_memory() -> Iterator[None]:
         if torch is None or not isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise EnvironmentProblem(
-            "the GPU is out of memory; lower --batch-size (in adapt also --set views.crops, or use "
-            "--set adapt.precision=bf16), or use --device cpu"
+            "the GPU is out of memory; lower --batch-size (in adapt --set views.crops, or use "
+            "--set adapt.checkpointing=true or adapt.precision=bf16), or use --device cpu"
         ) from error
 
 

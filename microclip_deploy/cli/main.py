@@ -141,7 +141,14 @@ def adapt(
     ] = None,
     sets: Sets = None,
     epochs: Annotated[int | None, option(METHOD, "N", "As --set adapt.epochs=N.")] = None,
-    batch_size: Annotated[int | None, option(METHOD, "N", "As --set adapt.batch_size=N.")] = None,
+    batch_size: Annotated[
+        str | None,
+        option(
+            METHOD,
+            "N|auto",
+            "As --set adapt.batch_size=N; auto: the recipe's, in parts if need be.",
+        ),
+    ] = None,
     lr: Annotated[float | None, option(METHOD, "X", "As --set adapt.lr=X.")] = None,
     seed: Annotated[int | None, option(METHOD, "N", "As --set adapt.seed=N.")] = None,
     val_dir: ValDir = None,
@@ -171,7 +178,8 @@ def adapt(
 
     if images and images_again:
         raise UsageError("adapt: expected images once, found IMAGES and --images; leave one out")
-    shorthand = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+    size = None if batch_size == "auto" else batch_size
+    shorthand = {"epochs": epochs, "batch_size": size, "lr": lr, "seed": seed}
     photos = {"max_pixels": max_pixels, "bit_depth": bit_depth}
     overrides = (
         *(sets or ()),
@@ -190,6 +198,8 @@ def adapt(
         resume=resume,
         overwrite=overwrite,
     )
+    if not summary:  # a process that helped the first one
+        return
     if as_json:
         print_json(summary)
     next_steps.tell(

@@ -56,7 +56,7 @@ def saliency_cuda(tokens: Array, spec: NCutSpec, agreement: Array | None = None)
 
 def takes(tokens: Array) -> bool:
     """Say whether the kernels are made for the shape and type of these tokens."""
-    if tokens.ndim != 3:
+    if tokens.ndim != 3 or not len(tokens):  # no grid of 0 blocks
         return False
     with current(tokens):
         try:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from microclip_deploy.errors import CheckpointError
 
@@ -75,6 +76,8 @@ class VisionBackbone(nn.Module):
         self.width = int(visual.conv1.out_channels)
         self.embed_dim = int(visual.proj.shape[1])
         self.grid = int(visual.grid_size[0])
+        self.checkpointing = False
+        """Whether blocks are computed again for their gradient, in place of kept."""
 
     def forward(self, images: Tensor) -> Tokens:
         """Encode float (B, 3, S, S) normalised images to a class embedding and patch tokens."""
@@ -112,9 +115,9 @@ class VisionBackbone(nn.Module):
         patches = visual.conv1(images).flatten(2).transpose(1, 2)
         cls = visual.class_embedding.expand(len(patches), 1, -1).to(patches.dtype)
         x: Tensor = visual.ln_pre(torch.cat([cls, patches], dim=1) + visual.positional_embedding)
+        again = self.checkpointing and torch.is_grad_enabled()
         for block in visual.transformer.resblocks[:-1]:
-            query, key, value = _in_projection(block, block.ln_1(x)).chunk(3, dim=-1)
-            x = _residual(block, x, _attention(query, key, value, block.attn.num_heads))
+            x = checkpoint(_block, block, x, use_reentrant=False) if again else _block(block, x)
         return x
 
     def _last_block(self, x: Tensor, patches: bool) -> Tensor:
@@ -130,6 +133,11 @@ class VisionBackbone(nn.Module):
             attended = torch.cat([attended, value[:, 1:]], dim=1)
         rows: Tensor = self.visual.ln_post(_residual(block, x[:, : attended.shape[1]], attended))
         return rows
+
+
+def _block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    query, key, value = _in_projection(block, block.ln_1(x)).chunk(3, dim=-1)
+    return _residual(block, x, _attention(query, key, value, block.attn.num_heads))
 
 
 def _in_projection(block: ResidualAttentionBlock, hidden: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ from microclip_deploy.artifact import read_json
 from microclip_deploy.bench.geometry import random_geometry
 from microclip_deploy.bench.training import step
 from microclip_deploy.bench.training.report import (
-    LABELLING,
+    BACKWARD,
+    CROPS,
+    FORWARD,
     OPTIMISER,
     PLAIN,
     PRODUCT,
-    STRONG,
+    WEAK,
     AdaptationReport,
     markdown,
     plain,
@@ -38,7 +40,13 @@ def made_up(
     report["cases"][0] |= {
         "batch": 8,
         "samples_s": {PRODUCT: [7 / model, 8 / model, 10 / model], PLAIN: [16 / model]},
-        "parts_s": {LABELLING: [6 / model], STRONG: [1 / model], OPTIMISER: [1 / model]},
+        "parts_s": {
+            WEAK: [1 / model],
+            CROPS: [5 / model],
+            FORWARD: [0.5 / model],
+            BACKWARD: [0.5 / model],
+            OPTIMISER: [1 / model],
+        },
         "decode": {"images": 32, "samples_s": [32 / decode] * 3},
         "views": {"images": 32, "samples_s": [16 / views, 48 / views]},
     }
@@ -47,8 +55,9 @@ def made_up(
 
 def test_a_committed_report_reads_back_the_same() -> None:
     stored = read_json(COMMITTED)
-    report = AdaptationReport.model_validate(stored).model_dump()
-    assert report | {"limits": ""} == stored | {"limits": ""}  # now in fewer words
+    report = AdaptationReport.model_validate(stored).model_dump(exclude_unset=True)
+    later = {"limits": "", "scaling": []}  # the former now in fewer words
+    assert report | later == stored | later
 
 
 def test_both_sides_are_measured_and_compute_the_same(
@@ -61,6 +70,7 @@ def test_both_sides_are_measured_and_compute_the_same(
     assert {side: len(times) for side, times in case["samples_s"].items()} == {PRODUCT: 2, PLAIN: 2}
     assert case["losses"][PRODUCT] == pytest.approx(case["losses"][PLAIN], rel=1e-3)
     assert sum(case["shares"].values()) == pytest.approx(1)
+    assert len(case["upload_s"]) == 2
     # Python and torch alone are more than 50 MiB, and a tiny model is nothing beside them.
     assert all(50 < peak < 4096 for peak in case["peak_mib"].values())
     assert [len(case[name]["samples_s"]) for name in ("decode", "views")] == [2, 2]
@@ -94,7 +104,8 @@ def test_the_users_photos_are_loaded(
 def test_numbers_follow_from_the_samples_and_the_ratio_comes_first() -> None:
     report = made_up(500, 100, 50)
     (case,) = report.cases
-    assert case.shares == pytest.approx({LABELLING: 0.75, STRONG: 0.125, OPTIMISER: 0.125})
+    strong = {FORWARD: 0.0625, BACKWARD: 0.0625}
+    assert case.shares == pytest.approx({WEAK: 0.125, CROPS: 0.625, **strong, OPTIMISER: 0.125})
     assert case.views.images_per_s == pytest.approx(100)
     lines = plain(report).splitlines()
     assert lines[0].endswith("3 steps a side")
@@ -123,6 +134,18 @@ def test_the_slowest_limits(
     limit = made_up(decode, views, model, workers=workers).limits
     assert limit.startswith(f"ViT-B-32: {expected} limits an adaptation with --workers {workers}, ")
     assert lever in limit
+
+
+def test_more_gpus_shrink_all_but_the_optimiser_and_need_more_loading() -> None:
+    report = made_up(500, 100, 50)  # 4 processes load 25 images a second each
+    report.environment["cores"] = 8
+    report = AdaptationReport.model_validate(report.model_dump())
+    one, four, eight = report.scaling
+    assert (one.images_per_s, one.workers, one.limited_by) == (pytest.approx(50), 2, "the model")
+    assert four.images_per_s == pytest.approx(8 / (0.02 + 0.14 / 4))
+    assert (four.workers, four.limited_by) == (2, "the model")
+    assert eight.images_per_s == pytest.approx(8 / (0.02 + 0.14 / 8))
+    assert (eight.reached, eight.limited_by) == (200, "loading")
 
 
 def test_a_gpu_is_no_lever_on_a_gpu() -> None:
