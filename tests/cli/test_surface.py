@@ -28,6 +28,7 @@ SURFACE = {
     "describe check": {"--domain", "--clip", "--clip-weights", "--report", "--json"},
     "predict": {
         "--top-k", "--format", "--out", "--overlay", "--device", "--batch-size", "--threads",
+        "--shard-rows", "--part", "--columns",
         *PHOTOS, "--server", "--model", "--api-key",
     },
     "export": {
