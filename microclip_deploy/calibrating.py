@@ -12,14 +12,17 @@ from microclip_deploy.errors import DataError, VerificationError
 MOST_LOGITS = 25_000_000
 """That are looked at: 100 MB. A folder of more is represented by photos spread evenly over it."""
 
+MOST_PHOTOS = 50_000
+"""Likewise: 200 MB for both tokens of a ViT-B."""
+
 UNKNOWN_SHARE = 0.05
 """Without labels: at most so many of the folder's own photos are called unknown."""
 
+_LEAST_PROBABILITY = 1e-6
+"""Of an answer that was given; one surprise must not decide the temperature."""
+
 LEAST_ANSWERS = 20
 """Fewer decide neither a temperature nor a threshold."""
-
-NONE_OF_THE_CLASSES = -1
-"""Answer of a person to a photo that shows none of them."""
 
 _LOG_TEMPERATURES = (np.log(1 / 16), np.log(16))
 """Where it is looked for: CLIP's own is between 0.5 and 5. A folder on which all is right, or all
@@ -34,7 +37,7 @@ _DECIMALS = 1e4
 
 def sample(images: int, classes: int) -> NDArray[np.int64]:
     """Return the positions of the photos that are looked at: all, or so many spread evenly."""
-    wanted = max(1, min(images, MOST_LOGITS // classes))
+    wanted = max(1, min(images, MOST_LOGITS // classes, MOST_PHOTOS))
     return np.arange(wanted) * images // wanted
 
 
@@ -76,19 +79,22 @@ def calibrate(logits: NDArray[np.float32], expected_accuracy: float) -> Calibrat
 def calibrate_with_answers(
     logits: NDArray[np.float32],
     told: NDArray[np.float32],
-    answers: NDArray[np.int64],
+    right: NDArray[np.bool_],
+    shown: NDArray[np.bool_],
     weights: NDArray[np.float64] | None = None,
 ) -> Calibration:
     """Find a calibration with a person's answers to some photos.
 
-    The temperature has the least negative log-likelihood of the answers that are classes. The
-    threshold is Youden's point: it keeps the most right answers less the share of wrong ones, and
-    needs no target that a user would have to choose.
+    The temperature has the least negative log-likelihood of being right or wrong, with the best
+    class's probability as that of being right; photos of no class do not count for it. That needs
+    no more than whether the model was right. The threshold is Youden's point: it keeps the most
+    right answers less the share of wrong ones, and needs no target that a user would choose.
 
     Args:
         logits: float (N, C), as for `calibrate`: the mean prediction is of these.
         told: float (M, C), likewise, of the photos that were answered.
-        answers: (M,) classes, or `NONE_OF_THE_CLASSES`.
+        right: (M,) whether the best class is what the photo shows.
+        shown: (M,) whether it shows any of the classes.
         weights: (M,) how many photos each stands for; None for one each.
 
     Raises:
@@ -97,21 +103,21 @@ def calibrate_with_answers(
     """
     _require_logits(logits)
     _require_logits(told)
-    shown = answers != NONE_OF_THE_CLASSES
     if shown.sum() < LEAST_ANSWERS:
         raise DataError(
-            f"answers: expected at least {LEAST_ANSWERS} that name a class, found {shown.sum()}; "
-            "answer more photos, or calibrate without answers"
+            f"answers: expected at least {LEAST_ANSWERS} about photos of the classes, found "
+            f"{shown.sum()}; answer more photos, or calibrate without answers"
         )
-    given, right = np.ones(len(told)) if weights is None else weights, answers[shown]
+    given = np.ones(len(told)) if weights is None else weights
 
     def loss(log_temperature: float) -> float:
-        shares = softmax(told[shown], np.exp(log_temperature))[np.arange(len(right)), right]
-        return float(given[shown] @ -np.log(np.maximum(shares, np.finfo(float).tiny)))
+        sure = softmax(told[shown], np.exp(log_temperature)).max(axis=1)
+        shares = np.where(right[shown], sure, 1 - sure)
+        return float(given[shown] @ -np.log(np.maximum(shares, _LEAST_PROBABILITY)))
 
     temperature = float(np.exp(_least(loss, *_LOG_TEMPERATURES)))
     surest = softmax(told, temperature).max(axis=1)
-    threshold = _youden(surest, told.argmax(axis=1) == answers, given)
+    threshold = _youden(surest, right, given)
     return _calibration(logits, temperature, threshold, "clicks", len(told))
 
 

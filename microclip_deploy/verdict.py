@@ -25,7 +25,7 @@ from microclip_deploy.joint.neighbours import nearest
 Decision = Literal["adapted", "keep zero-shot", "cannot tell"]
 
 NEIGHBOURS = 5
-OFFSET, SLOPE = 1.2, 0.74
+OFFSET, SLOPE = 0.8, 0.94
 """Accuracy gained, in points, over the change of the neighbours' agreement, in points."""
 MARGIN = 6.5
 """Half width of the 90 % interval, points."""
@@ -137,7 +137,7 @@ def verdict(
         change=change if known else None,
         low=low if known else None,
         high=high if known else None,
-        reasons=(_because(kappas), *alarms),
+        reasons=(*([_because(kappas)] if known else []), *alarms),
         photos=len(chosen),
         agreement=kappas,
         changed=changed,
@@ -193,7 +193,7 @@ def _decision(low: float, high: float) -> Decision:
 
 def _because(agreement: tuple[float, float]) -> str:
     before, after = agreement
-    how = "more" if after > before else "less"
+    how = "no more" if after == before else "more" if after > before else "less"
     return (
         f"photos that look alike agree {how} on their class than with zero-shot "
         f"({before:.2f} -> {after:.2f})"

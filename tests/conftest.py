@@ -49,6 +49,13 @@ TINY_MODEL = {
     },
 }
 CLASSES = ("red circle", "green square", "blue stripe")
+CALIBRATION: dict[str, Any] = {
+    "temperature": 2.0,
+    "mean_prediction": [0.6, 0.3, 0.1],
+    "unknown_below": 0.5,
+    "source": "folder",
+    "images": 24,
+}
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +137,8 @@ def finished_run(
     history = [_epoch(number) for number in (1, 2, 3)]
     lines = "".join(json.dumps(epoch) + "\n" for epoch in history)
     (directory / "history.jsonl").write_text(lines)
-    write_checkpoint(directory, model, clip, heads, manifest_content(inputs, history))
+    content = {**manifest_content(inputs, history), "calibration": CALIBRATION}
+    write_checkpoint(directory, model, clip, heads, content)
     return directory
 
 

@@ -102,7 +102,7 @@ def gains(told: Answers) -> dict[str, dict[str, float]]:
 
 def main(
     runs: Annotated[Path, typer.Argument(help="Folder of `long_tail`.")] = Path("runs/long-tail"),
-    recipes: Annotated[str, typer.Option(help="Comma-separated.")] = "microclip,folder",
+    recipes: Annotated[str, typer.Option(help="Comma-separated.")] = "microclip,default",
     results_to: Annotated[
         Path | None, typer.Option(help="Write NAME.json and NAME.md with this prefix.")
     ] = None,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from microclip_deploy.adapt.train_step import AdaptConfig
 from microclip_deploy.errors import printable
 
 _ITERATIONS = 100
@@ -53,8 +54,10 @@ def effective_classes(frequencies: NDArray[np.float64]) -> float:
     return float(np.exp(-(present * np.log(present)).sum()))
 
 
-def summary(frequencies: NDArray[np.float64], classes: Sequence[str]) -> str:
-    """Tell a user how often the classes seem to occur."""
+def summary(frequencies: NDArray[np.float64], classes: Sequence[str], photos: int) -> str:
+    """Tell a user how often the classes seem to occur among so many photos."""
+    if photos < len(classes):
+        return f"class frequencies: {photos} photos are too few to estimate those of {len(classes)}"
     order = np.argsort(-frequencies, kind="stable")
     tenth = max(1, len(order) // 10)
     return (
@@ -65,10 +68,11 @@ def summary(frequencies: NDArray[np.float64], classes: Sequence[str]) -> str:
     )
 
 
-def warning(frequencies: NDArray[np.float64], fairness_weight: float, prior: str) -> str | None:
+def warning(frequencies: NDArray[np.float64], photos: int, config: AdaptConfig) -> str | None:
     """Warn where a fairness term that wants all classes equally often contradicts the folder."""
     there = effective_classes(frequencies) / len(frequencies)
-    if there >= UNEVEN or not fairness_weight or prior != "uniform":
+    forced = config.fairness_weight > 0 and config.fairness_prior == "uniform"
+    if not forced or there >= UNEVEN or photos < len(frequencies):
         return None
     return (
         f"the classes seem to be unevenly frequent (as {there:.0%} of them at equal frequencies), "

@@ -86,7 +86,7 @@ def execute(
         "estimated": prior.frequencies.tolist(),
     }
     doubts = (
-        warning(prior.frequencies, recipe.adapt.fairness_weight, recipe.adapt.fairness_prior),
+        warning(prior.frequencies, len(inputs.images), recipe.adapt),
         file_warning(clip.spec.model, clip.spec.pretrained),
         cut_warning(clip.text, inputs.texts()),
     )

@@ -270,9 +270,9 @@ def _workers(device: str) -> int:
 
 
 def _tell_frequencies(prior: Prior, inputs: RunInputs, notes: Console) -> None:
-    notes.print(summary(prior.frequencies, inputs.classes), markup=False)
-    adapt = inputs.recipe.adapt
-    doubt = warning(prior.frequencies, adapt.fairness_weight, adapt.fairness_prior)
+    found, photos = prior.frequencies, len(inputs.images)
+    notes.print(summary(found, inputs.classes, photos), markup=False)
+    doubt = warning(found, photos, inputs.recipe.adapt)
     tell_warnings([doubt] if doubt else [], notes)
 
 

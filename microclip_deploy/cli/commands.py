@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from microclip_deploy import artifact
-from microclip_deploy.calibration import FOLDER, Calibration
+from microclip_deploy.calibration import FOLDER
 from microclip_deploy.console import (
     bar,
     counter,
@@ -25,18 +25,16 @@ from microclip_deploy.console import (
     tell_warnings,
     waiting,
 )
-from microclip_deploy.data.answers import read_answers
 from microclip_deploy.data.formats import image_endings
 from microclip_deploy.data.photo import Remarks
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.data.sources import BadFile, TooManyBad, list_images, list_sources
 from microclip_deploy.describe.controls import controls_of_run
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, UsageError, printable
-from microclip_deploy.evaluation.calibrate import calibration_of, store
 from microclip_deploy.evaluation.evaluate import evaluate
 from microclip_deploy.evaluation.evaluation import EVALUATION, Evaluation, write_answers
 from microclip_deploy.evaluation.overlays import OverlayWriter
-from microclip_deploy.evaluation.predict import FailedImage, Result, predict
+from microclip_deploy.evaluation.predict import FailedImage, Result, predict, predict_jointly
 from microclip_deploy.evaluation.records import cell, file_name, open_writer, table
 from microclip_deploy.evaluation.remote import Server
 from microclip_deploy.serving import RunSessions, Session, is_export, open_run, open_session
@@ -82,6 +80,7 @@ def run_evaluate(
     threads: int | None = None,
     masks: Path | None = None,
     controls: bool = False,
+    joint: bool = False,
     file: Path | None = None,
     prior: str = FOLDER,
     unknown: Path | None = None,
@@ -104,6 +103,7 @@ def run_evaluate(
         threads: as for `open_session`.
         masks: as for `evaluate`.
         controls: also measure texts that the run's descriptions must beat.
+        joint: as for `evaluate`.
         file: gets one CSV row an image.
         prior: as for `evaluate`.
         unknown: as for `evaluate`.
@@ -136,13 +136,14 @@ def run_evaluate(
                 threads=threads,
                 sessions=run,
                 progress=progress.update,
-                on_open=lambda session: _tell_device(session, notes),
+                on_open=lambda session: tell_device(session, notes),
                 listed=listed,
                 max_pixels=max_pixels,
                 bit_depth=bit_depth,
                 controls=control_rows,
                 prior=prior,
                 unknown=unknown,
+                joint=joint,
             )
         if answers is not None:
             write_answers(answers, measured)
@@ -205,7 +206,7 @@ def _less_than_kept(measured: Evaluation, kept: Path) -> str:
     elif measured.masks.true_masks < true_masks:
         told = f"it measured {true_masks} true masks, this one {measured.masks.true_masks}"
     else:
-        told = "it measured zero-shot or controls too" if len(measured.rows) < rows else ""
+        told = "it measured zero-shot, controls or joint too" if len(measured.rows) < rows else ""
     return f"{told}; remove it to keep the next one" if told else ""
 
 
@@ -244,8 +245,9 @@ def run_predict(
     bit_depth: int | None = None,
     threads: int | None = None,
     prior: str = FOLDER,
+    joint: bool = False,
 ) -> None:
-    """Classify images and print or write the results as they come.
+    """Classify images and print or write the results as they come; joint ones after the last.
 
     The source is a run, an export, or a server, for which the device and what follows do not count.
     """
@@ -257,7 +259,9 @@ def run_predict(
     with gpu_memory(), ExitStack() as stack:
         target = stack.enter_context(result_file(file, images)) if file else None
         answered, preprocess = stack.enter_context(
-            _predictor(source, device, notes, own, batch_size=batch_size, remarks=remarks)
+            _predictor(
+                source, device, notes, own, joint=joint, batch_size=batch_size, remarks=remarks
+            )
         )
         with counter(notes, "looking for images") as found:
             given = list_sources(images, on_found=found)
@@ -271,7 +275,9 @@ def run_predict(
             results = overlays.drawn(results, preprocess)
         results = tally.counting(results)
         try:
-            shown_table = _write(results, chosen, target, top_k, overlays=overlay is not None)
+            shown_table = _write(
+                results, chosen, target, top_k, overlays=overlay is not None, joint=joint
+            )
         finally:
             listed = list_bad(file, tally.bad) if file else None
     tell_warnings(remarks.lines(), notes)
@@ -286,40 +292,14 @@ def run_predict(
         notes.print(f"overlays: {printable(overlay)} ({tally.drawn} pictures)", markup=False)
 
 
-def run_calibrate(
-    directory: Path,
-    images: Path,
-    notes: Console,
-    *,
-    clicks: Path | None = None,
-    device: str = "auto",
-    batch_size: int = 64,
-    **own: Any,
-) -> Calibration:
-    """Calibrate a run or an export on a folder, and store the outcome in its manifest."""
-    with gpu_memory(), ExitStack() as stack:
-        with waiting(notes, f"opening {printable(directory)}"):
-            session = stack.enter_context(open_session(directory, device, **own))
-        _tell_device(session, notes)
-        answered = None if clicks is None else read_answers(clicks, session.classes)
-        with counter(notes, "looking for images") as found:
-            listed = list_images(images, on_found=found)
-        tell_left_out(listed.left_out.summary(), notes)
-        with bar(notes, "calibrating", "images") as progress:
-            calibration, bad = calibration_of(
-                session, listed.paths, answered, batch_size=batch_size, progress=progress.update
-            )
-        store(directory, calibration, session.classes)
-    tell_skipped(bad, notes)
-    return calibration
-
-
 @contextmanager
 def _predictor(
     source: Path | Server,
     device: str,
     notes: Console,
     own: dict[str, Any],
+    *,
+    joint: bool,
     **reading: Any,
 ) -> Iterator[tuple[Callable[..., Iterator[Result]], Preprocess]]:
     """Give what predicts photos, here or on a server, and how it sees them."""
@@ -329,8 +309,11 @@ def _predictor(
     with ExitStack() as stack:
         with waiting(notes, f"opening {printable(source)}"):
             session = stack.enter_context(open_session(source, device, **own))
-        _tell_device(session, notes)
-        yield partial(predict, session, **reading), session.preprocess
+        tell_device(session, notes)
+        if joint:
+            notes.print("joint: classes are read from all photos together, after the last one")
+        answered = predict_jointly if joint else predict
+        yield partial(answered, session, **reading), session.preprocess
 
 
 def _write(
@@ -340,6 +323,7 @@ def _write(
     top_k: int,
     *,
     overlays: bool,
+    joint: bool,
 ) -> "Table | None":
     """Write the results to a file or to stdout; return a table that is still to be printed."""
     if chosen == "table":
@@ -349,7 +333,7 @@ def _write(
         Console(file=target, width=_FILE_WIDTH).print(found)
         return None
     stream = target or machine_stdout()
-    with open_writer(chosen, stream, top_k, overlays=overlays) as writer:
+    with open_writer(chosen, stream, top_k, overlays=overlays, joint=joint) as writer:
         for result in results:
             writer.write(result)
     return None
@@ -423,5 +407,6 @@ def update_report(directory: Path, run: RunSessions, notes: Console) -> None:
     notes.print(f"report: {printable(directory / 'report.html')}", markup=False)
 
 
-def _tell_device(session: Session, notes: Console) -> None:
+def tell_device(session: Session, notes: Console) -> None:
+    """Say which device a session chose."""
     notes.print(f"device: {session.device}", markup=False)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from microclip_deploy.cli import next_steps
+from microclip_deploy.cli.audit import audit
 from microclip_deploy.cli.bench_serving import app as bench_app
 from microclip_deploy.cli.calibrate import calibrate
 from microclip_deploy.cli.classes import app as classes_app
@@ -36,6 +37,7 @@ from microclip_deploy.cli.options import (
     Device,
     Images,
     ImagesAgain,
+    Joint,
     MaxBad,
     MaxPixels,
     Model,
@@ -194,6 +196,7 @@ def adapt(
         notes,
         next_steps.predict(out_dir, "--top-k", "3"),
         next_steps.evaluate(out_dir),
+        next_steps.audit(out_dir),
         next_steps.export(out_dir),
     )
 
@@ -238,6 +241,7 @@ def evaluate(
         Path | None,
         option(PHOTOS, "IMAGES", "Photos of no class: how many of them are called unknown."),
     ] = None,
+    joint: Joint = False,
     device: ServingDevice = "auto",
     batch_size: BatchSize = 64,
     max_pixels: MaxPixels = None,
@@ -273,6 +277,7 @@ def evaluate(
         threads=threads,
         masks=masks,
         controls=controls,
+        joint=joint,
         file=out_file,
         prior=prior,
         unknown=unknown,
@@ -285,6 +290,7 @@ def evaluate(
     next_steps.tell(notes, use, next_steps.deployment(directory))
 
 
+use()(audit)
 use()(predict)
 use()(calibrate)
 deploy()(export)

@@ -30,6 +30,12 @@ def overlay(directory: Path) -> Step:
     return ("predict", directory, "PHOTOS", "--overlay", "overlays"), "where it looks, as pictures"
 
 
+def audit(directory: Path) -> Step:
+    """Return the measurement of a run on photos without labels."""
+    target = Path("audits") / directory.absolute().name
+    return ("audit", directory, "PHOTOS", "-o", target), "its accuracy, from a hundred answers"
+
+
 def evaluate(directory: Path) -> Step:
     """Return the measurement of a run or an export."""
     return ("evaluate", directory, "LABELLED"), "its accuracy, if you have CLASS/image folders"

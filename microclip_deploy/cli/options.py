@@ -186,6 +186,10 @@ ProofImages = Annotated[
 ProofDevice = Annotated[str, option(PROOF, "DEVICE", "Where graphs are run: cpu, cuda or cuda:N.")]
 PRIOR_HELP = "How frequent classes are in the photos: as adapted to, alike, or class,weight."
 Prior = Annotated[str, option(METHOD, "folder|uniform|FILE", PRIOR_HELP, "--prior")]
+Joint = Annotated[
+    bool,
+    option(METHOD, None, "Also let all photos together say what each one shows.", "--joint"),
+]
 BatchSize = Annotated[int, option(MACHINE, "N", "Images a batch.", min=1)]
 Threads = Annotated[
     int | None,

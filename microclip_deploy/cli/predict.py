@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from microclip_deploy.cli.options import (
     SHARDS,
     BatchSize,
     BitDepth,
+    Joint,
     MaxPixels,
     OutputFormat,
     Prior,
@@ -74,6 +75,7 @@ def predict(
     columns: Annotated[
         str | None, option(SHARDS, "NAMES", "Further columns: embedding, mask or embedding,mask.")
     ] = None,
+    joint: Joint = False,
     overlay: Annotated[
         Path | None, option(OUTPUT, "DIR", "Write saliency overlays (PNG) into this folder.")
     ] = None,
@@ -111,9 +113,24 @@ def predict(
             "--prior: expected a directory, found --server, which was started with its own; leave "
             "one out"
         )
-    written = {"--format": output_format, "--overlay": overlay, "--server": server}
+    if server is not None and joint:
+        raise UsageError(
+            "--joint: expected RUN_OR_EXPORT, found --server, which answers each photo alone; "
+            "leave one of them out"
+        )
+    how: dict[str, Any] = {
+        "top_k": top_k,
+        "device": device,
+        "batch_size": batch_size,
+        "max_pixels": max_pixels,
+        "bit_depth": bit_depth,
+        "threads": threads,
+        "prior": prior,
+    }
+    to_shards = {"--shard-rows": shard_rows, "--part": part, "--columns": columns}
+    to_file = {"--format": output_format, "--overlay": overlay, "--server": server}
     if out_file is not None and is_folder(out_file):
-        _refuse(written, "a file as --out")
+        _refuse({**to_file, "--joint": joint or None}, "a file as --out, or none", out_file)
         run_shards(
             directory,
             given[1:],
@@ -122,17 +139,10 @@ def predict(
             shard_rows=shard_rows,
             part=part,
             columns=columns,
-            top_k=top_k,
-            device=device,
-            batch_size=batch_size,
-            max_pixels=max_pixels,
-            bit_depth=bit_depth,
-            threads=threads,
-            prior=prior,
+            **how,
         )
         return
-    of_shards = {"--shard-rows": shard_rows, "--part": part, "--columns": columns}
-    _refuse(of_shards, "a folder as --out, such as shards/")
+    _refuse(to_shards, "a folder as --out, such as shards/", out_file or "none")
     with ExitStack() as stack:
         source: Path | Server = directory
         if server is not None:
@@ -142,16 +152,11 @@ def predict(
             given if source is not directory else given[1:],
             out,
             notes,
-            top_k=top_k,
             output_format=None if output_format is None else output_format.value,
             file=None if out_file is None else Path(out_file),
             overlay=overlay,
-            device=device,
-            batch_size=batch_size,
-            max_pixels=max_pixels,
-            bit_depth=bit_depth,
-            threads=threads,
-            prior=prior,
+            joint=joint,
+            **how,
         )
     if server is not None:
         return
@@ -159,8 +164,8 @@ def predict(
     next_steps.tell(notes, look(directory), next_steps.deployment(directory))
 
 
-def _refuse(options: Mapping[str, object], needed: str) -> None:
-    """Refuse options that were given without what they need."""
+def _refuse(options: Mapping[str, object], needed: str, found: str) -> None:
+    """Refuse options that --out does not go with."""
     for name, value in options.items():
         if value is not None:
-            raise UsageError(f"{name}: expected {needed}, found none; leave it out or give one")
+            raise UsageError(f"{name}: expected {needed}, found {found}; leave one of them out")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from microclip_deploy.cli.commands import gpu_memory
+from microclip_deploy.cli.commands import gpu_memory, tell_device
 from microclip_deploy.console import bar, counter, tell_left_out, waiting
 from microclip_deploy.data.sources import ImageSet, list_sources
 from microclip_deploy.errors import UsageError, printable, require
@@ -59,7 +59,7 @@ def run_shards(
         # Before the job begins: one that cannot be done must not keep the folder from the next.
         with waiting(notes, f"opening {printable(source)}"):
             session = stack.enter_context(open_session(source, device, threads=threads, **reading))
-        notes.print(f"device: {session.device}", markup=False)
+        tell_device(session, notes)
         job = open_job(out, settings, wanted, lambda: _listed(images, notes))
         _make(job, own, session, batch_size, notes)
     _tell_end(job, own, notes)

@@ -12,6 +12,10 @@ from microclip_deploy.errors import DataError, printable
 
 NONE = "none"
 """Answer to a photo that shows no class of the model."""
+NEITHER = "neither"
+"""Answer to a photo that shows none of the classes that were suggested, as in an audit."""
+SKIP = "skip"
+"""No answer, as an empty one."""
 
 
 class Answered(NamedTuple):
@@ -19,7 +23,9 @@ class Answered(NamedTuple):
 
     path: Path
     row: int | None
-    """Of the class; None for no class of the model."""
+    """Of the class; None for none of those that the model could have meant."""
+    stranger: bool
+    """It shows no class of the model."""
     weight: float
     """How many photos it stands for."""
 
@@ -28,8 +34,9 @@ def read_answers(path: Path, classes: tuple[str, ...]) -> tuple[Answered, ...]:
     """Read answers that were given.
 
     Args:
-        path: CSV with the columns `path`, `answer` (a class, or "none"; empty where nobody
-            answered), and perhaps `weight`. Relative paths start at its folder.
+        path: CSV with the columns `path`, `answer` (a class, "none", or "neither" where the model
+            was wrong; empty or "skip" where nobody answered), and perhaps `weight`. Relative paths
+            start at its folder.
         classes: in the order of the logits.
 
     Raises:
@@ -50,17 +57,19 @@ def read_answers(path: Path, classes: tuple[str, ...]) -> tuple[Answered, ...]:
     index, answers = NameIndex(classes), []
     for number, row in enumerate(rows, start=2):
         said, where = row["answer"].strip(), f"{place}, line {number}"
-        if not said:
+        if said.casefold() in ("", SKIP):
             continue
         found = index.find(said)
-        if found is None and said.casefold() != NONE:
+        if found is None and said.casefold() not in (NONE, NEITHER):
             raise DataError(
-                f"{where}: expected a class of the model, or {NONE}, found {said!r}; mend it"
+                f"{where}: expected a class of the model, {NONE} or {NEITHER}, found {said!r}; "
+                "mend it"
             )
         if not row["path"]:
             raise DataError(f"{where}: expected a path, found none; fill it in")
         weight = _weight(row.get("weight") or "1", where)
-        answers.append(Answered(path.parent / row["path"], found, weight))
+        stranger = found is None and said.casefold() == NONE
+        answers.append(Answered(path.parent / row["path"], found, stranger, weight))
     return tuple(answers)
 
 

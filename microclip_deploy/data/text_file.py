@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from microclip_deploy.errors import DataError, printable
 
+# A cell that starts like this is a formula to spreadsheet programs, also behind blanks.
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
 
 class TextFile(NamedTuple):
     """The text of a file and the sha256 of the bytes it was decoded from."""
@@ -45,3 +48,9 @@ def read_text(path: Path, wanted: str) -> TextFile:
             f"{place}: expected {wanted}, found zero bytes; give a text file saved as UTF-8"
         )
     return TextFile(text, hashlib.sha256(content).hexdigest())
+
+
+def cell(text: str) -> str:
+    """Return the text, defused if a spreadsheet program would take it for a formula."""
+    starts = text.lstrip(" \u00a0").startswith(_FORMULA_STARTS)
+    return f"'{text}" if starts else text

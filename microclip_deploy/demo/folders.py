@@ -6,6 +6,7 @@
     DIR/val-ink/CLASS/000000.png ...     grey: coverage of the image of the same name by ink
     DIR/test-ink/CLASS/000000.png ...
     DIR/classes.txt, DIR/descriptions.json
+    DIR/long-tail/imbalance-50-order-0.txt ...   lists of adapt/: classes are unevenly frequent
 
 The number in a file name is the index of the image: with seed and split it decides every pixel,
 so writing the same images again, for instance after an interruption, gives the same files.
@@ -14,6 +15,7 @@ so writing the same images again, for instance after an interruption, gives the 
 import multiprocessing
 from enum import IntEnum
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +23,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
-from microclip_deploy.artifact import write_bytes, write_json, write_problem
+from microclip_deploy.artifact import make_directory, write_bytes, write_json, write_problem
 from microclip_deploy.demo.glyphs import (
     CLASS_CHARACTERS,
     class_names,
     descriptions_by_name,
     glyph_name,
 )
+from microclip_deploy.demo.long_tail import IMBALANCES, ORDERS, long_tail
 from microclip_deploy.demo.render import TARGET, RenderedGlyph, image_generator, render_glyph
 from microclip_deploy.errors import UsageError
 
@@ -52,7 +55,8 @@ _WRITTEN = "complete.json"
 
 
 def write_benchmark(directory: Path, notes: Console) -> None:
-    """Write the images of all splits, class names and descriptions into `directory`."""
+    """Write the images of all splits, class names, descriptions and lists into `directory`."""
+    write_long_tails(directory)
     if (directory / _WRITTEN).is_file():
         notes.print(f"images: {directory} (already written)", markup=False)
         return
@@ -62,6 +66,17 @@ def write_benchmark(directory: Path, notes: Console) -> None:
         write_images(directory, split, count)
     write_json(directory / _WRITTEN, {split.name.lower(): count for split, count in SIZES.items()})
     notes.print(f"images: {directory}", markup=False)
+
+
+def write_long_tails(directory: Path) -> None:
+    """Write lists of the unlabelled images that thin them to long tails."""
+    lists = directory / "long-tail"
+    make_directory(lists)
+    labels = hidden_labels(SIZES[Split.ADAPT])
+    for imbalance, order in product(IMBALANCES, ORDERS):
+        kept = long_tail(labels, imbalance, order)
+        lines = "".join(f"../{Split.ADAPT.name.lower()}/{index:06d}.png\n" for index in kept)
+        write_bytes(lists / f"imbalance-{imbalance}-order-{order}.txt", lines.encode())
 
 
 def write_class_texts(directory: Path) -> None:

@@ -8,6 +8,10 @@ from the hidden labels, which only those who measure know.
 import numpy as np
 from numpy.typing import NDArray
 
+IMBALANCES = (10, 50)
+ORDERS = (0, 1, 2)
+"""Of the lists that `demo` writes."""
+
 MOST = 38
 """Images of the most frequent class: as many as a class has on average."""
 

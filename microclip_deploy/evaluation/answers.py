@@ -23,10 +23,10 @@ class FolderAnswers(NamedTuple):
     """(N,) positions among the paths: those that were sampled and could be read."""
     logits: NDArray[np.float32]
     """(N, C)."""
-    cls_best: NDArray[np.int64]
-    """(N,) the best class by [CLS] alone."""
-    fg_best: NDArray[np.int64]
-    """(N,) the best class by [FG] alone."""
+    agree: NDArray[np.bool_]
+    """(N,) [CLS] and [FG] alone name the same class."""
+    complete: NDArray[np.bool_]
+    """(N,) the saliency says nothing, so that [FG] may be no second opinion."""
 
 
 def answers_of(
@@ -56,9 +56,12 @@ def answers_of(
     view = preprocess or session.preprocess
     for batch in read_batches(given, view, batch_size, on_bad=on_bad):
         found = session.predict(batch.images)
-        best = ((token @ classifier.T).argmax(axis=1) for token in (found.cls, found.fg))
-        parts.append(FolderAnswers(chosen[batch.indices], found.logits, *best))
-        progress(int(batch.indices[-1]) + 1, len(given))
+        cls_best, fg_best = ((t @ classifier.T).argmax(axis=1) for t in (found.cls, found.fg))
+        agree, rows = cls_best == fg_best, chosen[batch.indices]
+        parts.append(FolderAnswers(rows, found.logits, agree, found.complete))
+        done = int(batch.indices[-1]) + 1
+        if done < len(given):
+            progress(done, len(given))
     if not parts:
         raise DataError(
             f"photos: expected readable ones, found none among {len(given)}; `predict` tells why"

@@ -10,7 +10,6 @@ import numpy as np
 from microclip_deploy import artifact
 from microclip_deploy.artifact import exclusive
 from microclip_deploy.calibrating import (
-    NONE_OF_THE_CLASSES,
     calibrate,
     calibrate_with_answers,
     share_with_doubt,
@@ -20,7 +19,7 @@ from microclip_deploy.data.answers import Answered
 from microclip_deploy.data.decode import BadImage
 from microclip_deploy.data.sources import BadFile
 from microclip_deploy.errors import UsageError
-from microclip_deploy.evaluation.answers import answers_of
+from microclip_deploy.evaluation.answers import FolderAnswers, answers_of
 from microclip_deploy.serving import Session
 
 
@@ -60,14 +59,24 @@ def calibration_of(
     ask = partial(answers_of, session, batch_size=batch_size, on_bad=skip)
     folder = ask(paths, progress=progress)
     if answered is None:
-        expected = share_with_doubt(folder.cls_best == folder.fg_best)
-        return Calibrated(calibrate(folder.logits, expected), tuple(bad))
+        return Calibrated(calibrate(folder.logits, expected_accuracy(folder)), tuple(bad))
     told = ask([each.path for each in answered])
     given = [answered[row] for row in told.rows]
-    rows = [NONE_OF_THE_CLASSES if each.row is None else each.row for each in given]
+    best = told.logits.argmax(axis=1).tolist()
+    right = np.array([each.row == row for each, row in zip(given, best, strict=True)])
+    shown = np.array([not each.stranger for each in given])
     weights = np.array([each.weight for each in given])
-    found = calibrate_with_answers(folder.logits, told.logits, np.array(rows, np.int64), weights)
+    found = calibrate_with_answers(folder.logits, told.logits, right, shown, weights)
     return Calibrated(found, tuple(bad))
+
+
+def expected_accuracy(folder: FolderAnswers) -> float:
+    """Estimate accuracy without labels: the share for which [CLS] and [FG] name the same class.
+
+    Two opinions of one model agree too often, so the estimate is rather too high; how good it was
+    where the truth is known docs/calibration.md tells.
+    """
+    return share_with_doubt(folder.agree[~folder.complete])
 
 
 def store(directory: Path, calibration: Calibration, classes: tuple[str, ...]) -> None:

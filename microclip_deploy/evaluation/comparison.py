@@ -1,5 +1,6 @@
 """Whether descriptions name more images right than texts that say nothing, image by image."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,23 @@ _NORMAL = 1.96
 """Standard errors on each side of a mean that hold 95 %."""
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 """The same where the error is estimated from 2, 3, ... 10 values: Student's t."""
+
+Controls = Mapping[str, Sequence[NDArray[np.float32]]]
+"""Name -> class matrices (C, E) with unit rows, one for each draw."""
+
+
+def rows_of(controls: Controls) -> dict[str, NDArray[np.float32]]:
+    """Return the class matrices of all draws by the name of their row."""
+    return {
+        name: matrix
+        for control, draws in controls.items()
+        for name, matrix in zip(row_names(control, len(draws)), draws, strict=True)
+    }
+
+
+def row_names(control: str, draws: int) -> list[str]:
+    """Return the names that the draws of a control have as rows."""
+    return [f"{control} {draw + 1}" for draw in range(draws)] if draws > 1 else [control]
 
 
 class Comparison(NamedTuple):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +36,18 @@ from microclip_deploy.data.sources import (
 )
 from microclip_deploy.errors import printable
 from microclip_deploy.evaluation.answers import surest_of
-from microclip_deploy.evaluation.comparison import Comparison, compared
-from microclip_deploy.evaluation.evaluation import EVALUATION, Answer, Evaluation, Row
+from microclip_deploy.evaluation.comparison import (
+    Comparison,
+    Controls,
+    compared,
+    row_names,
+    rows_of,
+)
+from microclip_deploy.evaluation.evaluation import EVALUATION, JOINT, Answer, Evaluation, Row
 from microclip_deploy.evaluation.masks import MaskFacts, MaskTally, TrueMasks
 from microclip_deploy.evaluation.reliability import Reliability, Strangers
 from microclip_deploy.evaluation.scores import Scores, mean_scores, ranks_of, score, scores_of_ranks
+from microclip_deploy.joint import Folder
 from microclip_deploy.ncut.spec import saliency_warning
 from microclip_deploy.paths import StrPath, as_path
 from microclip_deploy.serving import (
@@ -68,9 +75,6 @@ __all__ = [
 
 _SHOWN = 5  # files an error message lists
 
-Controls = Mapping[str, Sequence[NDArray[np.float32]]]
-"""Name -> class matrices (C, E) with unit rows, one for each draw."""
-
 
 def _ignore(done: int, total: int) -> None:
     """Show no progress."""
@@ -85,7 +89,8 @@ class SessionAccuracy:
     """What one session scored."""
 
     rows: Mapping[str, Scores]
-    """"fused", "cls", "fg" and the names of further class matrices, which [CLS] is compared to."""
+    """"fused", "cls", "fg", "joint" if that was asked for, and the names of further class matrices,
+    which [CLS] is compared to."""
     masks: MaskFacts
     bad: tuple[BadFile, ...]
     """Images that could not be read and count nowhere."""
@@ -96,6 +101,13 @@ class SessionAccuracy:
     ranks: Mapping[str, NDArray[np.int64]] = field(default_factory=dict, repr=False)
     """(M,) for each row: how many classes an image's own was placed behind."""
     reliability: Reliability | None = None
+
+    def beside(self, surest: NDArray[np.float64]) -> Self:
+        """Return it with what tells photos of no class apart: their best probability (U,)."""
+        assert self.reliability is not None, "every session that measured images has one"
+        known = np.array([answer.probability for answer in self.answers])
+        strangers = Strangers.of(surest, known, self.reliability.unknown_below)
+        return replace(self, reliability=replace(self.reliability, unknown=strangers))
 
 
 def evaluate(
@@ -118,6 +130,7 @@ def evaluate(
     controls: Controls | None = None,
     prior: StrPath = FOLDER,
     unknown: StrPath | None = None,
+    joint: bool = False,
 ) -> Evaluation:
     """Measure a run or an export on labelled images; a run beside the model before adaptation.
 
@@ -132,7 +145,7 @@ def evaluate(
         max_bad: how many images may be unreadable, as for `sources.bad_image_limit`; they are left
             out, and named in `Evaluation.bad`.
         threads: as for `open_session`.
-        sessions: of the run, if they are open; they stay so.
+        sessions: of the run, if they are open; they stay so, and expect the prior from then on.
         progress: called with (done, total) after each batch.
         on_open: called with the open session before the first image.
         listed: as for `LabelledImages.read`.
@@ -144,6 +157,7 @@ def evaluate(
         prior: how frequent the classes are, as for `Session.expect`; counts for the adapted
             model's fused logits.
         unknown: photos of no class, as for `list_images`: how many of them are called unknown.
+        joint: also measure the adapted model where all images together say what each shows.
 
     Raises:
         DataError: the data, or the checkpoint (CheckpointError), cannot be used, or more images
@@ -164,18 +178,17 @@ def evaluate(
         images = _spread(LabelledImages.read(data, adapted.classes, listed), limit)
         allowed = bad_image_limit(max_bad, len(images.paths))
         known = TrueMasks.find(as_path(masks, "masks"), images.paths) if masks else None
-        probes = [_Probe(adapted, true_masks=known)]
+        folder = Folder(adapted.classifier()) if joint else None
+        probes = [_Probe(adapted, true_masks=known, folder=folder)]
         if zero_shot and sessions:
             heads = {"names": sessions.names, "prior": sessions.prior}
-            probes.append(_Probe(sessions.initial, heads | _rows_of(controls or {})))
+            probes.append(_Probe(sessions.initial, heads | rows_of(controls or {})))
         preprocess = adapted.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
+        strange = list_images(unknown).paths if unknown else ()
         measured = _measure(probes, images, preprocess, batch_size, progress)
-        reliability = measured[0].reliability
-        if reliability and unknown:
-            others = surest_of(adapted, list_images(unknown).paths, preprocess, batch_size)
-            sure = np.array([answer.probability for answer in measured[0].answers])
-            strangers = Strangers.of(others, sure, reliability.unknown_below)
-            measured[0] = replace(measured[0], reliability=replace(reliability, unknown=strangers))
+        if strange:
+            others = surest_of(adapted, strange, preprocess, batch_size)
+            measured[0] = measured[0].beside(others)
     bad = measured[0].bad
     if len(bad) > allowed:
         raise TooManyBad(
@@ -187,24 +200,11 @@ def evaluate(
     return _evaluation(adapted, measured, str(data.absolute()), images.left_out.to_json(), controls)
 
 
-def _rows_of(controls: Controls) -> dict[str, NDArray[np.float32]]:
-    """Return the class matrices of all draws by the name of their row."""
-    return {
-        name: matrix
-        for control, draws in controls.items()
-        for name, matrix in zip(_row_names(control, len(draws)), draws, strict=True)
-    }
-
-
-def _row_names(control: str, draws: int) -> list[str]:
-    return [f"{control} {draw + 1}" for draw in range(draws)] if draws > 1 else [control]
-
-
 def _comparisons(before: SessionAccuracy, controls: Controls) -> tuple[Comparison, ...]:
     """Compare the descriptions with every control that was drawn, and then with the names."""
     right = before.ranks["cls"] == 0
     drawn = {
-        control: _row_names(control, len(draws))
+        control: row_names(control, len(draws))
         for control, draws in controls.items()
         if len(draws) > 1
     }
@@ -267,12 +267,16 @@ class _Probe:
     true_masks: TrueMasks | None = None
     uncalibrated: list[NDArray[np.float64]] = field(default_factory=list)
     """Probability of the best class at temperature 1."""
+    folder: Folder | None = None
+    """For a joint reading."""
 
     def add(
         self, images: NDArray[np.uint8], labels: NDArray[np.int64], paths: Sequence[Path]
     ) -> None:
         """Let the session classify a batch and tally it."""
         found = self.session.predict(images)
+        if self.folder is not None:
+            self.folder.add(found.cls, found.logits)
         by_token = self._logits(found)
         for name, logits in by_token.items():
             self.ranks.setdefault(name, []).append(ranks_of(logits, labels))
@@ -300,6 +304,8 @@ class _Probe:
         """Return the scores over all batches; `labels` are those of the readable images."""
         classes = len(self.session.classes)
         ranks = {name: np.concatenate(parts) for name, parts in self.ranks.items()}
+        if self.folder is not None:
+            ranks[JOINT] = self.folder.read().ranks(labels)
         rows = {name: scores_of_ranks(placed, labels, classes) for name, placed in ranks.items()}
         known = self.session.calibration
         reliability = Reliability.of(
@@ -373,9 +379,8 @@ def _evaluation(
     controls: Controls | None,
 ) -> Evaluation:
     adapted = measured[0]
-    rows = [
-        Row("adapted", token, "adapted", adapted.rows[token]) for token in ("fused", "cls", "fg")
-    ]
+    tokens = ("fused", "cls", "fg", *(token for token in adapted.rows if token == JOINT))
+    rows = [Row("adapted", token, "adapted", adapted.rows[token]) for token in tokens]
     for before in measured[1:]:
         rows += [Row("zero-shot", "cls", texts, before.rows[texts]) for texts in ("names", "prior")]
         rows += [
@@ -383,7 +388,7 @@ def _evaluation(
             for token in ("cls", "fg", "fused")
         ]
         for control, draws in (controls or {}).items():
-            drawn = [before.rows[name] for name in _row_names(control, len(draws))]
+            drawn = [before.rows[name] for name in row_names(control, len(draws))]
             rows.append(Row("zero-shot", "cls", control, mean_scores(drawn)))
     comparisons = _comparisons(measured[-1], controls or {}) if len(measured) > 1 else ()
     return Evaluation(

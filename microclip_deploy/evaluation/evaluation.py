@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 EVALUATION = "evaluation.json"
 """File name of `Evaluation.to_json` beside a checkpoint; the report shows it when it is there."""
 
+JOINT = "joint"
+"""Token of the row where all images together say what each of them shows."""
+JOINT_REMARK = (
+    "joint: read from all images together; not comparable with accuracies of single photos"
+)
+
 _PAIRS = 10  # confused pairs that are shown
 
 
@@ -32,7 +38,7 @@ class Row(NamedTuple):
     model: str
     """"adapted" or "zero-shot"."""
     token: str
-    """"fused", "cls" or "fg"."""
+    """"fused", "cls", "fg", or "joint": `JOINT_REMARK`."""
     texts: str
     """"adapted", "names", "descriptions", "prior" or a control: the class matrix. Of a
     control that is drawn the mean over the draws."""
@@ -88,6 +94,11 @@ class Evaluation:
         wanted = (model, token, texts)
         return next((row.scores for row in self.rows if row[:3] == wanted), None)
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Return what must be said of the rows."""
+        return (JOINT_REMARK,) if any(row.token == JOINT for row in self.rows) else ()
+
     @cached_property
     def confusions(self) -> tuple[Confusion, ...]:
         """Return which classes were taken for which, the most images first."""
@@ -128,6 +139,7 @@ class Evaluation:
             "per_class": per_class,
             "confusions": confusions,
             "warnings": list(self.warnings),
+            "remarks": list(self.remarks),
             "left_out": self.left_out,
             "controls": [comparison.to_json() for comparison in self.controls],
             "reliability": self.reliability.to_json() if self.reliability else None,
@@ -170,6 +182,7 @@ def _comparison(result: Evaluation) -> "Table":
     notes = [f"{result.images} images, {len(result.bad)} unreadable", *result.masks.lines()]
     notes += [f"prior: {printable(result.prior)}"] * (result.prior != FOLDER)
     notes += result.reliability.lines() if result.reliability else []
+    notes += result.remarks
     notes += [control.sentence() for control in result.controls if control.beaten]
     notes += [f"warning: {warning}" for warning in result.warnings]
     table = Table(title="accuracy", caption=Text("\n".join(notes)), caption_justify="left")

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Literal, Self
 
+from microclip_deploy.data.text_file import cell as cell
 from microclip_deploy.errors import DataError, printable
 from microclip_deploy.evaluation.predict import FailedImage, Result
 from microclip_deploy.serving.classification import Guess
@@ -21,32 +22,33 @@ if TYPE_CHECKING:
 
 _DAGGER = "†"
 
-# A cell that starts like this is a formula to spreadsheet programs, also behind blanks.
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
-
 
 class CsvWriter:
     """One row an image: path, error, the top classes, both tokens' classes, and the mask share.
 
     `unknown` is 1 where the best class is less probable than the model's threshold.
     The column `unadapted` names those of the top classes that were added after the adaptation,
-    most probable first, joined by "; ". It is empty where all are adapted. With overlays a last
-    column tells the file of each.
+    most probable first, joined by "; ". It is empty where all are adapted. With overlays a
+    column tells the file of each. Of a joint reading a last column, `joint_alone_class`, holds the
+    best class of the photo alone.
 
     Safe for spreadsheet programs: a text that would be a formula gets a leading apostrophe.
     Commas, quotes and line breaks are quoted; bytes of a name that are no UTF-8 become escapes.
     """
 
-    def __init__(self, stream: IO[str], top_k: int, *, overlays: bool = False) -> None:
+    def __init__(
+        self, stream: IO[str], top_k: int, *, overlays: bool = False, joint: bool = False
+    ) -> None:
         """Write the header; open files with newline="" and encoding="utf-8"."""
         self._rows = csv.writer(stream, lineterminator="\n")
         self._top_k = top_k
         guesses = [f"{part}_{i + 1}" for i in range(top_k) for part in ("class", "probability")]
         others = ["cls_class", "fg_class", "mask_share", "complete_graph", "unknown"]
         others += ["unadapted"]
-        self._overlays = overlays
-        self._width = len(guesses) + len(others) + overlays
-        self._rows.writerow(["path", "error", *guesses, *others, *["overlay"] * overlays])
+        self._overlays, self._joint = overlays, joint
+        others += ["overlay"] * overlays + ["joint_alone_class"] * joint
+        self._width = len(guesses) + len(others)
+        self._rows.writerow(["path", "error", *guesses, *others])
 
     def write(self, result: Result) -> None:
         """Write one row."""
@@ -61,7 +63,9 @@ class CsvWriter:
         unknown = int(result.unknown)
         unadapted = cell("; ".join(g.name for g in result.top if not g.adapted))
         drawn = [cell(file_name(result.overlay)) if result.overlay else ""] * self._overlays
-        self._rows.writerow([name, "", *guesses, *padding, *tokens, unknown, unadapted, *drawn])
+        alone = [cell(result.alone or "")] * self._joint
+        last = (unknown, unadapted, *drawn, *alone)
+        self._rows.writerow([name, "", *guesses, *padding, *tokens, *last])
 
 
 class JsonLinesWriter:
@@ -117,10 +121,11 @@ def open_writer(
     top_k: int,
     *,
     overlays: bool = False,
+    joint: bool = False,
 ) -> Iterator[CsvWriter | JsonLinesWriter | JsonWriter]:
     """Give the writer of a format; what it writes is complete when the context ends."""
     if output_format == "csv":
-        yield CsvWriter(stream, top_k, overlays=overlays)
+        yield CsvWriter(stream, top_k, overlays=overlays, joint=joint)
     elif output_format == "jsonl":
         yield JsonLinesWriter(stream)
     else:
@@ -152,6 +157,7 @@ def to_json(result: Result) -> dict[str, object]:
         "complete_graph": result.complete,
         "unknown": result.unknown,
         **drawn,
+        **({} if result.alone is None else {"joint": {"alone_class": result.alone}}),
     }
 
 
@@ -167,6 +173,7 @@ def table(results: Iterable[Result]) -> "Table":
     from rich.text import Text
 
     caption = "* [CLS] and [FG] disagree"
+    joint = "\njoint: read from all photos together, not from each alone"
     unadapted = f"\n{_DAGGER} added after the adaptation: its accuracy is zero-shot"
     found = Table(caption=caption)
     found.add_column("image", overflow="fold")
@@ -184,6 +191,8 @@ def table(results: Iterable[Result]) -> "Table":
         guess = _marked(first) + mark
         best = Text(f"unknown (best guess {guess})" if result.unknown else guess, style="bold")
         found.add_row(name, best, f"{first.probability:.3f}", Text(rest))
+        if result.alone is not None and not caption.endswith(joint):
+            found.caption = caption = caption + joint
         if not all(guess.adapted for guess in result.top):
             found.caption = caption + unadapted
     return found
@@ -191,12 +200,6 @@ def table(results: Iterable[Result]) -> "Table":
 
 def _marked(guess: Guess) -> str:
     return printable(guess.name) + ("" if guess.adapted else _DAGGER)
-
-
-def cell(text: str) -> str:
-    """Return the text, defused if a spreadsheet program would take it for a formula."""
-    starts = text.lstrip(" \u00a0").startswith(_FORMULA_STARTS)
-    return f"'{text}" if starts else text
 
 
 def file_name(

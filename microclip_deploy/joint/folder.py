@@ -48,7 +48,7 @@ class Folder:
             VerificationError: a number is NaN or infinite.
         """
         count, size = self._texts.shape
-        rows = _checked("features", features, size)
+        rows = _checked("features", features, size).copy()  # sessions may use their arrays again
         if np.shape(scores) != (len(rows), count):
             raise DataError(
                 f"joint reading: expected scores ({len(rows)}, {count}), found {np.shape(scores)}; "

@@ -80,11 +80,12 @@ def open_session(
             f"{path / artifact.MANIFEST}: expected schema {_CHECKPOINT}N or {_EXPORT}N, found "
             f"{schema}; give a directory that `adapt` or `export` wrote"
         )
-    try:
-        session.expect(prior)
-    except BaseException:
-        session.close()
-        raise
+    if prior != FOLDER:
+        try:
+            session.expect(prior)
+        except BaseException:
+            session.close()
+            raise
     if max_pixels is not None or bit_depth is not None:
         session.preprocess = session.preprocess.reading(max_pixels=max_pixels, bit_depth=bit_depth)
     _log.info("%s: opened with %s on %s", path, type(session).__name__, session.device)
@@ -177,15 +178,17 @@ def _open_model(model: "MicroCLIP", known: "CheckpointManifest", place: str, ask
     """Open a model that is on its device: with the kernels on a GPU, otherwise with PyTorch."""
     from microclip_deploy.serving.torch_session import TorchSession
 
-    described = (known.classes, known.preprocess, place, known.calibration)
+    described, read = (known.classes, known.preprocess, place), known.calibration
     if _is_cuda(place) and _has("cupy"):
         require("microclip_deploy.serving.torch_encoder", "gpu")
         from microclip_deploy.serving.torch_encoder import session_of
 
-        session = _with_kernels(partial(session_of, model, *described), auto=asked == "auto")
+        session = _with_kernels(
+            partial(session_of, model, *described, calibration=read), auto=asked == "auto"
+        )
         if session is not None:
             return session
-    return _without_cupy(TorchSession(model, *described))
+    return _without_cupy(TorchSession(model, *described, calibration=read))
 
 
 def _open_export(path: Path, device: str, threads: int | None) -> Session:

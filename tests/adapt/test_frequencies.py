@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from microclip_deploy.adapt.frequencies import estimate
+from microclip_deploy.adapt.frequencies import estimate, summary, warning
+from microclip_deploy.adapt.train_step import AdaptConfig
 
 
 def calibrated(truth: NDArray[np.float64], photos: int, seed: int) -> NDArray[np.float32]:
@@ -24,6 +25,18 @@ def test_frequencies_come_out_of_calibrated_probabilities() -> None:
     assert abs(found.sum() - 1) < 1e-9
     assert np.abs(found - truth).sum() < 0.04
     assert np.abs(rows.mean(axis=0) - truth).sum() > 0.2  # what the plain mean says
+
+
+def test_a_recipe_that_contradicts_the_folder_is_warned_of() -> None:
+    even, tail = np.full(10, 0.1), np.array([0.91, *[0.01] * 9])
+    published, free = AdaptConfig(), AdaptConfig(fairness_weight=0)
+    assert "--recipe default" in (warning(tail, 500, published) or "")
+    assert warning(even, 500, published) is None
+    assert warning(tail, 500, free) is None
+    assert warning(tail, 500, AdaptConfig(fairness_prior="estimated")) is None
+    assert warning(tail, 9, published) is None  # fewer photos than classes tell nothing
+    assert "too few" in summary(tail, list("abcdefghij"), 9)
+    assert "1 most frequent hold 91%" in summary(tail, list("abcdefghij"), 500)
 
 
 def test_photos_of_one_class_are_found_out() -> None:

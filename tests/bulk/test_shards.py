@@ -207,6 +207,7 @@ def test_a_folder_of_something_else_is_refused(
     [
         (("--format", "csv"), "--format: expected a file as --out"),
         (("--overlay", "x"), "--overlay: expected a file as --out"),
+        (("--joint",), "--joint: expected a file as --out"),
         (("--part", "5/4"), "--part: expected I/N"),
         (("--columns", "fg"), "--columns: expected embedding or mask"),
     ],

@@ -257,8 +257,8 @@ def test_recipes_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     told = capsys.readouterr()
     shown = " ".join(told.out.split())
-    assert "microclip-deploy recipes default" in told.err
-    assert "The method's own settings" in shown
+    assert "microclip-deploy recipes microclip" in told.err
+    assert "The method as published" in shown
     assert 'changes demo (values there in brackets): adapt.pooling = "mean" ("soap")' in shown
 
 

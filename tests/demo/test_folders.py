@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microclip_deploy.demo.folders import Split, target_image, write_class_texts, write_images
+from microclip_deploy.demo.folders import (
+    Split,
+    hidden_labels,
+    target_image,
+    write_class_texts,
+    write_images,
+    write_long_tails,
+)
 from microclip_deploy.demo.glyphs import class_names
+from microclip_deploy.demo.long_tail import long_tail
 from microclip_deploy.errors import UsageError
 
 
@@ -58,3 +66,21 @@ def test_class_texts_name_the_same_classes(tmp_path: Path) -> None:
 def test_no_images_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least 1"):
         write_images(tmp_path, Split.ADAPT, 0)
+
+
+def test_long_tails_thin_the_unlabelled_images(tmp_path: Path) -> None:
+    write_long_tails(tmp_path)
+    assert len(list((tmp_path / "long-tail").iterdir())) == 6
+    lines = (tmp_path / "long-tail" / "imbalance-50-order-1.txt").read_text().splitlines()
+    assert lines[0].startswith("../adapt/")
+    kept = np.array([int(Path(line).stem) for line in lines])
+    counts = np.sort(np.bincount(hidden_labels(3072)[kept], minlength=82))
+    assert counts[0] == 1  # round(38 / 50)
+    assert counts[-1] == 38
+    assert np.all(np.diff(kept) > 0)
+
+
+def test_no_imbalance_keeps_as_many_of_every_class() -> None:
+    labels = np.repeat(np.arange(5), 20)
+    kept = long_tail(labels, 1, 0, most=7)
+    np.testing.assert_array_equal(np.bincount(labels[kept]), np.full(5, 7))

@@ -86,7 +86,7 @@ def test_csv_names_the_unadapted_classes_in_the_last_column() -> None:
         made_up(),
         FailedImage(0, Path("x"), "empty"),
     )
-    assert header[-2:] == ["complete_graph", "unadapted"]
+    assert header[-3:] == ["complete_graph", "unknown", "unadapted"]
     assert [row[-1] for row in (one, two, none, failed)] == ["dog", "cat; dog", "", ""]
     assert {len(row) for row in (one, two, none, failed)} == {len(header)}
 

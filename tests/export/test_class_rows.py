@@ -102,6 +102,8 @@ def test_only_matrix_and_manifest_change(export: Path, monkeypatch: pytest.Monke
     entry = after["files"].pop(matrix)
     assert matrix == f"classifier-{entry['sha256'][:8]}.safetensors"
     before["files"].pop(before.pop("classifier"))
+    assert after.pop("calibration")["mean_prediction"] == [0.75, 0.25]
+    del before["calibration"]
     assert after == {**before, "classes": [*CLASSES[1:]], "unadapted": []}
     assert files(export) == present - {CLASSIFIER} | {matrix}
     assert hashed.count(FULL) == 1, "graphs are read once and never written"

@@ -92,7 +92,7 @@ def test_configurations_describe_what_the_session_takes_and_gives(
     served, graph = (config(tmp_path / "models" / name) for name in names)
     assert shapes(served.input) == {"image": [32, 32, 3], "photo": [1]}
     assert all(each.optional for each in served.input)
-    assert shapes(served.output) == {**outputs, "probabilities": [len(CLASSES)]}
+    assert shapes(served.output) == {**outputs, "probabilities": [len(CLASSES)], "unknown": []}
     assert shapes(graph.input) == {"image": [32, 32, 3]}
     assert shapes(graph.output) == outputs
     [accelerator] = graph.optimization.execution_accelerators.gpu_execution_accelerator

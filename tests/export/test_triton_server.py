@@ -18,10 +18,11 @@ from PIL import Image
 from rich.console import Console
 from tritonclient.utils import InferenceServerException
 
+from microclip_deploy.calibration import softmax
 from microclip_deploy.export.class_rows import remove_classes
 from microclip_deploy.export.triton.repository import write_repository
 from microclip_deploy.serving import Prediction, Session, open_session
-from tests.conftest import CLASSES
+from tests.conftest import CALIBRATION, CLASSES
 from tests.export.triton_server import Server, Triton, python_for, running, triton
 from tests.tensorrt.bindings import Unavailable
 
@@ -127,7 +128,10 @@ def test_answers_are_those_of_the_session(rig: Rig, module: Any) -> None:
         for field in Prediction._fields:
             found = answer.as_numpy(field).reshape(getattr(told, field).shape)
             np.testing.assert_allclose(found, getattr(told, field), atol=ROUNDING)
-        np.testing.assert_allclose(answer.as_numpy("probabilities").sum(axis=1), 1, atol=1e-6)
+        shares = softmax(told.logits, CALIBRATION["temperature"])
+        np.testing.assert_allclose(answer.as_numpy("probabilities"), shares, atol=ROUNDING)
+        unknown = shares.max(axis=1) < CALIBRATION["unknown_below"]
+        assert (answer.as_numpy("unknown")[:, 0] == unknown).all()
     [score, index, label] = named.ravel()[0].decode().split(":")
     most_probable = answers[0].as_numpy("probabilities")[0]
     assert float(score) == pytest.approx(most_probable.max())

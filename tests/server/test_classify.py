@@ -3,6 +3,7 @@
 import base64
 import io
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microclip_deploy.serving import Session
+from microclip_deploy.serving import Session, open_session
 from tests.server.conftest import Encode
-from tests.server.running import Running, within
+from tests.server.running import Running, running, within
 
 
 def test_answers_are_the_sessions(server: Running, session: Session, encode: Encode) -> None:
@@ -22,6 +23,7 @@ def test_answers_are_the_sessions(server: Running, session: Session, encode: Enc
     assert answer["model"] == "tiny"
     assert answer["photo"] == {"width": 90, "height": 60}
     assert answer["classes"] == [guess._asdict() for guess in expected.top]
+    assert answer["unknown"] is bool(expected.unknown)
     tokens = answer["saliency"]["tokens"]
     np.testing.assert_array_equal(np.array(tokens["mask"], bool), expected.tokens)
     attention = np.array([*tokens["attention"], tokens["zero"]], np.float32)
@@ -129,3 +131,18 @@ def test_metrics_tell_every_stage(server: Running, encode: Encode) -> None:
     server.classify(encode())
     after = [server.metric(count, stage=stage) for stage in stages]
     assert after == [number + 1 for number in before]
+
+
+def test_a_server_expects_the_classes_it_is_told(tiny_export: Path, encode: Encode) -> None:
+    photos = [encode(seed) for seed in range(3)]
+    with (
+        running(f"tiny={tiny_export}", "--prior", "uniform") as server,
+        open_session(tiny_export, prior="uniform") as session,
+    ):
+        for photo in photos:
+            expected = session.classify(Image.open(io.BytesIO(photo)))
+            answer = server.classify(photo).json()
+            assert answer["classes"] == [guess._asdict() for guess in expected.top]
+            assert answer["unknown"] is expected.unknown
+        [model] = server.get("/v1/models").json()["models"]
+        assert (model["prior"], model["unknown_below"]) == ("uniform", 0.5)

@@ -14,6 +14,7 @@ from tritonclient.utils import InferenceServerException
 
 from microclip_deploy.calibration import softmax
 from microclip_deploy.serving import Session
+from tests.conftest import CALIBRATION
 from tests.server.conftest import Encode
 from tests.server.running import Running
 
@@ -75,7 +76,16 @@ def test_defaults_and_compression(client: Any, session: Session, images: Any) ->
     for algorithm in ("gzip", "deflate"):
         answer = client.infer("tiny", given(images[:1]), request_compression_algorithm=algorithm)
         np.testing.assert_array_equal(answer.as_numpy("logits"), logits)
-        np.testing.assert_allclose(answer.as_numpy("probabilities"), softmax(logits), rtol=1e-6)
+        shares = softmax(logits, CALIBRATION["temperature"])
+        np.testing.assert_allclose(answer.as_numpy("probabilities"), shares, rtol=1e-6)
+
+
+def test_unknown_is_told_of_every_image(client: Any, session: Session, images: Any) -> None:
+    answer = client.infer("tiny", given(images), outputs=[triton.InferRequestedOutput("unknown")])
+    surest = softmax(session.predict(images).logits, CALIBRATION["temperature"]).max(axis=1)
+    found = answer.as_numpy("unknown")
+    np.testing.assert_array_equal(found, surest < CALIBRATION["unknown_below"])
+    assert found.dtype == np.bool_
 
 
 def test_classification_names_the_best(client: Any, session: Session, images: Any) -> None:

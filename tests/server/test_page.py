@@ -132,6 +132,7 @@ def test_photo_gives_what_the_session_says(
     said = session.classify(pictures[0])
     assert texts(page, "#classes bdi") == [guess.name for guess in said.top]
     assert texts(page, "#classes .number") == [f"{guess.probability:.3f}" for guess in said.top]
+    assert page.locator("#unknown").is_visible() is said.unknown
     assert len(texts(page, "#cls bdi")) == len(texts(page, "#fg bdi")) == len(said.top)
     assert "network and rest" in texts(page, "#legend span")
 
@@ -188,11 +189,12 @@ def test_csv_holds_every_photo_and_no_formula(
     with page.expect_download() as download:
         page.click("#csv")
     header, good, bad = csv.reader(io.StringIO(Path(download.value.path()).read_text("utf-8")))
-    top = session.classify(formula).top
+    said = session.classify(formula)
+    top = said.top
     ranks = [f"{part}_{i + 1}" for i in range(len(top)) for part in ("class", "probability")]
-    assert header == ["file", *ranks, "model", "version", "error"]
+    assert header == ["file", *ranks, "unknown", "model", "version", "error"]
     told = [x for guess in top for x in (guess.name, f"{guess.probability:.6f}")]
-    assert good[:-2] == [f"'{formula.name}", *told, "tiny"]
+    assert good[:-2] == [f"'{formula.name}", *told, str(int(said.unknown)), "tiny"]
     assert good[-1] == ""
     assert bad[:-1] == [broken.name, *[""] * (len(header) - 2)]
     assert "expected" in bad[-1]

@@ -90,7 +90,8 @@ class Machine:
         patch.setattr(
             torch_session, "resolve_device", lambda device: device.replace("auto", "cuda")
         )
-        known = SimpleNamespace(manifest=SimpleNamespace(classes=(), preprocess=None))
+        manifest = SimpleNamespace(classes=(), preprocess=None, calibration=None)
+        known = SimpleNamespace(manifest=manifest)
         patch.setattr(checkpoint, "read_checkpoint", lambda _path: known)
         patch.setattr(checkpoint, "load_model", lambda *_: None)
         for encoder, opener in (("torch_encoder", "session_of"), ("onnx_encoder", "open_export")):
@@ -99,13 +100,13 @@ class Machine:
         patch.setattr(torch_session, "TorchSession", self._plain)
         patch.setattr(OnnxSession, "open", self._plain)
 
-    def _kernels(self, *arguments: Any) -> Any:
+    def _kernels(self, *arguments: Any, calibration: None = None) -> Any:
         if self.problem is not None:
             raise self.problem
         return SimpleNamespace(device=f"kernels on {arguments[-1]}")
 
     @staticmethod
-    def _plain(*arguments: Any, threads: int | None = None) -> Any:
+    def _plain(*arguments: Any, threads: int | None = None, calibration: None = None) -> Any:
         return SimpleNamespace(device=arguments[-1].replace("auto", "cuda:0"))
 
 

@@ -1,0 +1,1 @@
+"""`audit`: how accurate two models are on unlabeled photos, from as few answers as settle it."""
