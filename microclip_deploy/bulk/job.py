@@ -31,6 +31,7 @@ JOB = "_job.json"
 PHOTOS = "_photos.parquet"
 
 _SCHEMA = "microclip.predictions/1"
+_AT_A_TIME = 65536  # names that are held as bytes too
 _HASH = 64  # characters; nobody wants to read them
 
 
@@ -153,7 +154,10 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def _begin(directory: Path, settings: Mapping[str, Any], found: ImageSet) -> None:
-    names = pa.array(map(os.fsencode, found.paths), pa.binary())
+    paths = found.paths
+    slices = (paths[first : first + _AT_A_TIME] for first in range(0, len(paths), _AT_A_TIME))
+    arrays = [pa.array(map(os.fsencode, some), pa.binary()) for some in slices]
+    names = pa.chunked_array(arrays, pa.binary())
     write_table(directory / PHOTOS, pa.table({"path": names}))
     photos = {"photos": len(names), "photos_sha256": artifact.sha256_file(directory / PHOTOS)}
     artifact.write_json(directory / JOB, {**settings, **photos})

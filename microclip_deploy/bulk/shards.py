@@ -166,15 +166,13 @@ def _shard(
     """Classify the photos of one shard; `index` and `path` say which photo a row is of."""
     first = number * job.shard_rows
     names: list[bytes] = job.names.slice(first, job.shard_rows).to_pylist()
-    photos, told = (Path(os.fsdecode(name)) for name in names), iter(names)
-    answers = answered(
-        session, photos, job.wanted, batch_size, lambda error: tell(next(told), error)
-    )
     paths = [name.decode("utf-8", "backslashreplace") for name in names]
     index = pa.array(range(first, first + len(names)), pa.int64())
-    table = pa.table({"index": index, "path": pa.array(paths, pa.string())})
-    for field in answers.schema:
-        table = table.append_column(field, answers[field.name])
+    keys = pa.table({"index": index, "path": pa.array(paths, pa.string())})
+    photos, told = (Path(os.fsdecode(name)) for name in names), iter(names)
+    table = answered(
+        session, keys, photos, job.wanted, batch_size, lambda error: tell(next(told), error)
+    )
     return table.replace_schema_metadata({_JOB_KEY: job.sha256.encode()})
 
 

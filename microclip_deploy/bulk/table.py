@@ -106,10 +106,7 @@ def classify_table(
             f"table: expected no column with the name of a result, found {', '.join(taken)}; "
             "rename it"
         )
-    answers = answered(session, photos_of(table), wanted, batch_size)
-    for field in answers.schema:
-        keys = keys.append_column(field, answers[field.name])
-    return keys
+    return answered(session, keys, photos_of(table), wanted, batch_size)
 
 
 def photos_of(table: pa.Table) -> Iterator[Photo]:
@@ -151,19 +148,21 @@ def _photos(table: pa.Table) -> Iterator[Photo]:
 
 def answered(
     session: Session,
+    keys: pa.Table,
     photos: Iterable[Photo],
     wanted: Wanted,
     batch_size: int,
     tell: Callable[[str | None], None] = lambda _: None,
 ) -> pa.Table:
-    """Return what the model says, a row a photo, with the columns of `Wanted.schema`.
+    """Return a table with the columns of `Wanted.schema`, what the model says, behind its own.
 
     Photos are decoded ahead in threads: a batch, or four for each thread if that is more, is in
     memory. All answers are.
 
     Args:
         session: an open model.
-        photos: what to classify.
+        keys: one row a photo.
+        photos: what to classify, in the order of the rows.
         wanted: what to tell.
         batch_size: photos a batch.
         tell: called for each photo once it is read, with its error or None.
@@ -188,7 +187,10 @@ def answered(
             batch = []
     if batch:
         _answer(session, batch, wanted)
-    return pa.Table.from_pylist(rows, schema=wanted.schema(width))
+    answers = pa.Table.from_pylist(rows, schema=wanted.schema(width))
+    for field in answers.schema:
+        keys = keys.append_column(field, answers[field.name])
+    return keys
 
 
 def _view(preprocess: Preprocess, photo: Photo) -> NDArray[np.uint8] | str:

@@ -1,7 +1,6 @@
 """`predict --out shards/`: every photo is one row, whatever happens on the way."""
 
 import json
-import os
 import random
 import resource
 import shutil
@@ -269,12 +268,16 @@ def many(photos: Path, folder: Path, times: int) -> Path:
     return folder / "list.txt"
 
 
-def kill_when(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> None:
-    """Kill a process at a moment, unless it ends before."""
+def kill_when(
+    process: subprocess.Popen[bytes], moment: Callable[[], bool], pause_s: float = 0
+) -> None:
+    """Kill a process a pause after a moment, unless it ends before."""
     deadline = time.monotonic() + 120
     while process.poll() is None and not moment() and time.monotonic() < deadline:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    time.sleep(pause_s)
+    if process.poll() is None:
+        process.send_signal(signal.SIGKILL)
     process.wait()
 
 
@@ -299,17 +302,18 @@ def test_fifty_kills_lose_and_double_nothing(
         job += 1
         out, ended = tmp_path / str(job), False
         while not ended:
-            before, some = len(shards(out)), rng.randrange(12)  # 0: while it starts or lists
-            pause = rng.random() * 0.05
+            wanted = len(shards(out)) + rng.randrange(12)
+            begun = (out / "_job.json").exists()
             process = start(tiny_export, listed, out)
-            kill_when(process, lambda: len(shards(out)) >= before + some)  # noqa: B023
-            time.sleep(pause)
+            # While it starts, lists the photos, classifies or writes.
+            pause_s = rng.random() * (0.1 if begun and rng.random() < 0.8 else 3)
+            kill_when(process, lambda: len(shards(out)) >= wanted, pause_s)  # noqa: B023
             ended = process.returncode == 0
             kills += not ended
         found = pq.read_table(out)
         assert found.equals(expected)
         assert not list(out.glob(".shard-*"))
-        assert os.path.exists(out / "_SUCCESS")
+        assert (out / "_SUCCESS").exists()
 
 
 @pytest.mark.slow

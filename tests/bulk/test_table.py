@@ -100,17 +100,19 @@ def test_what_is_no_table_is_refused(session: Session) -> None:
 
 def test_unknown_is_told_where_the_model_has_the_rule(session: Session, photos: Path) -> None:
     table, kept = pa.table({"path": paths_of(photos)}), session.calibration
-    shares, best = (0.4, 0.3, 0.3), classify_table(session, table)["probabilities"].to_pylist()
-    limit = sum(sorted(row[0] for row in best)[11:13]) / 2
-    rule = {"temperature": 1, "mean_prediction": shares, "source": "folder", "images": 24}
+    shares = (0.4, 0.3, 0.3)
+    rule = {"temperature": 2, "mean_prediction": shares, "source": "folder", "images": 24}
     try:
         session.calibration = None
         assert classify_table(session, table)["unknown"].null_count == 24
+        session.calibration = Calibration.model_validate({**rule, "unknown_below": 0})
+        best = [row[0] for row in classify_table(session, table)["probabilities"].to_pylist()]
+        limit = sum(sorted(best)[11:13]) / 2
         session.calibration = Calibration.model_validate({**rule, "unknown_below": limit})
         told = classify_table(session, table)["unknown"].to_pylist()
     finally:
         session.calibration = kept
-    assert told == [row[0] < limit for row in best]
+    assert told == [probability < limit for probability in best]
 
 
 def test_a_classifier_is_pickled_without_its_session(tiny_export: Path, photos: Path) -> None:
