@@ -1,6 +1,7 @@
 """`predict --out shards/`: every photo is one row, whatever happens on the way."""
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -104,6 +105,16 @@ def test_bad_photos_are_rows_with_their_reason(
     told = capsys.readouterr().err
     assert "2.png: the file is empty" in told
     assert "7 images, 2 with an error, 2 shards" in told
+
+
+def test_names_that_are_no_text_are_read_and_escaped(
+    predict: Predict, out: Path, mixed: Path, photos: Path
+) -> None:
+    name = Path(os.fsdecode(os.fsencode(mixed) + b"/9\xff.png"))
+    shutil.copy(photos / "red circle" / "00.png", name)
+    assert predict(images=mixed) == 0
+    last = pq.read_table(out).to_pylist()[-1]
+    assert (last["error"], last["path"]) == (None, f"{mixed}/9\\xff.png")
 
 
 def test_photos_that_come_and_go_do_not_shift_rows(
@@ -302,11 +313,11 @@ def test_fifty_kills_lose_and_double_nothing(
         job += 1
         out, ended = tmp_path / str(job), False
         while not ended:
-            wanted = len(shards(out)) + rng.randrange(12)
-            begun = (out / "_job.json").exists()
+            some = rng.randrange(12)
+            wanted = len(shards(out)) + some
             process = start(tiny_export, listed, out)
-            # While it starts, lists the photos, classifies or writes.
-            pause_s = rng.random() * (0.1 if begun and rng.random() < 0.8 else 3)
+            # While it starts or lists the photos; while it classifies or writes.
+            pause_s = rng.random() * (0.1 if some else 3)
             kill_when(process, lambda: len(shards(out)) >= wanted, pause_s)  # noqa: B023
             ended = process.returncode == 0
             kills += not ended
