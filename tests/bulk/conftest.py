@@ -1,15 +1,11 @@
-"""A model and photos for bulk inference; without pyarrow nothing here is run."""
+"""A model and photos for bulk inference."""
 
-import importlib.util
 import shutil
 from pathlib import Path
 
 import pytest
 
 from microclip_deploy.serving import Session, open_session
-
-if importlib.util.find_spec("pyarrow") is None:
-    collect_ignore_glob = ["test_[!w]*.py"]  # test_without_pyarrow.py stays
 
 
 @pytest.fixture(scope="session")
