@@ -300,19 +300,22 @@ LOCK = ".lock"
 
 
 @contextmanager
-def exclusive(directory: Path, busy: str, lock_name: str = LOCK) -> Iterator[None]:
+def exclusive(
+    directory: Path, busy: str, lock_name: str = LOCK, *, timeout_s: float = 0
+) -> Iterator[None]:
     """Hold a directory, or fail at once.
 
     Args:
         directory: made if it is not there.
         busy: what to say where another process holds it.
         lock_name: of the file in it; another one holds something in the directory.
+        timeout_s: how long to wait for it; -1 for as long as it takes.
 
     Raises:
         UsageError: another process holds it.
         EnvironmentProblem: it cannot be made or locked.
     """
-    lock = FileLock(directory / lock_name, timeout=0)
+    lock = FileLock(directory / lock_name, timeout=timeout_s)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock.acquire()

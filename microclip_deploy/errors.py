@@ -40,6 +40,7 @@ EXTRA_OF: Mapping[str, str] = {
     "python_multipart": "serve",
     "openai": "describe",
     "httpx2": "describe",
+    "pyarrow": "parquet",
     "tensorrt": "gpu",
     "cupy": "gpu",
 }

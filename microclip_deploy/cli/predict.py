@@ -1,8 +1,9 @@
 """`predict`: classify photos with a run, an export or a server."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +11,7 @@ from microclip_deploy.cli import next_steps
 from microclip_deploy.cli.options import (
     OUTPUT,
     SERVER,
+    SHARDS,
     BatchSize,
     BitDepth,
     Joint,
@@ -54,10 +56,24 @@ def predict(
         ),
     ] = None,
     out_file: Annotated[
-        Path | None,
+        str | None,  # a Path would lose the slash at the end
         option(
-            OUTPUT, "FILE", "Write here instead of printing: .csv, .json, .jsonl or .txt.", "--out"
+            OUTPUT,
+            "FILE|DIR/",
+            "Write here: .csv, .json, .jsonl or .txt; a folder, with / at its end, gets Parquet "
+            "shards, and the same command continues them.",
+            "--out",
+            path_type=str,
         ),
+    ] = None,
+    shard_rows: Annotated[
+        int | None, option(SHARDS, "N", "Photos a shard. [default: 8192]", min=1)
+    ] = None,
+    part: Annotated[
+        str | None, option(SHARDS, "I/N", "Make every N-th shard, from the I-th on: 2/8.")
+    ] = None,
+    columns: Annotated[
+        str | None, option(SHARDS, "NAMES", "Further columns: embedding, mask or embedding,mask.")
     ] = None,
     joint: Joint = False,
     overlay: Annotated[
@@ -84,6 +100,7 @@ def predict(
     Example: microclip-deploy predict runs/birds new/ --out predictions.csv
     """
     from microclip_deploy.cli import commands
+    from microclip_deploy.cli.shards import is_folder, run_shards
     from microclip_deploy.evaluation.remote import Server
 
     given = [directory, *(images or [])]
@@ -101,6 +118,31 @@ def predict(
             "--joint: expected RUN_OR_EXPORT, found --server, which answers each photo alone; "
             "leave one of them out"
         )
+    how: dict[str, Any] = {
+        "top_k": top_k,
+        "device": device,
+        "batch_size": batch_size,
+        "max_pixels": max_pixels,
+        "bit_depth": bit_depth,
+        "threads": threads,
+        "prior": prior,
+    }
+    to_shards = {"--shard-rows": shard_rows, "--part": part, "--columns": columns}
+    to_file = {"--format": output_format, "--overlay": overlay, "--server": server}
+    if out_file is not None and is_folder(out_file):
+        _refuse({**to_file, "--joint": joint or None}, "a file as --out, or none", out_file)
+        run_shards(
+            directory,
+            given[1:],
+            notes,
+            out=Path(out_file),
+            shard_rows=shard_rows,
+            part=part,
+            columns=columns,
+            **how,
+        )
+        return
+    _refuse(to_shards, "a folder as --out, such as shards/", out_file or "none")
     with ExitStack() as stack:
         source: Path | Server = directory
         if server is not None:
@@ -110,19 +152,20 @@ def predict(
             given if source is not directory else given[1:],
             out,
             notes,
-            top_k=top_k,
             output_format=None if output_format is None else output_format.value,
-            file=out_file,
+            file=None if out_file is None else Path(out_file),
             overlay=overlay,
-            device=device,
-            batch_size=batch_size,
-            max_pixels=max_pixels,
-            bit_depth=bit_depth,
-            threads=threads,
-            prior=prior,
             joint=joint,
+            **how,
         )
     if server is not None:
         return
     look = next_steps.evaluate if overlay else next_steps.overlay
     next_steps.tell(notes, look(directory), next_steps.deployment(directory))
+
+
+def _refuse(options: Mapping[str, object], needed: str, found: str) -> None:
+    """Refuse options that --out does not go with."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{name}: expected {needed}, found {found}; leave one of them out")

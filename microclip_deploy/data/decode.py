@@ -144,17 +144,26 @@ def read_photo(path: Path, config: PhotoConfig) -> Photo:
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
             raise BadImage(path, f"it is {kind}")
-        if status.st_size == 0:
-            raise BadImage(path, "the file is empty")
-        limit = max(MIN_FILE_LIMIT, BYTES_A_PIXEL * config.max_pixels)
-        if status.st_size > limit:
-            raise BadImage(path, f"{status.st_size} bytes exceed the limit of {limit}")
+        require_bytes(status.st_size, path, config)
         if formats.kind_of(path.suffix) == formats.RAW:
             raise BadImage(path, formats.RAW)
         with path.open("rb") as stream:
             return decode_photo(stream, path, config)
     except (OSError, ValueError) as error:
         raise BadImage(path, _reason(error)) from error
+
+
+def require_bytes(size: int, path: Path, config: PhotoConfig) -> None:
+    """Refuse an encoded image for its size in bytes, before any of it is looked at.
+
+    Raises:
+        BadImage: empty, or above the limit.
+    """
+    if size == 0:
+        raise BadImage(path, "the file is empty")
+    limit = max(MIN_FILE_LIMIT, BYTES_A_PIXEL * config.max_pixels)
+    if size > limit:
+        raise BadImage(path, f"{size} bytes exceed the limit of {limit}")
 
 
 def decode_image(stream: IO[bytes], path: Path, config: PhotoConfig = USUAL) -> Image.Image:

@@ -33,7 +33,8 @@ SURFACE = {
     "describe check": {"--domain", "--clip", "--clip-weights", "--report", "--json"},
     "predict": {
         "--top-k", "--format", "--out", "--overlay", "--joint", "--device", "--batch-size",
-        "--threads", *PHOTOS, "--server", "--model", "--api-key", "--prior",
+        "--threads", *PHOTOS, "--server", "--model", "--api-key", "--prior", "--shard-rows",
+        "--part", "--columns",
     },
     "export": {
         "--out", "--dtype", "--calibration", "--images", "--device", "--atol", "--min-agreement",
