@@ -112,7 +112,7 @@ def trained(
 
 
 METHOD = AdaptConfig()
-OWN = AdaptConfig(confidence=0.5, joint_share=0.1, fairness_prior="estimated", boundary=True)
+OWN = AdaptConfig(confidence=0.85, joint_share=0.1, fairness_prior="estimated", boundary=True)
 
 
 def require_equal(
@@ -143,6 +143,9 @@ def test_shares_of_a_batch_teach_what_the_batch_does(
     with ThreadPoolExecutor(count) as pool:
         results = list(pool.map(lambda one: trained(one, config, guided, images), ranks))
     expected = trained(ALONE, config, guided, images)
+    if guided:
+        kept = [step.kept.sum().item() for step in expected[1] if step.kept is not None]
+        assert 0 < sum(kept) < 4 * images, "the threshold divides them"
     for found in results:
         require_equal(found, expected)
         for name, parameter in found[0].trainable().items():  # all move alike, to the bit
