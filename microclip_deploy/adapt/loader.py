@@ -141,7 +141,7 @@ class AdaptImages:
             generator=torch.Generator(),
         )
         return (
-            Batch(*(part[: len(own)] for part in batch[:-1]), torch.tensor(rows))
+            Batch(*(part[: len(own)] for part in batch))._replace(whole=torch.tensor(rows))
             for batch, own, rows in zip(_checked(loader), mine, batches, strict=True)
         )
 

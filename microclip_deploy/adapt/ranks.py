@@ -144,12 +144,12 @@ ALONE = Ranks()
 def launched() -> bool:
     """Say whether torchrun, or what sets the same variables, started several processes."""
     names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and all(map(os.environ.get, names))
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and all(map(os.environ.get, names))
 
 
 def neighbours() -> int:
     """Return how many processes of this adaptation share the machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if launched() else 1
 
 
 def own_device(device: str) -> str:

@@ -26,6 +26,7 @@ from microclip_deploy.adapt.ranks import ALONE, Ranks
 from microclip_deploy.adapt.reference import Reference
 from microclip_deploy.adapt.state import TrainingState
 from microclip_deploy.adapt.stop_signal import StopSignal
+from microclip_deploy.adapt.tally import TALLY, sums
 from microclip_deploy.adapt.train_step import (
     AdaptConfig,
     Guide,
@@ -44,20 +45,6 @@ from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.ncut.spec import NCutSpec
 
 _log = logging.getLogger(__name__)
-
-TALLY = (
-    "images",
-    "loss",
-    "cross_entropy",
-    "fairness",
-    "agreement",
-    "prior_agreement",
-    "kept",
-    "complete_graphs",
-    "degenerate_graphs",
-    "mask_share",
-)
-"""What an epoch sums up, each weighted by images; kept on the device so that nothing waits."""
 
 Validator: TypeAlias = Callable[[MicroCLIP, Tensor], Mapping[str, float]]
 """(model, int64 (images,) pseudo-labels) -> named measurements."""
@@ -82,7 +69,10 @@ class Recipe(BaseModel):
 
 @dataclass(frozen=True)
 class Operation:
-    """How a run is carried out: nothing here changes its result on a CPU."""
+    """How a run is carried out: nothing here changes its result on a CPU.
+
+    Several processes add up in another order, and so change its rounding.
+    """
 
     directory: Path
     workers: int = 0
@@ -187,28 +177,6 @@ def start_state(model: MicroCLIP, images: AdaptImages, config: AdaptConfig) -> T
     )
 
 
-def _sums(step: Step, share: slice) -> Tensor:
-    """Return float64 (len(TALLY),): what a share of a batch adds to the epoch's tally."""
-    # torch.full fills on the device; a tensor made from a Python number would be copied to it.
-    chosen = step.chosen[share]
-    count, device = len(chosen), chosen.device
-    images = torch.full((), count, dtype=torch.float64, device=device)
-    weak = step.labels.weak.saliency
-    sums = {
-        "images": images,
-        "loss": step.losses.total.detach() * images,
-        "cross_entropy": step.losses.cross_entropy.detach() * images,
-        "fairness": step.losses.fairness.detach() * images,
-        "agreement": (step.output.logits.argmax(dim=1) == chosen).sum(),
-        "prior_agreement": (step.labels.prior == chosen).sum(),
-        "kept": images if step.kept is None else step.kept[share].sum(),
-        "complete_graphs": weak.complete.sum(),
-        "degenerate_graphs": weak.degenerate.sum(),
-        "mask_share": weak.mask.double().mean(dim=1).sum(),
-    }
-    return torch.stack([sums[name].double() for name in TALLY])
-
-
 @dataclass
 class _Loop:
     """What the iterations of one run share."""
@@ -261,7 +229,7 @@ class _Loop:
         state.drift = step.drift
         state.average = step.losses.average.detach()
         state.labels[batch.whole.to(state.labels.device)] = step.chosen
-        state.tally += ranks.sum(_sums(step, ranks.share(count)))
+        state.tally += ranks.sum(sums(step, ranks.share(count)))
         self.trained += count
         state.step += 1
         state.done += 1

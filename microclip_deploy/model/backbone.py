@@ -117,7 +117,7 @@ class VisionBackbone(nn.Module):
         x: Tensor = visual.ln_pre(torch.cat([cls, patches], dim=1) + visual.positional_embedding)
         again = self.checkpointing and torch.is_grad_enabled()
         for block in visual.transformer.resblocks[:-1]:
-            x = checkpoint(_block, block, x, use_reentrant=False) if again else _block(block, x)
+            x = _again(block, x) if again else _block(block, x)
         return x
 
     def _last_block(self, x: Tensor, patches: bool) -> Tensor:
@@ -138,6 +138,12 @@ class VisionBackbone(nn.Module):
 def _block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     query, key, value = _in_projection(block, block.ln_1(x)).chunk(3, dim=-1)
     return _residual(block, x, _attention(query, key, value, block.attn.num_heads))
+
+
+def _again(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    """As `_block`, computed again for its gradient; nothing in it is random."""
+    found: Tensor = checkpoint(_block, block, x, use_reentrant=False, preserve_rng_state=False)
+    return found
 
 
 def _in_projection(block: ResidualAttentionBlock, hidden: Tensor) -> Tensor:

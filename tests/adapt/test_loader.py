@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from microclip_deploy.adapt.loader import AdaptImages, Batch
+from microclip_deploy.adapt.ranks import Ranks
 from microclip_deploy.adapt.views import ViewConfig, make_views, view_generator
 from microclip_deploy.data.decode import read_image
 from microclip_deploy.data.preprocess import Preprocess
@@ -53,6 +54,17 @@ def test_every_image_comes_once_and_the_last_batch_is_smaller(paths: list[Path])
     assert images.iterations(4) == 3
     assert images.iterations(11) == images.iterations(64) == 1
     assert sorted(torch.cat([batch.indices for batch in batches]).tolist()) == list(range(COUNT))
+
+
+def test_shares_of_a_batch_are_the_batch(paths: list[Path]) -> None:
+    images, count = adapt_images(paths), 4  # the last batch has 3 images
+    shares = [list(images.epoch(1, 4, ranks=Ranks(rank, count))) for rank in range(count)]
+    for number, batch in enumerate(images.epoch(1, 4)):
+        parts = [share[number] for share in shares]
+        for name in ("weak", "strong", "crops", "indices"):
+            joined = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(joined, getattr(batch, name))
+        assert all(torch.equal(part.whole, batch.indices) for part in parts)
 
 
 def test_batches_are_contiguous_uint8_channels_first(paths: list[Path]) -> None:

@@ -141,7 +141,8 @@ def test_more_gpus_shrink_all_but_the_optimiser_and_need_more_loading() -> None:
     report.environment["cores"] = 8
     report = AdaptationReport.model_validate(report.model_dump())
     one, four, eight = report.scaling
-    assert (one.images_per_s, one.workers, one.limited_by) == (pytest.approx(50), 2, "the model")
+    assert one.images_per_s == pytest.approx(50)
+    assert (one.workers, one.limited_by) == (2, "the model")
     assert four.images_per_s == pytest.approx(8 / (0.02 + 0.14 / 4))
     assert (four.workers, four.limited_by) == (2, "the model")
     assert eight.images_per_s == pytest.approx(8 / (0.02 + 0.14 / 8))
