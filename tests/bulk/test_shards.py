@@ -301,7 +301,7 @@ def test_a_killed_job_goes_on(tiny_export: Path, photos: Path, out: Path, tmp_pa
     assert pq.read_table(out)["index"].to_pylist() == list(range(192))
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_fifty_kills_lose_and_double_nothing(
     tiny_export: Path, photos: Path, tmp_path: Path
 ) -> None:
