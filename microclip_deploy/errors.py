@@ -40,6 +40,8 @@ EXTRA_OF: Mapping[str, str] = {
     "python_multipart": "serve",
     "openai": "describe",
     "httpx2": "describe",
+    "pyarrow": "parquet",
+    "obstore": "remote",
     "tensorrt": "gpu",
     "cupy": "gpu",
 }

@@ -50,6 +50,7 @@ from microclip_deploy.cli.options import (
     option,
     recipe_names,
 )
+from microclip_deploy.cli.pack import pack
 from microclip_deploy.cli.predict import predict
 from microclip_deploy.cli.recipes import recipes
 from microclip_deploy.cli.serve import serve
@@ -285,6 +286,7 @@ def evaluate(
     next_steps.tell(notes, use, next_steps.deployment(directory))
 
 
+use()(pack)
 use()(predict)
 use()(calibrate)
 deploy()(export)

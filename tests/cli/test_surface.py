@@ -26,6 +26,9 @@ SURFACE = {
     },
     "describe": set(),
     "describe check": {"--domain", "--clip", "--clip-weights", "--report", "--json"},
+    "pack": {
+        "--out", "--side", "--quality", "--max-bad-images", "--workers", "--json", *PHOTOS,
+    },
     "predict": {
         "--top-k", "--format", "--out", "--overlay", "--device", "--batch-size", "--threads",
         *PHOTOS, "--server", "--model", "--api-key",
