@@ -40,6 +40,11 @@ def shards_of(root: str) -> list[str] | None:
     return [f"{root}/{shard['name']}" for shard in manifest["shards"]]
 
 
+def is_pack(root: str) -> bool:
+    """Say whether there is a finished pack, without looking at its shards."""
+    return _manifest(root) is not None
+
+
 def _manifest(root: str) -> dict[str, Any] | None:
     """Return the manifest of a pack; here its indices are verified, in a store they are not."""
     path = f"{root}/{artifact.MANIFEST}"

@@ -153,7 +153,7 @@ def _explained(path: str) -> Iterator[_Place]:
     except (exceptions.BaseError, OSError, ValueError) as error:
         refused = isinstance(
             error, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
-        ) or any(word in str(error).lower() for word in ("credential", "metadata token"))
+        ) or any(word in str(error).lower() for word in ("credential", "accesskey", "token"))
         remedy = (
             "set the store's credentials (such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
             "AWS_SKIP_SIGNATURE=true for a public bucket)"

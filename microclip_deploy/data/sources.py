@@ -32,7 +32,7 @@ from microclip_deploy.data.folder import Found, LeftOut, is_archive_name, search
 from microclip_deploy.data.formats import image_endings
 from microclip_deploy.data.lists import LIST_ENDINGS, read_list
 from microclip_deploy.data.location import status
-from microclip_deploy.data.pack import shards_of
+from microclip_deploy.data.pack import is_pack, shards_of
 from microclip_deploy.data.photo import USUAL, PhotoConfig, Remark, Remarks
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.data.remote import is_remote, names_below
@@ -136,7 +136,8 @@ def list_images(source: StrPath, *, on_found: Callable[[int], None] = lambda _: 
         return _images_in_tree(source, place, on_found)
     if os.path.isdir(source):  # unlike Path's own, without an error where access is denied
         return _images_in_folder(source, on_found)
-    if is_remote(source) and status(str(source)) is None:
+    # A web server answers for a folder, too, but lists none: there a pack tells what it holds.
+    if is_remote(source) and (is_pack(str(source)) or status(str(source)) is None):
         return _images_in_folder(source, on_found)
     if not _is_there(source):
         raise DataError(
