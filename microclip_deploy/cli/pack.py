@@ -44,9 +44,7 @@ def pack(
     side: Annotated[
         int, option(METHOD, "N", "Short side of larger photos, pixels.", min=32, max=8192)
     ] = 512,
-    quality: Annotated[
-        int, option(METHOD, "N", "Of the JPEGs they become.", min=1, max=100)
-    ] = 95,
+    quality: Annotated[int, option(METHOD, "N", "Of the JPEGs they become.", min=1, max=100)] = 95,
     max_bad_images: MaxBad = "1%",
     max_pixels: MaxPixels = None,
     bit_depth: BitDepth = None,

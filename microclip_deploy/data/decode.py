@@ -34,7 +34,13 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from microclip_deploy.data import archive, formats
 from microclip_deploy.data.photo import MAX_PIXELS, USUAL, Kind, Photo, PhotoConfig, Remark
-from microclip_deploy.data.pixels import Samples, eight_bits, has_transparency, is_deep, on_background
+from microclip_deploy.data.pixels import (
+    Samples,
+    eight_bits,
+    has_transparency,
+    is_deep,
+    on_background,
+)
 from microclip_deploy.errors import DataError, printable
 from microclip_deploy.paths import StrPath, as_path
 

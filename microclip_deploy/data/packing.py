@@ -196,7 +196,8 @@ def _names(listed: ImageSet) -> list[str]:
     ]
     again = [name for name, count in Counter(names).items() if count > 1]
     if again:
-        first, second, *_ = (path for path, name in zip(listed.paths, names) if name == again[0])
+        pairs = zip(listed.paths, names, strict=True)
+        first, second, *_ = (path for path, name in pairs if name == again[0])
         raise DataError(
             f"pack: expected a name of its own for each photo, found '{printable(again[0])}' for "
             f"{printable(first)} and {printable(second)}; list each photo once, below one folder"
@@ -290,9 +291,9 @@ def _finish(
     }
     names = {shard.path.name for shard in shards}
     for path in out.iterdir():
-        if _SHARD.fullmatch(path.name.removesuffix(INDEX_ENDING)):
-            if path.name.removesuffix(INDEX_ENDING) not in names:
-                path.unlink()
+        shard_name = path.name.removesuffix(INDEX_ENDING)
+        if _SHARD.fullmatch(shard_name) and shard_name not in names:
+            path.unlink()
     artifact.write_manifest(out, SCHEMA, content, [_index_path(shard).name for shard in shards])
     (out / UNFINISHED).unlink()
     return bad

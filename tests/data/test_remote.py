@@ -146,7 +146,8 @@ import sys, uvicorn
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
-uvicorn.run(Starlette(routes=[Mount("/", StaticFiles(directory="."))]), port=int(sys.argv[1]), log_level="error")
+app = Starlette(routes=[Mount("/", StaticFiles(directory="."))])
+uvicorn.run(app, port=int(sys.argv[1]), log_level="error")
 """
 
 
