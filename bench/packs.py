@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -59,16 +60,14 @@ def measure(folder: Path, preprocess: Preprocess, crops: int, packed: Path) -> d
     differences = []
     for number, pair in enumerate(pairs):
         for name, path in zip(("file", "pack"), pair, strict=True):
-            image = _timed(times, f"{name} read", lambda path=path: read_photo(path, USUAL).image)
+            image = _timed(times, f"{name} read", partial(read_photo, path, USUAL)).image
             rng = view_generator(0, 0, number)
-            _timed(
-                times, f"{name} views", lambda i=image, r=rng: make_views(i, r, preprocess, views)
-            )
+            made_views = partial(make_views, image, rng, preprocess, views)
+            _timed(times, f"{name} views", made_views)
         seen = [preprocess.test_view(read_photo(path, USUAL).image) for path in pair]
         differences.append(np.abs(seen[0].astype(int) - seen[1]))
         for decoder, decode in decoders().items():
-            content = pair[0].read_bytes()
-            _timed(times, decoder, lambda d=decode, c=content: d(c))
+            _timed(times, decoder, partial(decode, pair[0].read_bytes()))
     seconds = {name: median(values) for name, values in times.items()}
     file_s, packed_s = (seconds[f"{n} read"] + seconds[f"{n} views"] for n in ("file", "pack"))
     return {

@@ -232,8 +232,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_archive_name(path: str) -> bool:
-    """Say whether a file of a name is an archive of photos."""
-    return os.path.splitext(path)[1].lower() in ARCHIVE_ENDINGS
+    """Say whether a file of a name is an archive of photos; the caches of `datasets` are copies."""
+    name = os.path.basename(path).lower()
+    return os.path.splitext(name)[1] in ARCHIVE_ENDINGS and not (
+        name.startswith("cache-") and name.endswith(".arrow")
+    )
 
 
 def _is_image(path: str) -> bool:

@@ -132,19 +132,19 @@ def pack(
         paths = (path for shard in missing for path in shard.photos)
         decoded = read_ahead(partial(_packed, config=config), paths, workers)
         for shard in missing:
-            bad = list[BadFile]()
+            unusable = list[BadFile]()
             with artifact.staged_file(shard.path) as file, _tar(file) as tar:
                 for path, name in zip(shard.photos, shard.names, strict=True):
                     photo = next(decoded)
                     if isinstance(photo, BadImage):
-                        bad.append(BadFile(path, photo.reason))
+                        unusable.append(BadFile(path, photo.reason))
                     else:
                         _add(tar, name, photo.content)
                         reduced += photo.reduced
                         remarks.add(path, photo.remarks)
                     done += 1
                     on_progress(done, total)
-            _write_index(shard, bad)
+            _write_index(shard, unusable)
         bad = _finish(out, shards, config, max_bad)
         size = sum(shard.path.stat().st_size for shard in shards)
     good = total - len(bad)

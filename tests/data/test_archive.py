@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microclip_deploy.data import archive
 from microclip_deploy.data.archive import INDEX_ENDING, index_of
 from microclip_deploy.data.contents import contents
 from microclip_deploy.data.decode import BadImage, read_photo
+from microclip_deploy.data.index import Entry, Index
 from microclip_deploy.data.photo import USUAL
 from microclip_deploy.data.sources import NoImages, check_images, list_images, list_sources
 from microclip_deploy.errors import DataError
@@ -164,12 +164,12 @@ def test_a_tar_that_changes_under_a_run_gives_no_other_photo(tmp_path: Path) -> 
 
 
 def test_a_million_names_are_found_by_halving() -> None:
-    entries = {f"class{i % 7}/{i:06d}.jpg": archive.Entry(i, 1, -1) for i in range(5000)}
-    index = archive.Index.of(entries)
+    entries = {f"class{i % 7}/{i:06d}.jpg": Entry(i, 1, -1) for i in range(5000)}
+    index = Index.of(entries)
     assert index.find("class3/000010.jpg") == (10, 1, -1)
     assert index.find("class3/00001") is None
     assert next(iter(index)) == "class0/000000.jpg"
-    again = archive.Index.from_bytes(index.to_bytes())
+    again = Index.from_bytes(index.to_bytes())
     assert again is not None
     assert list(again) == list(index)
 
