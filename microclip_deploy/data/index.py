@@ -52,8 +52,15 @@ class Index:
     """In a pack: of the shard."""
     bad: tuple[tuple[str, str], ...] = ()
     """In a pack: path and reason of the photos that could not be read."""
+    is_table: bool = False
+    """Files are the rows of one; never stored."""
     labels: tuple[str | None, ...] | None = None
     """Of the rows of a table, in their order; never stored."""
+
+    @property
+    def holds_photos(self) -> bool:
+        """Say whether every file was taken for a photo, whatever its name."""
+        return bool(self.made_of) or self.is_table
 
     @classmethod
     def of(cls, entries: Mapping[str, Entry], **more: object) -> Self:

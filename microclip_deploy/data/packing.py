@@ -17,6 +17,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from microclip_deploy.data.formats import FORMATS, image_endings, recognised
 from microclip_deploy.data.index import Index
 from microclip_deploy.data.pack import SCHEMA, UNFINISHED
 from microclip_deploy.data.photo import USUAL, PhotoConfig, Remark, Remarks
+from microclip_deploy.data.remote import is_remote
 from microclip_deploy.data.sources import ImageSet, as_label, read_ahead, require_few_bad
 from microclip_deploy.data.tar import index_of_tar
 from microclip_deploy.errors import DataError, UsageError, printable
@@ -130,21 +132,21 @@ def pack(
         total, reduced, remarks = len(listed.paths), 0, Remarks()
         done = there_already = total - sum(len(shard.photos) for shard in missing)
         paths = (path for shard in missing for path in shard.photos)
-        decoded = read_ahead(partial(_packed, config=config), paths, workers)
-        for shard in missing:
-            unusable = list[BadFile]()
-            with artifact.staged_file(shard.path) as file, _tar(file) as tar:
-                for path, name in zip(shard.photos, shard.names, strict=True):
-                    photo = next(decoded)
-                    if isinstance(photo, BadImage):
-                        unusable.append(BadFile(path, photo.reason))
-                    else:
-                        _add(tar, name, photo.content)
-                        reduced += photo.reduced
-                        remarks.add(path, photo.remarks)
-                    done += 1
-                    on_progress(done, total)
-            _write_index(shard, unusable)
+        with closing(read_ahead(partial(_packed, config=config), paths, workers)) as decoded:
+            for shard in missing:
+                unusable = list[BadFile]()
+                with artifact.staged_file(shard.path) as file, _tar(file) as tar:
+                    for path, name in zip(shard.photos, shard.names, strict=True):
+                        photo = next(decoded)
+                        if isinstance(photo, BadImage):
+                            unusable.append(BadFile(path, photo.reason))
+                        else:
+                            _add(tar, name, photo.content)
+                            reduced += photo.reduced
+                            remarks.add(path, photo.remarks)
+                        done += 1
+                        on_progress(done, total)
+                _write_index(shard, unusable)
         bad = _finish(out, shards, config, max_bad)
         size = sum(shard.path.stat().st_size for shard in shards)
     good = total - len(bad)
@@ -208,16 +210,20 @@ def _names(listed: ImageSet) -> list[str]:
 def _named(below: str, label: str | None) -> str:
     parts = [part for part in Path(below).parts if part not in (os.sep, "..", ".")]
     if label and (len(parts) < 2 or as_label(parts[0]) != label):
-        parts.insert(0, label.replace(os.sep, "_"))
+        parts.insert(0, label.replace(os.sep, "_") if label.strip(".") else "_")
     return "/".join(parts)
 
 
 def _made_of(photos: Paths, names: Sequence[str], config: PackConfig) -> str:
-    """Hash what a shard depends on; files by size and time, as reading them is the work."""
+    """Hash what a shard depends on.
+
+    Files count by size and time, as reading them is the work; objects of a store by name alone, as
+    asking for each takes as long.
+    """
     digest = hashlib.sha256(config.model_dump_json().encode())
     for path, name in zip(photos.texts, names, strict=True):
         place = within(path)
-        status = location.status(place.archive if place else path)
+        status = None if is_remote(path) else location.status(place.archive if place else path)
         digest.update(json.dumps([path, name, status]).encode())
     return digest.hexdigest()
 

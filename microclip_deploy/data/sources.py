@@ -13,7 +13,7 @@ Every order is deterministic: it depends on the names, never on the file system 
 import os
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -344,7 +344,7 @@ def read_ahead(
     items: Iterable[_Item],
     threads: int | None,
     least: int = 0,
-) -> Iterator[_Result]:
+) -> Generator[_Result, None, None]:
     """Yield function(item) in order; a bounded number of calls, `least` or more, runs ahead."""
     threads = threads or min(_MAX_THREADS, usable_cpus())
     ahead = max(4 * threads, least)
@@ -421,11 +421,12 @@ def _images_in_archives(root: Path, archives: Sequence[str], folder: str, found:
     for archive in archives:
         index, inside = index_of(archive), Found([], [], left_out)
         left_out.in_archives.update(index.left_out)
-        if archive.lower().endswith(".tar"):
-            below = f"{folder}/" if folder else ""
-            inside.add_names(archive, (name for name in index if name.startswith(below)))
+        below = f"{folder}/" if folder else ""
+        names = (name for name in index if name.startswith(below))
+        if index.holds_photos:
+            inside.images.extend(f"{archive}/{name}" for name in names)
         else:
-            inside.images.extend(f"{archive}/{name}" for name in index)
+            inside.add_names(archive, names)
         for nested in inside.archives:
             left_out.count(Path(nested))
         told = index.labels or repeat(None)

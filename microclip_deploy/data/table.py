@@ -50,7 +50,7 @@ def index_of_table(archive: str, size: int) -> Index:
             "or write it again"
         ) from error
     entries = {f"{row:08d}": entry for row, entry in enumerate(places)}
-    return Index.of(entries, archive_bytes=size, labels=labels)
+    return Index.of(entries, archive_bytes=size, is_table=True, labels=labels)
 
 
 def read_row(archive: str, status: Status, offset: int) -> bytes:

@@ -187,10 +187,15 @@ def test_folders_of_something_else_are_left_alone(tmp_path: Path, source: Path) 
 
 def test_lists_label_and_two_photos_of_one_name_are_refused(tmp_path: Path, source: Path) -> None:
     listed = tmp_path / "list.csv"
-    listed.write_text("path,label\nphotos/small/0.png,a/b\nphotos/small/1.png,photos\n")
+    listed.write_text(
+        "path,label\nphotos/small/0.png,a/b\nphotos/small/1.png,photos\n"
+        "photos/small/2.png,..\nphotos/.hidden/3.png,.net\n"
+    )
+    (source / ".hidden").mkdir()
+    shutil.copy(source / "small" / "3.png", source / ".hidden" / "3.png")
     packing.pack(list_images(listed), tmp_path / "pack", CONFIG)
     found = list_images(tmp_path / "pack")
-    assert found.labels == ("a_b", "photos")
+    assert found.labels == (".net", "_", "a_b", "photos")
     listed.write_text("photos/small/0.png\nphotos/small/0.png\n")
     with pytest.raises(DataError, match="name of its own"):
         packing.pack(list_images(listed), tmp_path / "other", CONFIG)

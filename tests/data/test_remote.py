@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import io
 import socket
 import subprocess
 import sys
@@ -130,6 +131,22 @@ def test_loose_packed_and_foreign_photos_are_read_as_from_disk(
     assert again.photos == 6
     with pytest.raises(DataError, match=r"expected images|found nothing"):
         list_images("s3://bucket/nothing")
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_tables_in_a_store_are_read(photos: Path, server: Server, name: str) -> None:
+    pa = pytest.importorskip("pyarrow", reason="needs the extra parquet")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra parquet")
+    table, sink = pa.table({"image": [(photos / "cat" / "2.png").read_bytes()] * 3}), io.BytesIO()
+    if name == "x.parquet":
+        parquet.write_table(table, sink)
+    else:
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    store = obstore.store.from_url("s3://bucket", client_options={"allow_http": True})
+    obstore.put(store, f"tables/{name}", sink.getvalue())
+    found = list_images(f"s3://bucket/tables/{name}")
+    assert contents(found.paths) == contents([photos / "cat" / "2.png"] * 3)
 
 
 def test_missing_credentials_are_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
