@@ -126,7 +126,9 @@ def _index(archive: str, status: Status) -> Index:
                 return kept
     with location.open_file(archive) as stream:
         made = index_of_tar(stream, archive, status.size)
-    for place in _kept_at(archive, status):
+    # The index of a pack's shard is its manifest's.
+    packed = location.status(str(Path(archive).with_name(artifact.MANIFEST))) is not None
+    for place in _kept_at(archive, status)[packed:]:
         if not remote.is_remote(place):
             with suppress(EnvironmentProblem, OSError):
                 Path(place).parent.mkdir(parents=True, exist_ok=True)

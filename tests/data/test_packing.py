@@ -157,7 +157,9 @@ def test_an_unfinished_pack_is_no_source(
     assert len(list_images(out).paths) == 12
 
 
-def test_a_missing_shard_and_the_index_of_another_are_refused(tmp_path: Path, source: Path) -> None:
+def test_a_missing_shard_and_the_index_of_another_are_refused(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "pack"
     make(source, out)
     shard, index = out / "photos-00000.tar", out / "photos-00000.tar.index.safetensors"
@@ -172,6 +174,10 @@ def test_a_missing_shard_and_the_index_of_another_are_refused(tmp_path: Path, so
     index.write_bytes(index.read_bytes()[:-1] + b"?")
     with pytest.raises(CheckpointError, match="its bytes are not the manifest's"):
         list_images(out)
+    damaged = index.read_bytes()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read_photo(shard / "small" / "0.png", USUAL)  # by an index of its own
+    assert index.read_bytes() == damaged
     make(source, out)
     assert len(list_images(out).paths) == 12
 
