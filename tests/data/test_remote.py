@@ -16,6 +16,7 @@ from PIL import Image
 
 from microclip_deploy.adapt.loader import AdaptImages
 from microclip_deploy.adapt.views import ViewConfig
+from microclip_deploy.cli.main import main
 from microclip_deploy.data import remote
 from microclip_deploy.data.archive import exists
 from microclip_deploy.data.contents import contents
@@ -58,7 +59,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("remote") / "photos"
     for number in range(6):
         path = root / ("cat", "dog")[number % 2] / f"{number}.png"
@@ -69,7 +70,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def started(photos: Path) -> Iterator[Server]:
+def started(pictures: Path) -> Iterator[Server]:
     """Yield a server whose bucket holds the photos loose, packed, and in a tar without index."""
     server = Server("-m", "moto.server", "-p")
     try:
@@ -81,9 +82,9 @@ def started(photos: Path) -> Iterator[Server]:
         own = {"access_key_id": "key", "secret_access_key": "secret", "region": "us-east-1"}
         own |= {"endpoint": server.address}
         store = obstore.store.from_url("s3://bucket", client_options={"allow_http": True}, **own)
-        for path in sorted(photos.parent.rglob("*")):
+        for path in sorted(pictures.parent.rglob("*")):
             if path.is_file() and path.name != ".lock":
-                key = path.relative_to(photos.parent).as_posix()
+                key = path.relative_to(pictures.parent).as_posix()
                 obstore.put(store, key, path.read_bytes())
                 if path.suffix == ".tar":
                     obstore.put(store, "foreign/x.tar", path.read_bytes())
@@ -114,30 +115,30 @@ def parts(source: Any) -> list[tuple[str, ...]]:
 
 
 def test_loose_packed_and_foreign_photos_are_read_as_from_disk(
-    tmp_path: Path, photos: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    local = list_images(photos)
+    local = list_images(pictures)
     for place in ("photos", "pack", "foreign/x.tar", "foreign"):
         found = list_images(f"s3://bucket/{place}")
-        assert parts(f"s3://bucket/{place}") == parts(photos)
+        assert parts(f"s3://bucket/{place}") == parts(pictures)
         assert found.labels == local.labels
         assert check_images(found.paths).good == found.paths
         assert contents(found.paths) == contents(local.paths)
         assert all(map(exists, found.paths.texts))
     assert len(list((tmp_path / "microclip-deploy").iterdir())) == 1  # of the tar without one
-    assert len(list_sources([Path("s3://bucket/photos/cat/0.png"), photos]).paths) == 7
-    again = pack(list_images("s3://bucket/photos"), tmp_path / "pack", PackConfig())
-    assert again.photos == 6
+    assert len(list_sources([Path("s3://bucket/photos/cat/0.png"), pictures]).paths) == 7
+    assert main(["pack", "s3://bucket/photos", "-o", str(tmp_path / "pack")]) == 0
+    assert parts(tmp_path / "pack") == parts(pictures)
     with pytest.raises(DataError, match=r"expected images|found nothing"):
         list_images("s3://bucket/nothing")
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
-def test_tables_in_a_store_are_read(photos: Path, server: Server, name: str) -> None:
+def test_tables_in_a_store_are_read(pictures: Path, server: Server, name: str) -> None:
     pa = pytest.importorskip("pyarrow", reason="needs the extra parquet")
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra parquet")
-    table, sink = pa.table({"image": [(photos / "cat" / "2.png").read_bytes()] * 3}), io.BytesIO()
+    table, sink = pa.table({"image": [(pictures / "cat" / "2.png").read_bytes()] * 3}), io.BytesIO()
     if name == "x.parquet":
         parquet.write_table(table, sink)
     else:
@@ -146,7 +147,7 @@ def test_tables_in_a_store_are_read(photos: Path, server: Server, name: str) -> 
     store = obstore.store.from_url("s3://bucket", client_options={"allow_http": True})
     obstore.put(store, f"tables/{name}", sink.getvalue())
     found = list_images(f"s3://bucket/tables/{name}")
-    assert contents(found.paths) == contents([photos / "cat" / "2.png"] * 3)
+    assert contents(found.paths) == contents([pictures / "cat" / "2.png"] * 3)
 
 
 def test_missing_credentials_are_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,12 +169,12 @@ uvicorn.run(app, port=int(sys.argv[1]), log_level="error")
 """
 
 
-def test_a_web_server_gives_packs(photos: Path) -> None:
+def test_a_web_server_gives_packs(pictures: Path) -> None:
     pytest.importorskip("uvicorn", reason="needs the extra serve")
-    server = Server("-c", WEB, cwd=photos.parent)
+    server = Server("-c", WEB, cwd=pictures.parent)
     try:
         found = list_images(f"{server.address}/pack")
-        assert contents(found.paths) == contents(list_images(photos).paths)
+        assert contents(found.paths) == contents(list_images(pictures).paths)
         with pytest.raises(DataError, match="found no files"):
             list_images(f"{server.address}/nothing")
     finally:
@@ -181,8 +182,12 @@ def test_a_web_server_gives_packs(photos: Path) -> None:
 
 
 def test_a_cut_network_ends_an_epoch_and_it_is_resumed_exactly(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, adapt_arguments: list[str]
 ) -> None:
+    adapt_arguments[1] = "s3://bucket/pack"
+    assert main([*adapt_arguments, "--epochs", "1", "--workers", "1"]) == 0
+    whole_run = (tmp_path / "run" / "weights.safetensors").read_bytes()
+    (tmp_path / "run" / "manifest.json").unlink()
     monkeypatch.setattr(remote, "RETRY_S", 0.2)
     forget()
     images = AdaptImages(list_images("s3://bucket/pack").paths, TINY, ViewConfig(crops=1), seed=0)
@@ -195,3 +200,5 @@ def test_a_cut_network_ends_an_epoch_and_it_is_resumed_exactly(
     assert first.weak.equal(whole[0])
     with pytest.raises(EnvironmentProblem, match="expected an answer of the store"):
         check_images(images.paths)
+    assert main(["adapt", "-o", str(tmp_path / "run"), "--resume"]) == 4
+    assert (tmp_path / "run" / "weights.safetensors").read_bytes() == whole_run
