@@ -41,6 +41,7 @@ EXTRA_OF: Mapping[str, str] = {
     "openai": "describe",
     "httpx2": "describe",
     "pyarrow": "parquet",
+    "obstore": "remote",
     "tensorrt": "gpu",
     "cupy": "gpu",
 }

@@ -91,7 +91,7 @@ def adapt_paths(
     out: Path,
     recipe: str,
     seed: int,
-    paths: tuple[Path, ...],
+    paths: Sequence[Path],
     *,
     texts: ClassTexts | None = None,
     sets: Sequence[str] = (),

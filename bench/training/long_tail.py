@@ -81,7 +81,7 @@ FEW = ("balanced", "imbalance-50-order-0")
 class Photos(NamedTuple):
     """Images with their classes."""
 
-    paths: tuple[Path, ...]
+    paths: Sequence[Path]
     labels: NDArray[np.int64]
 
 

@@ -200,7 +200,7 @@ def _measure_case(
 @contextmanager
 def _photos(
     source: Path | None, config: PhotoConfig, notes: Console
-) -> Iterator[tuple[tuple[Path, ...], str]]:
+) -> Iterator[tuple[Sequence[Path], str]]:
     """Yield the files of photos that can be read, and what a search left out."""
     if source is not None:
         found = list_images(source)

@@ -94,7 +94,7 @@ def run_once(images: Path, out: Path, seed: int) -> Row:
     def part(mask: NDArray[np.bool_]) -> Photos:
         rows = np.flatnonzero(mask)
         labels = np.searchsorted(known, test.labels[rows])
-        return Photos(tuple(test.paths[row] for row in rows), labels)
+        return Photos(tuple(test.paths[row] for row in rows.tolist()), labels)
 
     with open_session(out) as session:
         others = {

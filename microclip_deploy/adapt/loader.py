@@ -32,6 +32,7 @@ from microclip_deploy.adapt.views import ViewConfig, Views, make_views, view_gen
 from microclip_deploy.data.decode import BadImage, read_photo
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError, printable
+from microclip_deploy.paths import Paths
 
 
 class Batch(NamedTuple):
@@ -76,7 +77,7 @@ class AdaptImages:
             raise DataError("images: expected at least one, found none; give a folder with images")
         if seed < 0:
             raise UsageError(f"seed: expected at least 0, found {seed}; give another")
-        self.paths = tuple(paths)
+        self.paths = paths if isinstance(paths, Paths) else Paths(map(str, paths))
         self.preprocess = preprocess
         self.views = views
         self.seed = seed
@@ -115,7 +116,7 @@ class AdaptImages:
         Raises:
             DataError: a file became unreadable after it was checked. It is never replaced, because
                 the results would then depend on when it happened.
-            EnvironmentProblem: a worker process was killed.
+            EnvironmentProblem: a worker process was killed, or an object store cannot be reached.
             UsageError: a value out of range.
         """
         count = self.iterations(batch_size)
@@ -153,19 +154,25 @@ class _Unreadable(NamedTuple):
     reason: str
 
 
+class _Unreachable(NamedTuple):
+    """A store that cannot be reached; another try may."""
+
+    message: str
+
+
 class _Sample(NamedTuple):
     """The outcome for one image."""
 
     position: int
-    views: Views | _Unreadable
+    views: Views | _Unreadable | _Unreachable
 
 
 class _EpochViews(Dataset[_Sample]):
     """Views of single images in one epoch; sent to each worker when it starts."""
 
     def __init__(self, images: AdaptImages, epoch: int) -> None:
-        # Strings: a million Path objects take seconds to send, per worker and epoch.
-        self._files = [str(path) for path in images.paths]
+        # Text: a million Path objects take seconds to send, per worker and epoch.
+        self._files = images.paths.texts
         self._preprocess = images.preprocess
         self._views = images.views
         self._seed = images.seed
@@ -176,15 +183,17 @@ class _EpochViews(Dataset[_Sample]):
             image = read_photo(Path(self._files[index]), self._preprocess.photos).image
         except BadImage as error:
             return _Sample(index, _Unreadable(self._files[index], error.reason))
+        except EnvironmentProblem as error:
+            return _Sample(index, _Unreachable(str(error)))
         rng = view_generator(self._seed, self._epoch, index)
         return _Sample(index, make_views(image, rng, self._preprocess, self._views))
 
 
-def _collate(samples: list[_Sample]) -> Batch | _Unreadable:
+def _collate(samples: list[_Sample]) -> Batch | _Unreadable | _Unreachable:
     """Stack samples channels first; the first failure stands for the whole batch."""
     views: list[Views] = []
     for sample in samples:
-        if isinstance(sample.views, _Unreadable):
+        if isinstance(sample.views, (_Unreadable, _Unreachable)):
             return sample.views
         views.append(sample.views)
 
@@ -201,12 +210,14 @@ def _collate(samples: list[_Sample]) -> Batch | _Unreadable:
     )
 
 
-def _checked(batches: Iterable[Batch | _Unreadable]) -> Iterator[Batch]:
+def _checked(batches: Iterable[Batch | _Unreadable | _Unreachable]) -> Iterator[Batch]:
     """Yield the batches; turn failures in workers into errors a user can act on."""
     try:
         for batch in batches:
             if isinstance(batch, _Unreadable):
                 raise DataError(_lost(batch))
+            if isinstance(batch, _Unreachable):
+                raise EnvironmentProblem(batch.message)
             yield batch
     except (EOFError, OSError, RuntimeError) as error:
         # Depending on the moment, torch notices a killed worker or its connection just breaks.

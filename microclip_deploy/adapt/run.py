@@ -21,6 +21,7 @@ from microclip_deploy.model.clip import Clip
 from microclip_deploy.model.text import TextHeads, cut_warning
 from microclip_deploy.model.weights import file_warning
 from microclip_deploy.ncut.spec import saliency_warning
+from microclip_deploy.paths import Paths
 
 COLLAPSE_SHARE = 0.95
 """Above this share of all pseudo-labels one class has swallowed the others."""
@@ -62,7 +63,7 @@ def execute(
         cls_share=recipe.adapt.cls_share,
         pooling=recipe.adapt.pooling,
     )
-    paths = [Path(path) for path in inputs.images]
+    paths = Paths(inputs.images)
     images = AdaptImages(paths, clip.preprocess, recipe.views, recipe.adapt.seed)
     ranks = operation.ranks
     reference = ranks.first(lambda: look_at(operation.directory, model, images, on_look))

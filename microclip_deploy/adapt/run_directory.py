@@ -18,13 +18,16 @@ from microclip_deploy.adapt.reference import SEAL, VECTORS
 from microclip_deploy.adapt.trainer import STATE, Recipe
 from microclip_deploy.artifact import LOCK, exclusive
 from microclip_deploy.config import validate
+from microclip_deploy.data.archive import exists
 from microclip_deploy.data.classes import ClassTexts
 from microclip_deploy.data.contents import contents
 from microclip_deploy.data.folder import BadFile
+from microclip_deploy.data.location import absolute
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import CheckpointError, DataError, UsageError, printable
 from microclip_deploy.model.checkpoint import WEIGHTS
 from microclip_deploy.model.clip import BackboneSpec, Clip, require_same
+from microclip_deploy.paths import Paths
 
 INPUTS = "inputs.json"
 CONFIG = "config.json"
@@ -102,7 +105,7 @@ class RunInputs(BaseModel):
         Raises:
             DataError: one is gone or another one now; the result depends on each.
         """
-        gone = [path for path in self.images if not Path(path).is_file()]
+        gone = [path for path in self.images if not exists(path)]
         if gone:
             raise DataError(
                 f"{len(gone)} images of this run are gone, the first is {printable(gone[0])}; put "
@@ -110,7 +113,7 @@ class RunInputs(BaseModel):
             )
         if self.images_sha256 is None:
             return
-        now = contents([Path(path) for path in self.images], on_progress)
+        now = contents(Paths(self.images), on_progress)
         pairs = zip(self.images, self.images_sha256, now, strict=True)
         changed = [path for path, before, after in pairs if before != after]
         if changed:
@@ -137,7 +140,7 @@ class RunInputs(BaseModel):
             )
         places: dict[str | None, list[str]] = {}
         for path, held in zip(paths, contents(paths, on_progress), strict=True):
-            places.setdefault(held, []).append(str(path.absolute()))
+            places.setdefault(held, []).append(absolute(path))
         missing = [
             path
             for path, held in zip(self.images, self.images_sha256, strict=True)
@@ -162,7 +165,7 @@ def make_inputs(
     recipe: Recipe,
     texts: ClassTexts,
     *,
-    good: tuple[Path, ...],
+    good: Sequence[Path],
     bad: tuple[BadFile, ...] = (),
     val_dir: Path | None = None,
     on_progress: OnProgress | None = None,
@@ -199,7 +202,7 @@ def make_inputs(
         descriptions=texts.descriptions,
         templates=texts.templates,
         provenance=texts.provenance,
-        images=tuple(str(path.absolute()) for path in good),
+        images=tuple(map(absolute, good)),
         images_sha256=tuple(map(str, held)),
         bad_images=tuple((printable(file.path), file.reason) for file in bad),
         copies=len(held) - len(set(held)),

@@ -37,6 +37,7 @@ from microclip_deploy.console import (
 from microclip_deploy.data.classes import DEFAULT_TEMPLATES, class_texts
 from microclip_deploy.data.contents import copies
 from microclip_deploy.data.labelled import LabelledImages
+from microclip_deploy.data.location import absolute
 from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.errors import UsageError, printable
 from microclip_deploy.evaluation.evaluate import accuracy
@@ -252,7 +253,7 @@ def _images_again(out: Path, given: Path | None, inputs: RunInputs, notes: Conso
     """Make sure that the images are the ones the run began with, perhaps at another place now."""
     paths = () if given is None else list_images(given).paths
     with bar(notes, "checking images") as progress:
-        if given is None or {str(path.absolute()) for path in paths}.issuperset(inputs.images):
+        if given is None or {absolute(path) for path in paths}.issuperset(inputs.images):
             inputs.require_images(progress.update)
             return inputs
         inputs = inputs.moved_to(paths, progress.update)

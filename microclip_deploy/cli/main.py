@@ -52,6 +52,7 @@ from microclip_deploy.cli.options import (
     option,
     recipe_names,
 )
+from microclip_deploy.cli.pack import pack
 from microclip_deploy.cli.predict import predict
 from microclip_deploy.cli.recipes import recipes
 from microclip_deploy.cli.serve import serve
@@ -301,6 +302,7 @@ def evaluate(
 
 
 use()(audit)
+use()(pack)
 use()(predict)
 use()(calibrate)
 deploy()(export)

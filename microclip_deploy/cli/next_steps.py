@@ -14,9 +14,9 @@ DEMO: Step = (("demo",), "all of it on made-up letters, in three minutes and wit
 DOCTOR: Step = (("doctor",), "what is installed here, and what will be used")
 
 
-def adapt(*more: str) -> Step:
+def adapt(*more: str, photos: str | Path = "PHOTOS") -> Step:
     """Return the adaptation to photos of the user's own."""
-    words = ("adapt", "PHOTOS", "--classes", "CLASSES.txt", "-o", "runs/NAME", *more)
+    words = ("adapt", photos, "--classes", "CLASSES.txt", "-o", "runs/NAME", *more)
     return words, "adapt to your photos, without labels"
 
 

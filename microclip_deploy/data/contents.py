@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from microclip_deploy.data.archive import find
 from microclip_deploy.processors import usable_cpus
 
 _MAX_THREADS = 8
@@ -46,7 +47,8 @@ def copies(paths: Iterable[Path], hashes: Iterable[str]) -> list[Path]:
 
 def _content(path: Path) -> str | None:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        member = find(path)
+        with path.open("rb") if member is None else member.open() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     except OSError:
         return None

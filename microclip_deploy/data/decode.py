@@ -22,7 +22,8 @@ import struct
 import threading
 import warnings
 import zlib
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import IO, cast
@@ -31,9 +32,15 @@ from PIL import ExifTags, Image, ImageChops
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
-from microclip_deploy.data import formats
+from microclip_deploy.data import archive, formats
 from microclip_deploy.data.photo import MAX_PIXELS, USUAL, Kind, Photo, PhotoConfig, Remark
-from microclip_deploy.data.pixels import Samples, eight_bits, on_background
+from microclip_deploy.data.pixels import (
+    Samples,
+    eight_bits,
+    has_transparency,
+    is_deep,
+    on_background,
+)
 from microclip_deploy.errors import DataError, printable
 from microclip_deploy.paths import StrPath, as_path
 
@@ -137,18 +144,25 @@ def read_image(
 
 
 def read_photo(path: Path, config: PhotoConfig) -> Photo:
-    """Return what `read_image` does, with what is remarkable; raises BadImage as it does."""
+    """Return what `read_image` does, with what is remarkable; raises BadImage as it does.
+
+    Raises:
+        EnvironmentProblem: the path leads into an object store, which cannot be reached.
+    """
+    with opened_photo(path, config) as stream:
+        return decode_photo(stream, path, config)
+
+
+@contextmanager
+def opened_photo(path: Path, config: PhotoConfig) -> Iterator[IO[bytes]]:
+    """Give a photo's bytes, wherever its path leads; raises as `read_photo`."""
     try:
-        status = path.stat()
-        # A named pipe would block and a device would never end, so the kind is checked first.
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise BadImage(path, f"it is {kind}")
-        require_bytes(status.st_size, path, config)
+        member = archive.find(path)
+        require_bytes(_size(path) if member is None else member.size, path, config)
         if formats.kind_of(path.suffix) == formats.RAW:
             raise BadImage(path, formats.RAW)
-        with path.open("rb") as stream:
-            return decode_photo(stream, path, config)
+        with path.open("rb") if member is None else member.open() as stream:
+            yield stream
     except (OSError, ValueError) as error:
         raise BadImage(path, _reason(error)) from error
 
@@ -166,12 +180,23 @@ def require_bytes(size: int, path: Path, config: PhotoConfig) -> None:
         raise BadImage(path, f"{size} bytes exceed the limit of {limit}")
 
 
+def _size(path: Path) -> int:
+    status = path.stat()
+    # A named pipe would block and a device would never end, so the kind is checked first.
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise BadImage(path, f"it is {kind}")
+    return status.st_size
+
+
 def decode_image(stream: IO[bytes], path: Path, config: PhotoConfig = USUAL) -> Image.Image:
     """Return the picture of `decode_photo`, and raise as it does."""
     return decode_photo(stream, path, config).image
 
 
-def decode_photo(stream: IO[bytes], path: Path, config: PhotoConfig) -> Photo:
+def decode_photo(
+    stream: IO[bytes], path: Path, config: PhotoConfig, enough: int | None = None
+) -> Photo:
     """Return an open, seekable image as `read_photo` does.
 
     Args:
@@ -179,6 +204,8 @@ def decode_photo(stream: IO[bytes], path: Path, config: PhotoConfig) -> Photo:
             the caller has bounded.
         path: the name used in errors.
         config: how it is read.
+        enough: a short side, pixels, that a JPEG need not exceed: it is decoded at the half, a
+            quarter or an eighth of its size where this leaves as much. None: in full.
 
     Raises:
         BadImage: no accepted image, damaged, or larger than a limit.
@@ -186,13 +213,13 @@ def decode_photo(stream: IO[bytes], path: Path, config: PhotoConfig) -> Photo:
     try:
         with _PILLOW_WARNINGS_HIDDEN:
             try:
-                return _decode(stream, config)
+                return _decode(stream, config, enough)
             except ValueError as error:
                 # Pillow refuses compressed PNG metadata that grows beyond 1 MiB, such as a large
                 # colour profile. None of it is needed, so such a file is read without it.
                 if "MAX_TEXT" not in str(error):
                     raise
-                return _decode(_without_png_metadata(stream), config)
+                return _decode(_without_png_metadata(stream), config, enough)
             except OSError as error:
                 if "truncated" not in str(error):
                     raise
@@ -201,21 +228,22 @@ def decode_photo(stream: IO[bytes], path: Path, config: PhotoConfig) -> Photo:
         raise BadImage(path, _reason(error)) from error
 
 
-def _decode(stream: IO[bytes], config: PhotoConfig) -> Photo:
+def _decode(stream: IO[bytes], config: PhotoConfig, enough: int | None = None) -> Photo:
     """Decode for `decode_photo`; raises NotRead on a limit and any decode error on damage."""
     require_size = partial(_require_size, config.max_pixels)
     image = formats.opened(stream, require_size)
     samples, factor = Samples.of(image), _reduction(*image.size)
     with _ONE_LARGE_PHOTO if factor > 1 else nullcontext():
         # Before the orientation is read: Pillow applies a TIFF's own while loading.
-        scale = _load(image, factor)
+        scale = _load(image, factor, enough)
         pixels, bits = eight_bits(
             image,
             samples,
             config.bit_depth,
             lambda rawmode: _loaded_as(rawmode, formats.opened(stream, require_size)),
         )
-        pixels = _reduced(pixels, factor // scale)
+        pixels = _reduced(pixels, max(1, factor // scale))
+    depends = is_deep(image, samples) or has_transparency(pixels)
     rgb = on_background(pixels, config.background)
     transpose = _TRANSPOSE.get(_orientation(image))
     if transpose is not None:
@@ -226,7 +254,7 @@ def _decode(stream: IO[bytes], config: PhotoConfig) -> Photo:
         Remark(Kind.FIRST_FRAME): _has_more_frames(image),
         Remark(Kind.REDUCED): factor > 1,
     }
-    return Photo(rgb, tuple(remark for remark, true in found.items() if true))
+    return Photo(rgb, tuple(remark for remark, true in found.items() if true), depends)
 
 
 def _reduction(width: int, height: int) -> int:
@@ -245,12 +273,16 @@ def _reduced(image: Image.Image, factor: int) -> Image.Image:
     return (image.convert("RGBA") if by_index else image).reduce(factor)
 
 
-def _load(image: ImageFile, factor: int = 1) -> int:
-    """Decode the pixels; return by which part of `factor` both sides are divided already.
+def _load(image: ImageFile, factor: int, enough: int | None) -> int:
+    """Decode the pixels; return by how much both sides are divided already.
 
     JPEG holds its pixels by frequency, and so gives a half, a quarter or an eighth for less.
     """
     scale = min(factor, 8) if isinstance(image, JpegImageFile) else 1
+    while enough and isinstance(image, JpegImageFile) and scale < 8:
+        if min(image.size) < 2 * scale * enough:
+            break
+        scale *= 2
     if scale > 1:
         image.draft(None, (image.width // scale, image.height // scale))
     image.load()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from microclip_deploy.data.archive import ARCHIVE_ENDINGS, INDEX_ENDING, find
 from microclip_deploy.data.formats import (
     INSTALL,
     PHOTO_KINDS,
@@ -64,6 +65,8 @@ class LeftOut:
     """Hidden and systems' folders, by name; what they hold is not counted."""
     unreadable: list[BadFile] = field(default_factory=list)
     """Folders that could not be entered."""
+    in_archives: Counter[str] = field(default_factory=Counter)
+    """What archives hold besides files, by kind."""
 
     def add(self, others: "LeftOut") -> None:
         """Add what another search left out."""
@@ -74,6 +77,7 @@ class LeftOut:
         self.hidden_files += others.hidden_files
         self.hidden_folders += others.hidden_folders
         self.unreadable += others.unreadable
+        self.in_archives += others.in_archives
 
     def summary(self) -> str:
         """Return all of it on one line, '' if there is nothing."""
@@ -94,6 +98,7 @@ class LeftOut:
             (len(self.unreadable), "folders that cannot be read", f" ({unreadable})"),
         )
         parts += [f"{count} {what}{names}" for count, what, names in counted if count]
+        parts += [f"{count} {kind} in archives" for kind, count in sorted(self.in_archives.items())]
         return "; ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
@@ -107,7 +112,21 @@ class LeftOut:
                 {"path": printable(folder.path), "reason": folder.reason}
                 for folder in self.unreadable
             ],
+            **({"in_archives": dict(self.in_archives)} if self.in_archives else {}),
         }
+
+    def count(self, path: Path) -> None:
+        """Count a file that is no image by its name."""
+        ending = path.suffix.lower()
+        kind = kind_of(ending)
+        if kind == SIDE:
+            self.side_files += 1
+            return
+        self.endings[ending] += 1
+        if kind in PHOTO_KINDS:
+            self.photos.append(path)
+        if not kind and self.endings[ending] == 1:
+            self.inside[ending] = _format_inside(path)
 
     def _advice(self, ending: str) -> str:
         inside = self.inside.get(ending)
@@ -120,9 +139,36 @@ class LeftOut:
 class Found(NamedTuple):
     """The outcome of a search."""
 
-    images: list[Path]
+    images: list[str]
     """Below the folder, by the parts of their paths."""
+    archives: list[str]
+    """In the same order."""
     left_out: LeftOut
+
+    def add(self, path: str) -> None:
+        """Put a file where it belongs."""
+        if _is_image(path):
+            self.images.append(path)
+        elif is_archive_name(path):
+            self.archives.append(path)
+        elif not path.endswith(INDEX_ENDING):
+            self.left_out.count(Path(path))
+
+    def add_names(self, place: str, names: Iterable[str]) -> None:
+        """Put files where they belong, as names below a place that has no folders to enter."""
+        for name in names:
+            if any(part.startswith(".") or part in _SYSTEM_FOLDERS for part in name.split("/")):
+                self.left_out.hidden_files += 1
+            else:
+                self.add(f"{place}/{name}")
+
+    def in_order(self) -> "Found":
+        """Sort everything by the parts of paths, and return this."""
+        for paths in (self.images, self.archives):
+            paths.sort(key=lambda path: path.replace(os.sep, "\0"))
+        self.left_out.photos.sort(key=lambda path: path.parts)
+        self.left_out.unreadable.sort()
+        return self
 
 
 def search(root: Path, on_found: Callable[[int], None]) -> Found:
@@ -135,8 +181,7 @@ def search(root: Path, on_found: Callable[[int], None]) -> Found:
         root: the folder.
         on_found: called with the number of images now and then.
     """
-    images: list[Path] = []
-    left_out = LeftOut()
+    found = Found([], [], LeftOut())
     entered: set[tuple[int, int]] = set()
     folders, links, told = [root], list[Path](), 0
     while folders or links:
@@ -150,28 +195,22 @@ def search(root: Path, on_found: Callable[[int], None]) -> Found:
                 continue
             entered.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as entries:
-                _sort(entries, images, folders, links, left_out)
+                _sort(entries, found, folders, links)
         except OSError as error:
-            left_out.unreadable.append(BadFile(folder, error.strerror or str(error)))
-        if len(images) >= told + _EVERY:
-            told = len(images)
+            found.left_out.unreadable.append(BadFile(folder, error.strerror or str(error)))
+        if len(found.images) >= told + _EVERY:
+            told = len(found.images)
             on_found(told)
-    images.sort(key=lambda path: path.parts)
-    left_out.photos.sort(key=lambda path: path.parts)
-    left_out.unreadable.sort()
-    return Found(images, left_out)
+    return found.in_order()
 
 
 def _sort(
-    entries: Iterable[os.DirEntry[str]],
-    images: list[Path],
-    folders: list[Path],
-    links: list[Path],
-    left_out: LeftOut,
+    entries: Iterable[os.DirEntry[str]], found: Found, folders: list[Path], links: list[Path]
 ) -> None:
     """Put what a folder holds where it belongs."""
+    left_out = found.left_out
     for entry in entries:
-        path, is_folder = Path(entry.path), _is_folder(entry)
+        is_folder = _is_folder(entry)
         if entry.name.startswith("."):
             if is_folder:
                 left_out.hidden_folders[entry.name] += 1
@@ -180,11 +219,9 @@ def _sort(
         elif is_folder and entry.name in _SYSTEM_FOLDERS:
             left_out.hidden_folders[entry.name] += 1
         elif is_folder:
-            (links if entry.is_symlink() else folders).append(path)
-        elif _is_image(path):
-            images.append(path)
+            (links if entry.is_symlink() else folders).append(Path(entry.path))
         else:
-            _count(path, left_out)
+            found.add(entry.path.removeprefix(f".{os.sep}"))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -194,31 +231,28 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_image(path: Path) -> bool:
+def is_archive_name(path: str) -> bool:
+    """Say whether a file of a name is an archive of photos; the caches of `datasets` are copies."""
+    name = os.path.basename(path).lower()
+    return os.path.splitext(name)[1] in ARCHIVE_ENDINGS and not (
+        name.startswith("cache-") and name.endswith(".arrow")
+    )
+
+
+def _is_image(path: str) -> bool:
     """Say whether a file is read; many .heic files are JPEG inside."""
-    ending = path.suffix.lower()
-    return ending in image_endings() or (kind_of(ending) == INSTALL and bool(_format_inside(path)))
-
-
-def _count(path: Path, left_out: LeftOut) -> None:
-    """Count a file that is no image by its name."""
-    ending = path.suffix.lower()
-    kind = kind_of(ending)
-    if kind == SIDE:
-        left_out.side_files += 1
-        return
-    left_out.endings[ending] += 1
-    if kind in PHOTO_KINDS:
-        left_out.photos.append(path)
-    if not kind and left_out.endings[ending] == 1:
-        left_out.inside[ending] = _format_inside(path)
+    ending = os.path.splitext(path)[1].lower()
+    return ending in image_endings() or (
+        kind_of(ending) == INSTALL and bool(_format_inside(Path(path)))
+    )
 
 
 def _format_inside(path: Path) -> str:
     """Return the readable format of a file, '' if it is none; a pipe is never opened."""
     try:
-        if path.is_file():
-            with path.open("rb") as stream:
+        member = find(path)
+        if member is not None or path.is_file():
+            with path.open("rb") if member is None else member.open() as stream:
                 return next(recognised(stream.read(16)), "")
     except OSError:
         pass

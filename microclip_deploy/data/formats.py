@@ -60,7 +60,8 @@ _ENDINGS = {
     RAW: "3fr arw cr2 cr3 crw dcr dng erf iiq kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 "
     "srf srw x3f",
     "video: extract frames": "3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts webm wmv",
-    "archive: unpack": "7z bz2 gz rar tar tgz xz zip",
+    "archive: unpack": "7z bz2 gz rar tgz xz zip",
+    "archive: give it by itself": "arrow parquet tar",
     CONVERT: "ai cur dcm dds eps exr fit fits hdr icns ico j2k jp2 jpf jpx jxr "
     "kra pcx pdf pfm psb psd qoi sgi svg svgz tga wdp xbm xcf xpm",
     SIDE: "aae bib cfg csv db doc docx htm html ini json jsonl log md npy npz onnx pt py rst "

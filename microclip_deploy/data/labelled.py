@@ -21,7 +21,7 @@ _SHOWN = 5  # labels an error message lists
 class LabelledImages:
     """Image files with the index of their class."""
 
-    paths: tuple[Path, ...]
+    paths: Sequence[Path]
     labels: NDArray[np.int64]
     """(M,), indices into the session's classes."""
     left_out: LeftOut = field(default_factory=LeftOut)

@@ -95,6 +95,8 @@ class Photo(NamedTuple):
     image: Image.Image
     """Mode RGB, upright, without metadata."""
     remarks: tuple[Remark, ...] = ()
+    depends: bool = False
+    """The pixels would be others with another `bit_depth` or `background`."""
 
 
 class Remarks:

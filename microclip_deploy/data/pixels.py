@@ -94,6 +94,18 @@ def eight_bits(
     return _eight_bits_of_colour(image, samples.rawmode, bit_depth, low_bytes)
 
 
+def is_deep(image: Image.Image, samples: Samples) -> bool:
+    """Say whether a loaded image has more than 8 bits a channel."""
+    return image.mode.startswith("I") or ";16" in samples.rawmode
+
+
+def has_transparency(image: Image.Image) -> bool:
+    """Say whether anything of an image lets the background through."""
+    if image.mode in ("LA", "RGBA"):
+        return image.getextrema()[-1][0] < 255  # type: ignore[index]  # a pair for each channel
+    return image.has_transparency_data
+
+
 def on_background(image: Image.Image, background: str) -> Image.Image:
     """Return an RGB image of what is not transparent, on a colour.
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from microclip_deploy.calibration import FOLDER, is_unknown, probabilities, softmax
 from microclip_deploy.data.decode import BadImage
 from microclip_deploy.data.labelled import LabelledImages
+from microclip_deploy.data.location import absolute
 from microclip_deploy.data.photo import Remarks
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.data.sources import (
@@ -197,7 +198,7 @@ def evaluate(
             "them, or raise --max-bad-images",
             bad,
         )
-    return _evaluation(adapted, measured, str(data.absolute()), images.left_out.to_json(), controls)
+    return _evaluation(adapted, measured, absolute(data), images.left_out.to_json(), controls)
 
 
 def _comparisons(before: SessionAccuracy, controls: Controls) -> tuple[Comparison, ...]:

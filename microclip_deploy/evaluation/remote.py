@@ -14,6 +14,7 @@ from urllib.parse import quote, urlencode, urlsplit
 import numpy as np
 from pydantic import ValidationError
 
+from microclip_deploy.data.archive import find
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.data.sources import ImageSet, read_ahead
 from microclip_deploy.errors import EnvironmentProblem, UsageError, printable
@@ -99,7 +100,8 @@ class Server:
     def _predicted(self, top_k: int, photo: tuple[int, Path]) -> Result:
         index, path = photo
         try:
-            body = path.read_bytes()
+            member = find(path)
+            body = path.read_bytes() if member is None else member.read()
         except OSError as error:
             return FailedImage(index, path, error.strerror or type(error).__name__)
         asked = {"model": self._model, "top_k": top_k, "saliency": "tokens", "heads": "true"}

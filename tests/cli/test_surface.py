@@ -31,6 +31,9 @@ SURFACE = {
     },
     "describe": set(),
     "describe check": {"--domain", "--clip", "--clip-weights", "--report", "--json"},
+    "pack": {
+        "--out", "--side", "--quality", "--max-bad-images", "--workers", "--json", *PHOTOS,
+    },
     "predict": {
         "--top-k", "--format", "--out", "--overlay", "--joint", "--device", "--batch-size",
         "--threads", *PHOTOS, "--server", "--model", "--api-key", "--prior", "--shard-rows",

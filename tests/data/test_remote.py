@@ -1,0 +1,204 @@
+"""Photos in an object store, on a real S3 server of this machine; and without it."""
+
+import importlib
+import importlib.util
+import io
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from microclip_deploy.adapt.loader import AdaptImages
+from microclip_deploy.adapt.views import ViewConfig
+from microclip_deploy.cli.main import main
+from microclip_deploy.data import remote
+from microclip_deploy.data.archive import exists
+from microclip_deploy.data.contents import contents
+from microclip_deploy.data.packing import PackConfig, pack
+from microclip_deploy.data.preprocess import Preprocess
+from microclip_deploy.data.sources import check_images, list_images, list_sources
+from microclip_deploy.errors import DataError, EnvironmentProblem
+
+obstore = pytest.importorskip("obstore", reason="needs the extra remote")
+if importlib.util.find_spec("moto") is None:
+    pytest.skip("needs moto[s3,server]", allow_module_level=True)
+
+TINY = Preprocess(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+class Server:
+    """A server of this machine that can be ended."""
+
+    def __init__(self, *arguments: str, cwd: Path | None = None) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, *arguments, str(self.port)]
+        self._process = subprocess.Popen(
+            command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                time.sleep(0.1)
+        raise RuntimeError("the server does not answer")
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("remote") / "photos"
+    for number in range(6):
+        path = root / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 10), (10 * number,) * 3).save(path)
+    pack(list_images(root), root.parent / "pack", PackConfig())
+    return root
+
+
+@pytest.fixture(scope="module")
+def started(pictures: Path) -> Iterator[Server]:
+    """Yield a server whose bucket holds the photos loose, packed, and in a tar without index."""
+    server = Server("-m", "moto.server", "-p")
+    try:
+        boto3 = importlib.import_module("boto3")  # comes with moto
+        keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret"}
+        boto3.client(
+            "s3", endpoint_url=server.address, region_name="us-east-1", **keys
+        ).create_bucket(Bucket="bucket")
+        own = {"access_key_id": "key", "secret_access_key": "secret", "region": "us-east-1"}
+        own |= {"endpoint": server.address}
+        store = obstore.store.from_url("s3://bucket", client_options={"allow_http": True}, **own)
+        for path in sorted(pictures.parent.rglob("*")):
+            if path.is_file() and path.name != ".lock":
+                key = path.relative_to(pictures.parent).as_posix()
+                obstore.put(store, key, path.read_bytes())
+                if path.suffix == ".tar":
+                    obstore.put(store, "foreign/x.tar", path.read_bytes())
+        yield server
+    finally:
+        server.end()
+
+
+@pytest.fixture
+def server(started: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Yield the server, with what a user sets to reach it."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", started.address)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    forget()
+    yield started
+    forget()
+
+
+def forget() -> None:
+    remote.status.cache_clear()
+    remote._store.cache_clear()
+
+
+def parts(source: Any) -> list[tuple[str, ...]]:
+    return [path.parts[-2:] for path in list_images(source).paths]
+
+
+def test_loose_packed_and_foreign_photos_are_read_as_from_disk(
+    tmp_path: Path, pictures: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    local = list_images(pictures)
+    for place in ("photos", "pack", "foreign/x.tar", "foreign"):
+        found = list_images(f"s3://bucket/{place}")
+        assert parts(f"s3://bucket/{place}") == parts(pictures)
+        assert found.labels == local.labels
+        assert check_images(found.paths).good == found.paths
+        assert contents(found.paths) == contents(local.paths)
+        assert all(map(exists, found.paths.texts))
+    assert len(list((tmp_path / "microclip-deploy").iterdir())) == 1  # of the tar without one
+    assert len(list_sources([Path("s3://bucket/photos/cat/0.png"), pictures]).paths) == 7
+    assert main(["pack", "s3://bucket/photos", "-o", str(tmp_path / "pack")]) == 0
+    assert parts(tmp_path / "pack") == parts(pictures)
+    with pytest.raises(DataError, match=r"expected images|found nothing"):
+        list_images("s3://bucket/nothing")
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_tables_in_a_store_are_read(pictures: Path, server: Server, name: str) -> None:
+    pa = pytest.importorskip("pyarrow", reason="needs the extra parquet")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra parquet")
+    table, sink = pa.table({"image": [(pictures / "cat" / "2.png").read_bytes()] * 3}), io.BytesIO()
+    if name == "x.parquet":
+        parquet.write_table(table, sink)
+    else:
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    store = obstore.store.from_url("s3://bucket", client_options={"allow_http": True})
+    obstore.put(store, f"tables/{name}", sink.getvalue())
+    found = list_images(f"s3://bucket/tables/{name}")
+    assert contents(found.paths) == contents([pictures / "cat" / "2.png"] * 3)
+
+
+def test_missing_credentials_are_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "RETRY_S", 0.2)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+    forget()
+    with pytest.raises(EnvironmentProblem, match="AWS_SKIP_SIGNATURE=true"):
+        list_images("s3://bucket/pack")
+
+
+WEB = """
+import sys, uvicorn
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
+app = Starlette(routes=[Mount("/", StaticFiles(directory="."))])
+uvicorn.run(app, port=int(sys.argv[1]), log_level="error")
+"""
+
+
+def test_a_web_server_gives_packs(pictures: Path) -> None:
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    server = Server("-c", WEB, cwd=pictures.parent)
+    try:
+        found = list_images(f"{server.address}/pack")
+        assert contents(found.paths) == contents(list_images(pictures).paths)
+        with pytest.raises(DataError, match="found no files"):
+            list_images(f"{server.address}/nothing")
+    finally:
+        server.end()
+
+
+def test_a_cut_network_ends_an_epoch_and_it_is_resumed_exactly(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, adapt_arguments: list[str]
+) -> None:
+    adapt_arguments[1] = "s3://bucket/pack"
+    assert main([*adapt_arguments, "--epochs", "1", "--workers", "1"]) == 0
+    whole_run = (tmp_path / "run" / "weights.safetensors").read_bytes()
+    (tmp_path / "run" / "manifest.json").unlink()
+    monkeypatch.setattr(remote, "RETRY_S", 0.2)
+    forget()
+    images = AdaptImages(list_images("s3://bucket/pack").paths, TINY, ViewConfig(crops=1), seed=0)
+    whole = [batch.weak for batch in images.epoch(0, 2)]
+    batches = images.epoch(0, 2)
+    first = next(batches)
+    server.end()
+    with pytest.raises(EnvironmentProblem, match=r"s3://bucket/pack/.*tried for up to.*--resume"):
+        next(batches)
+    assert first.weak.equal(whole[0])
+    with pytest.raises(EnvironmentProblem, match="expected an answer of the store"):
+        check_images(images.paths)
+    assert main(["adapt", "-o", str(tmp_path / "run"), "--resume"]) == 4
+    assert (tmp_path / "run" / "weights.safetensors").read_bytes() == whole_run
