@@ -229,7 +229,7 @@ packing.pack(list_images(sys.argv[1]), Path(sys.argv[2]), config, max_bad=2, wor
 """
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.large)])
 def test_a_killed_pack_continues_and_loses_nothing(
     tmp_path: Path, source: Path, kills: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
