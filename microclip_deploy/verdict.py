@@ -120,7 +120,8 @@ def verdict(
         _beyond_chance(float(agreed[0].mean()), before),
         _beyond_chance(float(agreed[1].mean()), after),
     )
-    effective = (_effective(before), _effective(after))
+    shares = [np.bincount(labels) / len(labels) for labels in (before, after)]
+    effective = (effective_classes(shares[0]), effective_classes(shares[1]))
     changed = float((before != after).mean())
     change = OFFSET + 100 * SLOPE * (kappas[1] - kappas[0])
     alarms = _alarms(effective, changed, len(chosen))
@@ -180,11 +181,10 @@ def _beyond_chance(agreement: float, labels: NDArray[np.int64]) -> float:
     return (agreement - chance) / (1 - chance) if chance < 1 else 0.0
 
 
-def _effective(labels: NDArray[np.int64]) -> float:
-    """Return how many equally frequent classes have the same entropy."""
-    shares = np.bincount(labels) / len(labels)
-    shares = shares[shares > 0]
-    return float(np.exp(-(shares * np.log(shares)).sum()))
+def effective_classes(frequencies: NDArray[np.float64]) -> float:
+    """Return how many equally frequent classes have the same entropy: 1 to C."""
+    present = frequencies[frequencies > 0]
+    return float(np.exp(-(present * np.log(present)).sum()))
 
 
 def _decision(low: float, high: float) -> Decision:

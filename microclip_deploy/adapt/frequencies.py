@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from microclip_deploy.adapt.train_step import AdaptConfig
 from microclip_deploy.errors import printable
+from microclip_deploy.verdict import effective_classes
 
 _ITERATIONS = 100
 _SETTLED = 1e-4
@@ -46,12 +47,6 @@ UNEVEN = 0.75
 """Share of the classes that are effectively there, below which a folder is called uneven. Even
 folders of the embedded benchmark are estimated at 0.83, those of imbalance 10 at 0.75, of 50 at
 0.67 (docs/long-tails.md)."""
-
-
-def effective_classes(frequencies: NDArray[np.float64]) -> float:
-    """Return how many equally frequent classes have the same entropy: 1 to C."""
-    present = frequencies[frequencies > 0]
-    return float(np.exp(-(present * np.log(present)).sum()))
 
 
 def summary(frequencies: NDArray[np.float64], classes: Sequence[str], photos: int) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -215,7 +215,7 @@ def _checked(batches: Iterable[Batch | _Unreadable | _Unreachable]) -> Iterator[
     try:
         for batch in batches:
             if isinstance(batch, _Unreadable):
-                raise DataError(_lost(batch))
+                raise lost(batch.path, batch.reason)
             if isinstance(batch, _Unreachable):
                 raise EnvironmentProblem(batch.message)
             yield batch
@@ -230,13 +230,18 @@ def _checked(batches: Iterable[Batch | _Unreadable | _Unreachable]) -> Iterator[
         ) from error
 
 
-def _lost(image: _Unreadable) -> str:
-    """Return the message for an image that was good when the run began."""
-    return (
-        f"{printable(image.path)}: expected the image that was checked when the run began, found "
-        f"a file that cannot be used ({image.reason}); the run depends on it: put it back at this "
+def lost(path: str | Path, reason: str) -> DataError:
+    """Return the error of an image that was good when the run began."""
+    return DataError(
+        f"{printable(path)}: expected the image that was checked when the run began, found "
+        f"a file that cannot be used ({reason}); the run depends on it: put it back at this "
         "path and continue with --resume, or start again with --overwrite"
     )
+
+
+def refuse_lost(_: int, error: BadImage) -> NoReturn:
+    """Raise `lost` for an image that `read_batches` cannot read."""
+    raise lost(error.path, error.reason) from error
 
 
 def _worker_context() -> BaseContext:

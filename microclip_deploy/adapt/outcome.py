@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from microclip_deploy.adapt.loader import AdaptImages
+from microclip_deploy.adapt.loader import AdaptImages, refuse_lost
 from microclip_deploy.adapt.reference import Reference
 from microclip_deploy.calibrating import calibrate, sample
 from microclip_deploy.calibration import Calibration
@@ -66,7 +66,7 @@ def judge(
         progress: called with (done, total) photos.
 
     Raises:
-        BadImage: a photo cannot be read any more.
+        DataError: a photo cannot be read any more; the run depends on it.
         VerificationError: the model's answers are no finite numbers.
     """
     seen = look_again(model, images, progress)
@@ -89,7 +89,7 @@ def look_again(model: MicroCLIP, images: AdaptImages, progress: Callable[[int, i
     """Return the photos' test views as the model sees them."""
     rows, parts = sample(len(images.paths), len(model.classifier)), []
     paths = [images.paths[row] for row in rows]
-    for batch in read_batches(paths, images.preprocess, _BATCH):
+    for batch in read_batches(paths, images.preprocess, _BATCH, on_bad=refuse_lost):
         pixels = torch.from_numpy(batch.images).permute(0, 3, 1, 2).to(model.frozen.device)
         said = model(images.preprocess.normalize(pixels))
         parts.append([token.float().cpu().numpy() for token in (said.cls, said.fg)])

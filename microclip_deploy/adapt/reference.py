@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from microclip_deploy import artifact
-from microclip_deploy.adapt.loader import AdaptImages
+from microclip_deploy.adapt.loader import AdaptImages, refuse_lost
 from microclip_deploy.data.sources import read_batches
 from microclip_deploy.errors import CheckpointError
 from microclip_deploy.head import LOGIT_SCALE
@@ -120,7 +120,7 @@ def look_at(
         progress: called with (done, total) photos.
 
     Raises:
-        BadImage: a photo cannot be read any more.
+        DataError: a photo cannot be read any more; the run depends on it.
         EnvironmentProblem: the file cannot be written.
     """
     path = directory / VECTORS
@@ -137,7 +137,7 @@ def _write(
     header = {"descr": "<f2", "fortran_order": False, "shape": (total, model.frozen.shape[1])}
     with artifact.staged_file(path) as file:
         np.lib.format.write_array_header_2_0(file, header)
-        for batch in read_batches(images.paths, images.preprocess, _BATCH):
+        for batch in read_batches(images.paths, images.preprocess, _BATCH, on_bad=refuse_lost):
             pixels = torch.from_numpy(batch.images).permute(0, 3, 1, 2).to(model.frozen.device)
             seen = model.encode_cls(images.preprocess.normalize(pixels))
             file.write(seen.cpu().numpy().astype("<f2").tobytes())

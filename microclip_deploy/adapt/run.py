@@ -8,8 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from microclip_deploy import artifact
-from microclip_deploy.adapt.frequencies import effective_classes, estimate, warning
+from microclip_deploy.adapt.frequencies import estimate, warning
 from microclip_deploy.adapt.loader import AdaptImages
 from microclip_deploy.adapt.outcome import Outcome, judge
 from microclip_deploy.adapt.reference import look_at
@@ -22,6 +25,7 @@ from microclip_deploy.model.text import TextHeads, cut_warning
 from microclip_deploy.model.weights import file_warning
 from microclip_deploy.ncut.spec import saliency_warning
 from microclip_deploy.paths import Paths
+from microclip_deploy.verdict import effective_classes
 
 COLLAPSE_SHARE = 0.95
 """Above this share of all pseudo-labels one class has swallowed the others."""
@@ -87,24 +91,32 @@ def execute(
         rollback=recipe.adapt.rollback,
         progress=on_look,
     )
-    content = manifest_content(inputs, adapted.history) | belief(outcome, inputs.classes)
-    content["frequencies"] = {
-        "effective_classes": effective_classes(prior.frequencies),
-        "estimated": prior.frequencies.tolist(),
-    }
-    doubts = (
-        warning(prior.frequencies, len(inputs.images), recipe.adapt),
-        file_warning(clip.spec.model, clip.spec.pretrained),
-        cut_warning(clip.text, inputs.texts()),
-    )
-    content["warnings"] += [doubt for doubt in doubts if doubt]
+    believed = belief(outcome, prior.frequencies, inputs.classes)
+    content = manifest_content(inputs, adapted.history) | believed
+    content["warnings"] += _doubts(inputs, clip, prior)
     write_checkpoint(operation.directory, model, clip, heads, content)
     return content
 
 
-def belief(outcome: Outcome, classes: Sequence[str]) -> dict[str, Any]:
-    """Return the manifest fields that say what is believed of the adapted model."""
+def _doubts(inputs: RunInputs, clip: Clip, prior: Prior) -> list[str]:
+    """Return what is doubtful about photos, model and texts, whatever was learnt."""
+    found = (
+        warning(prior.frequencies, len(inputs.images), inputs.recipe.adapt),
+        file_warning(clip.spec.model, clip.spec.pretrained),
+        cut_warning(clip.text, inputs.texts()),
+    )
+    return [doubt for doubt in found if doubt]
+
+
+def belief(
+    outcome: Outcome, frequencies: NDArray[np.float64], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Return the manifest fields that say what is believed of photos and the adapted model."""
     return {
+        "frequencies": {
+            "effective_classes": effective_classes(frequencies),
+            "estimated": frequencies.tolist(),
+        },
         "verdict": outcome.verdict.model_dump(mode="json"),
         "rolled_back": [classes[c] for c in outcome.rolled_back],
         "calibration": outcome.calibration.model_dump(mode="json"),

@@ -1,5 +1,6 @@
 """The second look at the photos: verdict, rolled back rows and calibration of a run."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from microclip_deploy.adapt.reference import SEAL, VECTORS, Reference, look_at
 from microclip_deploy.adapt.views import ViewConfig
 from microclip_deploy.data.classes import class_texts
 from microclip_deploy.data.sources import list_images
+from microclip_deploy.errors import DataError
 from microclip_deploy.model.checkpoint import build_model
 from microclip_deploy.model.clip import BackboneSpec, load_clip
 from microclip_deploy.model.microclip import MicroCLIP
@@ -100,3 +102,14 @@ def test_rows_of_harmed_classes_become_the_frozen_heads(
         expected = model.frozen[c] if c in outcome.rolled_back else before[c]
         assert torch.equal(row, expected)
     assert outcome.calibration.source == "folder"
+
+
+def test_a_photo_that_is_gone_after_training_is_told_with_what_to_do(
+    tmp_path: Path, model: MicroCLIP, photos: Path, images: AdaptImages
+) -> None:
+    lone = tmp_path / "lone.png"
+    shutil.copy(next(photos.rglob("*.png")), lone)
+    gone = AdaptImages([lone], images.preprocess, ViewConfig(), 0)
+    lone.unlink()
+    with pytest.raises(DataError, match="put it back at this path and continue with --resume"):
+        look_again(model, gone, lambda done, total: None)
