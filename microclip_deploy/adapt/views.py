@@ -8,6 +8,9 @@ Every random number comes from one NumPy generator seeded with (seed, epoch, ima
 depends on nothing else: not on workers, batches, or where a run was resumed. The views are drawn in
 the order above; changing the number of crops leaves the other two as they are.
 
+`draw_cuts` draws, from the photo's size alone; `make_views` carries out what was drawn with Pillow,
+and `device_views` with torch on the model's device.
+
 Source: microCLIP, training transforms; timm `RandomResizedCropAndInterpolation`, `RandAugment`.
 """
 
@@ -16,14 +19,15 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Annotated, NamedTuple, Self
+from functools import lru_cache, partial
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from timm.data.auto_augment import (
+    NAME_TO_OP,
     RandAugment,
     posterize,
     rand_augment_choices,
@@ -62,6 +66,9 @@ class ViewConfig(BaseModel):
     randaugment_ops: tuple[str, ...] = ()
     """The operations RandAugment draws from, by timm's names; () for all 15. A data set whose
     classes differ by orientation or colour needs a subset."""
+    device: Literal["cpu", "model"] = "cpu"
+    """Where views are cut: by Pillow in the loading processes, which defines them; or by torch on
+    the model's device, within a few levels of it, from photos of at most 512 pixels' short side."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -81,7 +88,44 @@ class ViewConfig(BaseModel):
                 f"randaugment_ops: expected names among {', '.join(known) or 'none'} for "
                 f"randaugment '{self.randaugment}', found {', '.join(unknown)}; use these names"
             )
+        if self.device == "model" and "GaussianBlur" in (self.randaugment_ops or known):
+            raise UsageError(
+                f"views.device 'model': expected a randaugment without GaussianBlur, found "
+                f"'{self.randaugment}'; leave it out of views.randaugment_ops, or set "
+                "views.device to 'cpu'"
+            )
         return self
+
+
+class Operation(NamedTuple):
+    """One operation of RandAugment that is applied."""
+
+    name: str
+    """timm's."""
+    arguments: tuple[float, ...]
+    """Of timm's function of that name: a factor, degrees, pixels, bits or thresholds."""
+
+
+class Cut(NamedTuple):
+    """How one view is made of a photo, pixels."""
+
+    box: tuple[int, int, int, int]
+    """Left, top, right and bottom of what is seen of the photo; nothing outside is read."""
+    scaled: tuple[int, int]
+    """Width and height that it is resized to."""
+    offset: tuple[int, int] = (0, 0)
+    """Left and top of the S x S window of the resized box; negative where it is filled."""
+    mirrored: bool = False
+    operations: tuple[Operation, ...] = ()
+    """What is then done with the window, in this order."""
+
+
+class Cuts(NamedTuple):
+    """How all views of a photo are made."""
+
+    weak: Cut
+    strong: Cut
+    crops: tuple[Cut, ...]
 
 
 class Views(NamedTuple):
@@ -121,7 +165,7 @@ def make_views(
 ) -> Views:
     """Return the random views of one image.
 
-    Not for threads: while RandAugment runs, the global states of `random` and NumPy are replaced.
+    Not for threads: see `draw_cuts`.
 
     Args:
         image: mode RGB.
@@ -129,53 +173,92 @@ def make_views(
         preprocess: gives the side S and the resizing.
         config: what the views look like.
     """
-    weak = _weak_view(image, rng, preprocess)
-    strong = _strong_view(image, rng, preprocess, config)
-    crops = [
-        _weak_view(_random_square(image, rng, config.crop_side), rng, preprocess)
-        for _ in range(config.crops)
-    ]
+    cuts = draw_cuts(image.size, rng, preprocess, config)
+    weak, strong, *crops = (_view(image, cut, preprocess) for cut in (*cuts[:2], *cuts.crops))
     return Views(weak, strong, np.stack(crops))
 
 
-def _weak_view(
-    image: Image.Image, rng: np.random.Generator, preprocess: Preprocess
-) -> NDArray[np.uint8]:
-    """Return a random square of the resized image: uint8 (S, S, 3); the only one where it fits."""
-    resized = preprocess.resized(image)
-    left, top = (
-        int(rng.integers(rest, endpoint=True)) if rest >= 0 else preprocess.offset(length)
-        for length, rest in ((side, side - preprocess.size) for side in resized.size)
+def draw_cuts(
+    size: tuple[int, int], rng: np.random.Generator, preprocess: Preprocess, config: ViewConfig
+) -> Cuts:
+    """Draw how the views of a photo are made: the only place where anything random happens.
+
+    Not for threads: while RandAugment draws, the global states of `random` and NumPy are replaced.
+
+    Args:
+        size: width and height of the photo, pixels.
+        rng: the only source of randomness; see `view_generator`.
+        preprocess: gives the side S and the resizing.
+        config: what the views look like.
+    """
+    weak = _draw_window((0, 0, *size), rng, preprocess)
+    strong = _draw_strong(size, rng, preprocess, config)
+    crops = tuple(
+        _draw_window(_random_square(size, rng, config.crop_side), rng, preprocess)
+        for _ in range(config.crops)
     )
-    return preprocess.window(resized, left, top)
+    return Cuts(weak, strong, crops)
+
+
+def _draw_window(
+    box: tuple[int, int, int, int], rng: np.random.Generator, preprocess: Preprocess
+) -> Cut:
+    """Draw a square of the resized box; the only one where it fits."""
+    left, top, right, bottom = box
+    scaled = preprocess.scaled((right - left, bottom - top))
+    x, y = (
+        int(rng.integers(rest, endpoint=True)) if rest >= 0 else preprocess.offset(length)
+        for length, rest in ((side, side - preprocess.size) for side in scaled)
+    )
+    return Cut(box, scaled, (x, y))
 
 
 def _random_square(
-    image: Image.Image, rng: np.random.Generator, share: tuple[float, float]
-) -> Image.Image:
+    size: tuple[int, int], rng: np.random.Generator, share: tuple[float, float]
+) -> tuple[int, int, int, int]:
     """Return a square whose side is a random share of the short side, placed uniformly."""
-    side = max(1, int(rng.uniform(*share) * min(image.size)))
-    left = int(rng.integers(image.width - side, endpoint=True))
-    top = int(rng.integers(image.height - side, endpoint=True))
-    return image.crop((left, top, left + side, top + side))
+    width, height = size
+    side = max(1, int(rng.uniform(*share) * min(size)))
+    left = int(rng.integers(width - side, endpoint=True))
+    top = int(rng.integers(height - side, endpoint=True))
+    return left, top, left + side, top + side
 
 
-def _strong_view(
-    image: Image.Image, rng: np.random.Generator, preprocess: Preprocess, config: ViewConfig
-) -> NDArray[np.uint8]:
-    """Return the augmented view: uint8 (S, S, 3)."""
-    box = _random_resized_box(*image.size, rng, config)
-    # Cropping first keeps the filter from reading pixels outside the box, as torchvision does;
-    # resize(box=...) would not.
-    size = (preprocess.size, preprocess.size)
-    view = image.crop(box).resize(size, Image.Resampling[preprocess.interpolation.upper()])
-    if rng.random() < config.flip:
-        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+def _draw_strong(
+    size: tuple[int, int], rng: np.random.Generator, preprocess: Preprocess, config: ViewConfig
+) -> Cut:
+    """Draw the augmented view."""
+    box = _random_resized_box(*size, rng, config)
+    mirrored = bool(rng.random() < config.flip)
+    operations: tuple[Operation, ...] = ()
     if config.randaugment:
         augment = _randaugment(config.randaugment, config.randaugment_ops, preprocess.size)
         with _global_seeds(rng):
-            view = augment(view)
-    return np.array(view)
+            operations = augment(())
+    return Cut(box, (preprocess.size, preprocess.size), (0, 0), mirrored, operations)
+
+
+def _view(image: Image.Image, cut: Cut, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """Return what was drawn: uint8 (S, S, 3)."""
+    # Cropping first keeps the filter from reading pixels outside the box, as torchvision does;
+    # resize(box=...) would not.
+    part = image if cut.box == (0, 0, *image.size) else image.crop(cut.box)
+    resized = part.resize(cut.scaled, Image.Resampling[preprocess.interpolation.upper()])
+    if cut.mirrored:
+        resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = preprocess.window(resized, *cut.offset)
+    return (
+        np.array(augmented(Image.fromarray(pixels), cut.operations)) if cut.operations else pixels
+    )
+
+
+def augmented(image: Image.Image, operations: tuple[Operation, ...]) -> Image.Image:
+    """Return an image after operations that RandAugment drew, by timm's functions."""
+    for name, arguments in operations:
+        function = NAME_TO_OP[name]
+        function = _posterize if function is posterize else function
+        image = function(image, *arguments, fillcolor=(0, 0, 0), resample=Image.Resampling.BICUBIC)
+    return image
 
 
 def _random_resized_box(
@@ -204,17 +287,22 @@ def _random_resized_box(
 
 @lru_cache(maxsize=8)
 def _randaugment(config: str, ops: tuple[str, ...], side: int) -> RandAugment:
-    """Build timm's transform as its `create_transform` does for mean 0 and bicubic."""
-    parameters = {
-        "translate_const": int(side * 0.45),
-        "img_mean": (0, 0, 0),
-        "interpolation": Image.Resampling.BICUBIC,
-    }
+    """Build timm's transform as its `create_transform` does for mean 0 and bicubic.
+
+    It draws and applies in one go; here each operation only notes what it was drawn with, so that
+    the transform takes a tuple of operations and returns it with those that it would apply.
+    """
+    parameters = {"translate_const": int(side * 0.45)}
     augment: RandAugment = rand_augment_transform(config, parameters, transforms=list(ops) or None)
     for operation in augment.ops:
-        if operation.aug_fn is posterize:
-            operation.aug_fn = _posterize
+        operation.aug_fn = partial(_noted, operation.name)
     return augment
+
+
+def _noted(
+    name: str, before: tuple[Operation, ...], *arguments: float, **_: object
+) -> tuple[Operation, ...]:
+    return (*before, Operation(name, arguments))
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:

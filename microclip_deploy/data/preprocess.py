@@ -95,9 +95,9 @@ class Preprocess(BaseModel):
         if getattr(image, "mode", None) != "RGB":
             found = getattr(image, "mode", type(image).__name__)
             raise DataError(f"image: expected mode RGB, found {found}; open it with read_image")
-        return image.resize(self._scaled(image.size), Image.Resampling[self.interpolation.upper()])
+        return image.resize(self.scaled(image.size), Image.Resampling[self.interpolation.upper()])
 
-    def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
+    def scaled(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the width and height to which an image of a width and height is scaled."""
         side, (short, long) = self.size, sorted(size)
         if self.resize_mode == "squash":
@@ -110,7 +110,7 @@ class Preprocess(BaseModel):
 
     def seen(self, size: tuple[int, int]) -> Box:
         """Return the part of an image of a width and height that its test view shows."""
-        scaled = self._scaled(size)
+        scaled = self.scaled(size)
         begin = [self.offset(length) for length in scaled]
         left, top = (begin[i] * size[i] / scaled[i] for i in (0, 1))
         right, bottom = ((begin[i] + self.size) * size[i] / scaled[i] for i in (0, 1))

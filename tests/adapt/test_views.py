@@ -13,10 +13,19 @@ from pydantic import ValidationError
 from timm.data.auto_augment import AugmentOp, rand_augment_transform
 
 from microclip_deploy.adapt import views
-from microclip_deploy.adapt.views import ViewConfig, make_views, randaugment_names, view_generator
+from microclip_deploy.adapt.views import (
+    Operation,
+    ViewConfig,
+    augmented,
+    draw_cuts,
+    make_views,
+    randaugment_names,
+    view_generator,
+)
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import UsageError
 
+Drawn = tuple[Operation, ...]
 SIZE = 32
 CLIP = Preprocess(size=SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 PAPER = ViewConfig()
@@ -80,7 +89,7 @@ def test_crops_are_squares_of_the_original_within_the_bounds_of_the_side() -> No
     image = Image.fromarray(np.stack([x, y, x], -1).astype(np.uint8))
     sides, lefts = [], []
     for _ in range(500):
-        crop = views._random_square(image, rng, (0.5, 0.9))
+        crop = image.crop(views._random_square(image.size, rng, (0.5, 0.9)))
         assert crop.width == crop.height
         left, top, _ = np.asarray(crop)[0, 0]
         assert np.asarray(crop)[-1, -1].tolist()[:2] == [
@@ -180,14 +189,13 @@ def test_first_image_does_not_share_the_stream_that_shuffles() -> None:
 def applied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each operation was drawn (name) and applied (name + '!')."""
     counts: Counter[str] = Counter()
-    original: Callable[[AugmentOp, Image.Image], Image.Image] = AugmentOp.__call__
+    original: Callable[[AugmentOp, Drawn], Drawn] = AugmentOp.__call__
 
-    def counted(operation: AugmentOp, image: Image.Image) -> Image.Image:
+    def counted(operation: AugmentOp, before: Drawn) -> Drawn:
         counts[operation.name] += 1
-        result = original(operation, image)
-        # timm returns the very image when the operation's coin says no.
-        counts[operation.name + "!"] += result is not image
-        assert isinstance(result, Image.Image)
+        result = original(operation, before)
+        # timm returns what it was given when the operation's coin says no.
+        counts[operation.name + "!"] += result is not before
         return result
 
     monkeypatch.setattr(AugmentOp, "__call__", counted)
@@ -197,9 +205,8 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_randaugment_draws_two_of_fifteen_and_applies_each_with_half(
     applied: Counter[str],
 ) -> None:
-    image = noise(SIZE, SIZE)
     for index in range(1500):
-        views._strong_view(image, view_generator(0, 0, index), CLIP, PAPER)
+        draw_cuts((SIZE, SIZE), view_generator(0, 0, index), CLIP, PAPER)
     names = randaugment_names(PAPER.randaugment)
     assert len(names) == 15
     assert sum(applied[name] for name in names) == 3000
@@ -212,7 +219,7 @@ def test_randaugment_draws_only_from_the_given_operations(applied: Counter[str])
     chosen = ("ColorIncreasing", "AutoContrast")
     config = ViewConfig(randaugment_ops=chosen)
     for index in range(50):
-        views._strong_view(noise(40, 40), view_generator(0, 0, index), CLIP, config)
+        draw_cuts((40, 40), view_generator(0, 0, index), CLIP, config)
     assert {name for name in applied if not name.endswith("!")} == set(chosen)
 
 
@@ -226,7 +233,7 @@ def test_randaugment_is_the_transform_of_timm_with_a_black_border() -> None:
     ours = views._randaugment("rand-m9-mstd0.5-inc1", (), SIZE)
     image = noise(SIZE, SIZE)
     results: list[NDArray[np.uint8]] = []
-    for transform in (reference, ours):
+    for transform in (reference, lambda image: augmented(image, ours(()))):
         for seed in range(30):
             with views._global_seeds(np.random.default_rng(seed)):
                 results.append(np.array(transform(image)))
@@ -234,8 +241,8 @@ def test_randaugment_is_the_transform_of_timm_with_a_black_border() -> None:
     assert repr(reference) == repr(ours)
     white = Image.new("RGB", (SIZE, SIZE), "white")
     with views._global_seeds(np.random.default_rng(0)):
-        shifted = views._randaugment("rand-m9-p1.0", ("TranslateXRel",), SIZE)(white)
-    assert np.asarray(shifted).min() == 0
+        shift = views._randaugment("rand-m9-p1.0", ("TranslateXRel",), SIZE)(())
+    assert np.asarray(augmented(white, shift)).min() == 0
 
 
 @pytest.mark.parametrize("increasing", ["-inc1", ""])
@@ -245,13 +252,13 @@ def test_every_operation_works_at_every_magnitude(magnitude: int, increasing: st
     image = noise(SIZE, SIZE)
     for name in randaugment_names(config):
         with views._global_seeds(np.random.default_rng(0)):
-            result = views._randaugment(config, (name,), SIZE)(image)
+            result = augmented(image, views._randaugment(config, (name,), SIZE)(()))
         assert (result.mode, result.size) == ("RGB", (SIZE, SIZE))
 
 
 def test_posterizing_to_no_bits_is_black() -> None:
     augment = views._randaugment("rand-m10-p1.0-inc1", ("PosterizeIncreasing",), SIZE)
-    assert np.asarray(augment(noise(SIZE, SIZE))).max() == 0
+    assert np.asarray(augmented(noise(SIZE, SIZE), augment(()))).max() == 0
 
 
 @pytest.mark.parametrize(
