@@ -5,7 +5,8 @@
 
 Nothing random depends on workers or on earlier batches, so an epoch can be entered at any iteration
 and continues exactly. Batches are uint8: a quarter of the memory traffic of float32, normalised on
-the device by `Preprocess.normalize`.
+the device by `Preprocess.normalize`. With `views.device = "model"` whole photos are sent instead,
+and the views are cut on the device (`device_views`).
 
 Worker processes are started from a clean server process, never forked from this one: by then it
 holds threads and perhaps a CUDA context, and a forked copy of a held lock is never released. They
@@ -27,8 +28,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from microclip_deploy.adapt.device_views import PhotoBatch, WholePhoto, whole_photo
 from microclip_deploy.adapt.ranks import ALONE, Ranks
-from microclip_deploy.adapt.views import ViewConfig, Views, make_views, view_generator
+from microclip_deploy.adapt.views import ViewConfig, Views, draw_cuts, make_views, view_generator
 from microclip_deploy.data.decode import BadImage, read_photo
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError, printable
@@ -36,7 +38,7 @@ from microclip_deploy.paths import Paths
 
 
 class Batch(NamedTuple):
-    """Views of B images on the CPU; every tensor contiguous."""
+    """Views of B images, on the CPU and contiguous, or where `views.device` has them cut."""
 
     weak: torch.Tensor
     """uint8 (B, 3, S, S)"""
@@ -103,6 +105,7 @@ class AdaptImages:
         start_iteration: int = 0,
         workers: int = 0,
         ranks: Ranks = ALONE,
+        device: torch.device | str = "cpu",
     ) -> Iterator[Batch]:
         """Yield the batches of one epoch, or this process's share of each, from any iteration on.
 
@@ -112,6 +115,7 @@ class AdaptImages:
             start_iteration: first batch to yield, 0 <= start <= iterations.
             workers: processes that decode; 0 decodes in this one.
             ranks: the processes that share each batch.
+            device: the model's, where views are cut if `views.device` says so.
 
         Raises:
             DataError: a file became unreadable after it was checked. It is never replaced, because
@@ -141,10 +145,18 @@ class AdaptImages:
             # belongs to the model.
             generator=torch.Generator(),
         )
+        loaded = (self._batch(found, device) for found in _checked(loader))
         return (
             Batch(*(part[: len(own)] for part in batch))._replace(whole=torch.tensor(rows))
-            for batch, own, rows in zip(_checked(loader), mine, batches, strict=True)
+            for batch, own, rows in zip(loaded, mine, batches, strict=True)
         )
+
+    def _batch(self, loaded: "Batch | PhotoBatch", device: torch.device | str) -> Batch:
+        """Return the views of what was loaded."""
+        if isinstance(loaded, Batch):
+            return loaded
+        views, indices = loaded.views(device, self.preprocess), loaded.indices
+        return Batch(views[:, 0], views[:, 1], views[:, 2:], indices, indices)
 
 
 class _Unreadable(NamedTuple):
@@ -164,7 +176,7 @@ class _Sample(NamedTuple):
     """The outcome for one image."""
 
     position: int
-    views: Views | _Unreadable | _Unreachable
+    views: Views | WholePhoto | _Unreadable | _Unreachable
 
 
 class _EpochViews(Dataset[_Sample]):
@@ -186,21 +198,31 @@ class _EpochViews(Dataset[_Sample]):
         except EnvironmentProblem as error:
             return _Sample(index, _Unreachable(str(error)))
         rng = view_generator(self._seed, self._epoch, index)
+        if self._views.device == "model":
+            image = whole_photo(image)
+            cuts = draw_cuts(image.size, rng, self._preprocess, self._views)
+            return _Sample(index, WholePhoto(np.asarray(image), cuts))
         return _Sample(index, make_views(image, rng, self._preprocess, self._views))
 
 
-def _collate(samples: list[_Sample]) -> Batch | _Unreadable | _Unreachable:
+def _collate(samples: list[_Sample]) -> Batch | PhotoBatch | _Unreadable | _Unreachable:
     """Stack samples channels first; the first failure stands for the whole batch."""
     views: list[Views] = []
+    photos: list[WholePhoto] = []
     for sample in samples:
         if isinstance(sample.views, (_Unreadable, _Unreachable)):
             return sample.views
-        views.append(sample.views)
+        if isinstance(sample.views, WholePhoto):
+            photos.append(sample.views)
+        else:
+            views.append(sample.views)
+    positions = torch.tensor([sample.position for sample in samples], dtype=torch.int64)
+    if photos:
+        return PhotoBatch.of(photos, positions)
 
     def stacked(arrays: list[NDArray[np.uint8]]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.stack(arrays), -1, -3)))
 
-    positions = torch.tensor([sample.position for sample in samples], dtype=torch.int64)
     return Batch(
         weak=stacked([view.weak for view in views]),
         strong=stacked([view.strong for view in views]),
@@ -210,7 +232,9 @@ def _collate(samples: list[_Sample]) -> Batch | _Unreadable | _Unreachable:
     )
 
 
-def _checked(batches: Iterable[Batch | _Unreadable | _Unreachable]) -> Iterator[Batch]:
+def _checked(
+    batches: Iterable[Batch | PhotoBatch | _Unreadable | _Unreachable],
+) -> Iterator[Batch | PhotoBatch]:
     """Yield the batches; turn failures in workers into errors a user can act on."""
     try:
         for batch in batches:

@@ -210,6 +210,7 @@ class _Loop:
             start_iteration=state.step,
             workers=self.operation.workers,
             ranks=self.operation.ranks,
+            device=self.model.classifier.device,
         )
         for batch in batches:
             found = self.iterate(batch)

@@ -17,7 +17,7 @@ Source: microCLIP, training transforms; timm `RandomResizedCropAndInterpolation`
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Annotated, Literal, NamedTuple, Self
@@ -255,7 +255,7 @@ def _view(image: Image.Image, cut: Cut, preprocess: Preprocess) -> NDArray[np.ui
 def augmented(image: Image.Image, operations: tuple[Operation, ...]) -> Image.Image:
     """Return an image after operations that RandAugment drew, by timm's functions."""
     for name, arguments in operations:
-        function = NAME_TO_OP[name]
+        function: Callable[..., Image.Image] = NAME_TO_OP[name]
         function = _posterize if function is posterize else function
         image = function(image, *arguments, fillcolor=(0, 0, 0), resample=Image.Resampling.BICUBIC)
     return image

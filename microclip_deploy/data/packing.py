@@ -153,6 +153,15 @@ def pack(
     return Packed(good, bad, size, there_already, reduced, tuple(remarks.lines()))
 
 
+def reduced(image: Image.Image, side: int) -> Image.Image:
+    """Return an image whose short side is at most `side` pixels, the very one where it is."""
+    short = min(image.size)
+    if short <= side:
+        return image
+    width, height = (max(1, round(length * side / short)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def _packed(path: Path, config: PackConfig) -> _Photo | BadImage:
     """Return a photo as it is stored."""
     side = config.side
@@ -165,8 +174,7 @@ def _packed(path: Path, config: PackConfig) -> _Photo | BadImage:
                 return _Photo(stream.read(), False, photo.remarks)
     except BadImage as error:
         return error
-    size = tuple(max(1, round(length * side / short)) for length in photo.image.size)
-    small = photo.image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    small = reduced(photo.image, side)
     content = io.BytesIO()
     small.save(content, "JPEG", quality=config.quality, subsampling=0)
     return _Photo(content.getvalue(), True, photo.remarks)
