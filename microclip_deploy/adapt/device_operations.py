@@ -81,12 +81,13 @@ def _solarize_add(image: Tensor, added: float) -> Tensor:
 
 def _blend(plain: Tensor, image: Tensor, factor: float) -> Tensor:
     """Return what lies between a plainer image and the image, or beyond it; fractions drop off."""
-    return (plain + factor * (image.float() - plain)).clamp(0, 255).to(torch.uint8)
+    between = plain + factor * (image.float() - plain)
+    return between.clamp(0, 255).to(torch.uint8)
 
 
 def _gray(image: Tensor) -> Tensor:
     """Return Pillow's mode L: int32 (1, S, S)."""
-    red, green, blue = image.int()
+    red, green, blue = image.int().unbind()
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16)[None]
 
 

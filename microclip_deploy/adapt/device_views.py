@@ -1,6 +1,6 @@
 """Views of whole photos, cut on the device that trains: `views.device = "model"`.
 
-The loading processes send each photo once, at `SIDE` pixels' short side at most, with the cuts that
+The loading processes send each photo once, at `sent_side` at most, with the cuts that
 `views.draw_cuts` drew for it: the same as on a CPU. Resizing is linear in the pixels and separable,
 so all views of a photo are two matrix products, whose matrices hold box, filter, window and mirror.
 
@@ -8,6 +8,7 @@ Pillow rounds after each of its two passes and so do these; what differs is whic
 in tall photos, and its 22-bit weights: single levels.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -17,16 +18,21 @@ from PIL import Image
 from torch import Tensor
 
 from microclip_deploy.adapt.device_operations import augmented
-from microclip_deploy.adapt.views import Cut, Cuts, Operation
+from microclip_deploy.adapt.views import Cut, Cuts, Operation, ViewConfig, draw_cuts
 from microclip_deploy.data.packing import PackConfig, reduced
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.model.clip import exact_float32
 
-SIDE = PackConfig().side
-"""Short side to which larger photos are reduced before they are sent, as in a pack."""
-
 _AT_ONCE = 4_000_000
 """Weights of the views that are cut in one go: all of a photo that is not extremely long."""
+
+
+def sent_side(preprocess: Preprocess, config: ViewConfig) -> int:
+    """Return the short side, pixels, to which larger photos are reduced before they are sent.
+
+    That of a pack, or more where the smallest crop would have to be enlarged.
+    """
+    return max(PackConfig().side, math.ceil(preprocess.size / config.crop_side[0]))
 
 
 class WholePhoto(NamedTuple):
@@ -36,10 +42,13 @@ class WholePhoto(NamedTuple):
     """(H, W, 3), RGB."""
     cuts: Cuts
 
-
-def whole_photo(image: Image.Image) -> Image.Image:
-    """Return a photo, mode RGB, at the size at which it is sent."""
-    return reduced(image, SIDE)
+    @classmethod
+    def of(
+        cls, image: Image.Image, rng: np.random.Generator, preprocess: Preprocess, views: ViewConfig
+    ) -> "WholePhoto":
+        """Reduce an image, mode RGB, to the size at which it is sent, and draw its cuts."""
+        image = reduced(image, sent_side(preprocess, views))
+        return cls(np.asarray(image), draw_cuts(image.size, rng, preprocess, views))
 
 
 class PhotoBatch(NamedTuple):

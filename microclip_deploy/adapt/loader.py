@@ -28,9 +28,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from microclip_deploy.adapt.device_views import PhotoBatch, WholePhoto, whole_photo
+from microclip_deploy.adapt.device_views import PhotoBatch, WholePhoto
 from microclip_deploy.adapt.ranks import ALONE, Ranks
-from microclip_deploy.adapt.views import ViewConfig, Views, draw_cuts, make_views, view_generator
+from microclip_deploy.adapt.views import ViewConfig, Views, make_views, view_generator
 from microclip_deploy.data.decode import BadImage, read_photo
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import DataError, EnvironmentProblem, UsageError, printable
@@ -199,9 +199,7 @@ class _EpochViews(Dataset[_Sample]):
             return _Sample(index, _Unreachable(str(error)))
         rng = view_generator(self._seed, self._epoch, index)
         if self._views.device == "model":
-            image = whole_photo(image)
-            cuts = draw_cuts(image.size, rng, self._preprocess, self._views)
-            return _Sample(index, WholePhoto(np.asarray(image), cuts))
+            return _Sample(index, WholePhoto.of(image, rng, self._preprocess, self._views))
         return _Sample(index, make_views(image, rng, self._preprocess, self._views))
 
 

@@ -17,10 +17,10 @@ Source: microCLIP, training transforms; timm `RandomResizedCropAndInterpolation`
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from timm.data.auto_augment import (
     NAME_TO_OP,
     RandAugment,
-    posterize,
     rand_augment_choices,
     rand_augment_transform,
 )
@@ -68,7 +67,8 @@ class ViewConfig(BaseModel):
     classes differ by orientation or colour needs a subset."""
     device: Literal["cpu", "model"] = "cpu"
     """Where views are cut: by Pillow in the loading processes, which defines them; or by torch on
-    the model's device, within a few levels of it, from photos of at most 512 pixels' short side."""
+    the model's device, within a level of it but for RandAugment of that level, from photos reduced
+    to a short side of 512 pixels (`device_views.sent_side`)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -247,17 +247,16 @@ def _view(image: Image.Image, cut: Cut, preprocess: Preprocess) -> NDArray[np.ui
     if cut.mirrored:
         resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = preprocess.window(resized, *cut.offset)
-    return (
-        np.array(augmented(Image.fromarray(pixels), cut.operations)) if cut.operations else pixels
-    )
+    if not cut.operations:
+        return pixels
+    return np.array(augmented(Image.fromarray(pixels), cut.operations))
 
 
 def augmented(image: Image.Image, operations: tuple[Operation, ...]) -> Image.Image:
     """Return an image after operations that RandAugment drew, by timm's functions."""
+    kept = {"fillcolor": (0, 0, 0), "resample": Image.Resampling.BICUBIC}
     for name, arguments in operations:
-        function: Callable[..., Image.Image] = NAME_TO_OP[name]
-        function = _posterize if function is posterize else function
-        image = function(image, *arguments, fillcolor=(0, 0, 0), resample=Image.Resampling.BICUBIC)
+        image = _BY_NAME[name](image, *arguments, **kept)
     return image
 
 
@@ -285,6 +284,22 @@ def _random_resized_box(
     return left, top, left + w, top + h
 
 
+def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    """Posterize as timm does, also to 0 bits, which is black and which Pillow 13 refuses.
+
+    At magnitude 9 with deviation 0.5 the clipped magnitude 10, and so 0 bits, is drawn in 2%.
+    """
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
+
+
+_BY_NAME: dict[str, Any] = {
+    **NAME_TO_OP,
+    **{name: _posterize for name in NAME_TO_OP if name.startswith("Posterize")},
+}
+
+
 @lru_cache(maxsize=8)
 def _randaugment(config: str, ops: tuple[str, ...], side: int) -> RandAugment:
     """Build timm's transform as its `create_transform` does for mean 0 and bicubic.
@@ -303,16 +318,6 @@ def _noted(
     name: str, before: tuple[Operation, ...], *arguments: float, **_: object
 ) -> tuple[Operation, ...]:
     return (*before, Operation(name, arguments))
-
-
-def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
-    """Posterize as timm does, also to 0 bits, which is black and which Pillow 13 refuses.
-
-    At magnitude 9 with deviation 0.5 the clipped magnitude 10, and so 0 bits, is drawn in 2%.
-    """
-    if bits_to_keep < 1:
-        return Image.new(image.mode, image.size)
-    return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
 
 
 @contextmanager

@@ -8,13 +8,12 @@ import torch
 from PIL import Image
 
 from microclip_deploy.adapt import device_operations, views
-from microclip_deploy.adapt.device_views import SIDE, PhotoBatch, WholePhoto, whole_photo
+from microclip_deploy.adapt.device_views import PhotoBatch, WholePhoto
 from microclip_deploy.adapt.loader import AdaptImages, Batch
 from microclip_deploy.adapt.ranks import Ranks
 from microclip_deploy.adapt.views import (
     Operation,
     ViewConfig,
-    draw_cuts,
     make_views,
     randaugment_names,
     view_generator,
@@ -38,8 +37,8 @@ def smooth(width: int, height: int) -> Image.Image:
 
 def cut(image: Image.Image, index: int, preprocess: Preprocess, config: ViewConfig) -> torch.Tensor:
     """Return the views of a photo, int (2 + V, 3, S, S), as the device makes them."""
-    cuts = draw_cuts(image.size, view_generator(0, 0, index), preprocess, config)
-    batch = PhotoBatch.of([WholePhoto(np.asarray(image), cuts)], torch.tensor([0]))
+    photo = WholePhoto.of(image, view_generator(0, 0, index), preprocess, config)
+    batch = PhotoBatch.of([photo], torch.tensor([0]))
     return batch.views("cpu", preprocess)[0].int()
 
 
@@ -116,10 +115,13 @@ def test_drawn_are_the_same_places_as_on_the_cpu(paths: list[Path]) -> None:
             assert difference.abs().max() <= 2
 
 
-def test_large_photos_are_sent_reduced() -> None:
-    assert whole_photo(smooth(1600, 1200)).size == (683, SIDE)
-    small = smooth(900, 300)
-    assert whole_photo(small) is small
+@pytest.mark.parametrize(("size", "shape"), [(SIZE, (512, 683, 3)), (336, (672, 896, 3))])
+def test_large_photos_are_sent_reduced_but_to_no_less_than_crops_need(
+    size: int, shape: tuple[int, ...]
+) -> None:
+    preprocess, rng = CLIP.model_copy(update={"size": size}), view_generator(0, 0, 0)
+    assert WholePhoto.of(smooth(1600, 1200), rng, preprocess, ON_MODEL).pixels.shape == shape
+    assert WholePhoto.of(smooth(900, 300), rng, preprocess, ON_MODEL).pixels.shape == (300, 900, 3)
 
 
 def test_gaussian_blur_is_refused_before_anything_runs() -> None:

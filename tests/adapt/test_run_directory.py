@@ -91,8 +91,13 @@ BOUNDARY = [
 """What is cached of the time before training is part of the state."""
 
 
+DEVICE_VIEWS = ["--set", "views.device=model"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [[], BOUNDARY], ids=["method", "boundary"])
+@pytest.mark.parametrize(
+    "settings", [[], BOUNDARY, DEVICE_VIEWS], ids=["method", "boundary", "device views"]
+)
 def test_a_run_stopped_and_killed_ends_with_the_bytes_of_one_that_was_not(
     tmp_path: Path,
     adapt_arguments: list[str],
@@ -109,7 +114,7 @@ def test_a_run_stopped_and_killed_ends_with_the_bytes_of_one_that_was_not(
     assert "stopped at iteration 1 of 6; the state is saved" in told
     killed_while_saving = ("step-000000005.safetensors", [*resume, "--save-every", "1"])
     assert stopped(signal.SIGKILL, *killed_while_saving)[0] == -signal.SIGKILL
-    if settings:
+    if settings == BOUNDARY:
         (run / VECTORS).write_bytes(b"damaged")  # made again
     assert max((run / "state").glob("*.json")).stem == "step-000000004"
     assert not (run / "manifest.json").exists()
@@ -203,6 +208,14 @@ def test_resume_names_what_differs(
 def test_resume_needs_no_more_than_the_directory(unfinished: Path) -> None:
     expected = bytes_of(unfinished)
     assert main(["adapt", "--resume", "-o", str(unfinished), "--device", "cpu"]) == 0
+    assert bytes_of(unfinished) == expected
+
+
+def test_a_run_that_began_before_a_setting_was_there_is_resumed(unfinished: Path) -> None:
+    expected = bytes_of(unfinished)
+    rewrite_inputs(unfinished, ',\n      "device": "cpu"', "")
+    assert "device" not in json.loads((unfinished / "inputs.json").read_text())["recipe"]["views"]
+    assert resume(unfinished) == 0
     assert bytes_of(unfinished) == expected
 
 
