@@ -1,7 +1,6 @@
 """RandAugment's operations on a device: timm's functions of Pillow images, on torch tensors.
 
-Each follows Pillow's arithmetic, so colours are equal but for a rounding of float32, and geometry
-is within one level. Pillow's own bicubic of a transform is steeper than torch's `grid_sample`,
+Each follows Pillow's arithmetic: colours are equal, geometry is within one level. Pillow's own bicubic of a transform is steeper than torch's `grid_sample`,
 which is why it is written out here.
 
 Source: Pillow `ImageOps`, `ImageEnhance`, `Blend.c`, `Filter.c`, `Geometry.c`; timm

@@ -4,8 +4,8 @@ The loading processes send each photo once, at `sent_side` at most, with the cut
 `views.draw_cuts` drew for it: the same as on a CPU. Resizing is linear in the pixels and separable,
 so all views of a photo are two matrix products, whose matrices hold box, filter, window and mirror.
 
-Pillow rounds after each of its two passes and so do these; what differs is which pass comes first
-in tall photos, and its 22-bit weights: single levels.
+Pillow rounds after each of its two passes and so do these. What differs are its 22-bit weights, by
+single levels, and in tall photos which pass comes first; docs/numerics.md section 10 has the sizes.
 """
 
 import math

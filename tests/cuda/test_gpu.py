@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from microclip_deploy.adapt.device_views import PhotoBatch, WholePhoto
 from microclip_deploy.adapt.train_step import AdaptConfig, Views, make_optimizer, train_step
+from microclip_deploy.adapt.views import ViewConfig, view_generator
 from microclip_deploy.cli.main import main
 from microclip_deploy.data.classes import ClassTexts
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.model.checkpoint import build_model
 from microclip_deploy.model.clip import BackboneSpec, load_clip
 from microclip_deploy.model.microclip import MicroCLIP
@@ -80,6 +84,27 @@ def test_a_training_step_never_waits_for_the_device(model: MicroCLIP, views: Vie
         train_step(model, optimizer, device_views, config, average=None, rate=1e-4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_views_cut_on_cuda_equal_the_cpus_and_wait_for_nothing() -> None:
+    preprocess = Preprocess(size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    config = ViewConfig(device="model", randaugment="rand-m9-mstd0.5-inc1-p1.0")
+    coarse = np.random.default_rng(0).integers(0, 256, (9, 12, 3)).astype(np.uint8)
+    photo = Image.fromarray(coarse).resize((640, 480))
+    photos = [
+        WholePhoto.of(photo, view_generator(0, 0, index), preprocess, config) for index in range(64)
+    ]
+    batch = PhotoBatch.of(photos, torch.arange(64))
+    expected = batch.views("cpu", preprocess)
+    batch.views("cuda", preprocess)  # allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = batch.views("cuda", preprocess)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    difference = (found.cpu().int() - expected.int()).abs()
+    assert difference[:, [0, *range(2, 10)]].max() <= 1
+    assert difference.double().mean() < 0.05
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
