@@ -1,7 +1,7 @@
 """RandAugment's operations on a device: timm's functions of Pillow images, on torch tensors.
 
-Each follows Pillow's arithmetic: colours are equal, geometry is within one level. Pillow's own bicubic of a transform is steeper than torch's `grid_sample`,
-which is why it is written out here.
+Each follows Pillow's arithmetic: colours are equal, geometry is within one level. Pillow's own
+bicubic of a transform is steeper than torch's `grid_sample`, which is why it is written out here.
 
 Source: Pillow `ImageOps`, `ImageEnhance`, `Blend.c`, `Filter.c`, `Geometry.c`; timm
 `data/auto_augment.py`.
