@@ -16,8 +16,9 @@ WEAK, CROPS = "labels: weak view", "labels: crops"
 FORWARD, BACKWARD, OPTIMISER = "strong view forward", "loss and backward", "optimiser"
 LABELLING = (WEAK, CROPS, "labelling")
 """The last in reports from before both were told apart."""
-UPLOAD = "upload"
+UPLOAD, CUT = "upload", "views on the device"
 DECODE, VIEWS = "decode", "decode + views"
+REDUCED = "decode + reducing"
 AUGMENTATION, MODEL = "augmentation", "the model"
 
 TIMED = {
@@ -30,11 +31,14 @@ TIMED = {
     BACKWARD: "the loss and its gradients",
     OPTIMISER: "AdamW over LayerNorms, the pooling's maps and the class matrix",
     UPLOAD: "all views of a batch, uint8, to the device (on a CPU they stay), and normalised there",
+    CUT: "with --views-there: all views of a batch, cut and normalised; upload is then that of its "
+    "photos",
     DECODE: "files -> RGB pixels by adaptation's reader, in the loader's processes; files come "
     "from the page cache; the start of processes is outside. Images of all rounds over their "
     "seconds",
     VIEWS: "files -> uint8 batches of weak, strong and crop views by adaptation's own loader, the "
     "rest as above",
+    REDUCED: "in its place with --views-there: files -> batches of photos as they are sent",
     "peak memory": "two steps in a fresh process: resident size on a CPU, Python and libraries "
     "included; what torch allocated on CUDA",
 }
@@ -98,8 +102,11 @@ class Case(Steps):
     peak_mib: dict[str, float]
     upload_s: list[float] = []
     """Seconds of a batch, raw; none in reports from before it was measured."""
+    cut_s: list[float] = []
+    """Likewise; none where the loading processes cut the views."""
     decode: Pipeline
     views: Pipeline
+    """Loading as adaptation does it, but for views that are cut on the model's device."""
 
 
 class Scaled(BaseModel):
@@ -180,17 +187,22 @@ def limited_by(case: Case, workers: int) -> str:
     Processes load while the model learns, so the slower of both decides; without them the times of
     an image add up, and the longest decides.
     """
-    load_s, model_s = 1 / case.views.images_per_s, 1 / case.images_per_s[PRODUCT]
+    load_s, model_s = 1 / case.views.images_per_s, 1 / _learnt(case)
     decode_s = 1 / case.decode.images_per_s
     data = {DECODE: decode_s, AUGMENTATION: load_s - decode_s}
     slowest = max(data, key=lambda name: data[name])
     return slowest if (load_s if workers else data[slowest]) > model_s else MODEL
 
 
-def _scaled(report: AdaptationReport, case: Case, gpus: int) -> Scaled:
+def _learnt(case: Case, gpus: int = 1) -> float:
+    """Return how many images a second devices learn from, with what they do before a step."""
+    before_s = sum(median(taken) for taken in (case.upload_s, case.cut_s) if taken)
     alone_s = case.median_s[PRODUCT] * case.shares[OPTIMISER]
-    shared_s = case.median_s[PRODUCT] - alone_s + (median(case.upload_s) if case.upload_s else 0)
-    learnt = case.batch / (alone_s + shared_s / gpus)
+    return case.batch / (alone_s + (case.median_s[PRODUCT] - alone_s + before_s) / gpus)
+
+
+def _scaled(report: AdaptationReport, case: Case, gpus: int) -> Scaled:
+    learnt = _learnt(case, gpus)
     each = case.views.images_per_s / max(report.workers, 1)
     workers = math.ceil(learnt / each / gpus)
     loaded = each * report.environment.get("cores", 1)
@@ -206,7 +218,7 @@ def _scaled(report: AdaptationReport, case: Case, gpus: int) -> Scaled:
 
 def _limit(report: AdaptationReport, case: Case) -> str:
     limit, workers = limited_by(case, report.workers), report.workers
-    loaded, learnt = case.views.images_per_s, case.images_per_s[PRODUCT]
+    loaded, learnt = case.views.images_per_s, _learnt(case)
     reached = min(loaded, learnt) if workers else 1 / (1 / loaded + 1 / learnt)
     return (
         f"{case.geometry}: {limit} limits an adaptation with --workers {workers}, which reaches at "
@@ -219,13 +231,15 @@ def _lever(report: AdaptationReport, case: Case, limit: str) -> str:
         first = "a GPU" if report.device == "cpu" else "--set adapt.precision=bf16"
         share = percent(sum(case.shares.get(part, 0) for part in LABELLING))
         return f"{first}, a smaller backbone, or fewer crops (labelling takes {share} of the step)"
-    needed = max(report.workers, 1) * case.images_per_s[PRODUCT] / case.views.images_per_s
+    needed = max(report.workers, 1) * _learnt(case) / case.views.images_per_s
     workers = (
         f"--workers {max(math.ceil(needed), report.workers + 1)}, which keeps up with the model if "
         f"as many cores are free (there are {report.environment.get('cores')})"
     )
     if limit == DECODE:  # crops take half of the short side and more: no pixel is made up
         return f"{workers}, or photos shrunk once to a short side of about {2 * case.side} px"
+    if case.cut_s:
+        return f"{workers}, or a pack, whose photos are reduced once"
     return f"{workers}, or fewer crops (--set views.crops=N)"
 
 
@@ -265,13 +279,15 @@ def _range(samples_s: Sequence[float]) -> str:
 
 
 def _part_rows(report: AdaptationReport) -> list[list[str]]:
-    rows = [["geometry", *report.cases[0].parts_s, f"{UPLOAD}, before it"]]
+    before = {UPLOAD: "upload_s", CUT: "cut_s"}
+    rows = [["geometry", *report.cases[0].parts_s, *(f"{name}, before it" for name in before)]]
     for case in report.cases:
         cells = [
             f"{percent(case.shares[p])} ({in_ms(median(s))} ms)" for p, s in case.parts_s.items()
         ]
-        upload = f"{in_ms(median(case.upload_s))} ms" if case.upload_s else "–"
-        rows.append([case.geometry, *cells, upload])
+        taken = [getattr(case, samples) for samples in before.values()]
+        others = [f"{in_ms(median(some))} ms" if some else "–" for some in taken]
+        rows.append([case.geometry, *cells, *others])
     return rows
 
 
@@ -285,7 +301,8 @@ def _scaling_rows(report: AdaptationReport) -> list[list[str]]:
 
 
 def _pipeline_rows(report: AdaptationReport) -> list[list[str]]:
-    rows = [["geometry", DECODE, VIEWS, "product step", "limited by"]]
+    loading = REDUCED if report.cases[0].cut_s else VIEWS
+    rows = [["geometry", DECODE, loading, "product step", "limited by"]]
     for case in report.cases:
         speeds = (case.decode.images_per_s, case.views.images_per_s, case.images_per_s[PRODUCT])
         rows.append([case.geometry, *map(digits, speeds), limited_by(case, report.workers)])

@@ -38,8 +38,8 @@ from microclip_deploy.bench.training.report import (
 )
 from microclip_deploy.bench.training.step import (
     Work,
+    measure_before,
     measure_steps,
-    measure_upload,
     peak_memory_mib,
 )
 from microclip_deploy.console import tell_left_out, tell_skipped, tell_warnings
@@ -68,6 +68,7 @@ def run_adaptation_bench(
     images: Path | None,
     max_pixels: int | None = None,
     bit_depth: int | None = None,
+    views_there: bool = False,
 ) -> AdaptationReport:
     """Measure everything that was asked for.
 
@@ -83,6 +84,7 @@ def run_adaptation_bench(
         images: a folder, a list or an image; None: made-up JPEG photos.
         max_pixels: as in `PhotoConfig`.
         bit_depth: likewise.
+        views_there: cut views on the device; False: in the loading processes.
 
     Raises:
         DataError: none of the photos can be used.
@@ -92,6 +94,7 @@ def run_adaptation_bench(
     """
     if device not in ("cpu", "cuda", "auto"):
         raise UsageError(f"--device: expected cpu, cuda or auto, found '{device}'")
+    views = ViewConfig(crops=crops, device="model" if views_there else "cpu")
     known = {TINY, *open_clip.list_models()}
     unknown = [printable(name) for name in geometries if name not in known]
     if unknown:
@@ -107,7 +110,14 @@ def run_adaptation_bench(
         facts = {**_photo_facts(images, photos, config), "left_out": left_out or "nothing"}
         cases = [
             _measure_case(
-                Work(name, batch, crops, device), photos, config, notes, sides, repeats, workers
+                Work(name, batch, crops, device),
+                photos,
+                config,
+                views,
+                notes,
+                sides,
+                repeats,
+                workers,
             )
             for name in geometries
         ]
@@ -126,26 +136,23 @@ def run_adaptation_bench(
     )
 
 
-def measure_loading(
-    work: Work, photos: Sequence[Path], preprocess: Preprocess, *, repeats: int, workers: int
-) -> tuple[Pipeline, Pipeline]:
-    """Measure loading with nobody else at work: decoding alone, and decoding with all views."""
+def measure_loading(images: AdaptImages, batch: int, *, workers: int) -> tuple[Pipeline, Pipeline]:
+    """Measure loading with nobody else at work: decoding alone, and what adaptation's own does."""
     at_once = max(workers, 1)
-    size = work.batch * at_once
-    paths = list(islice(cycle(photos), size * (repeats + 1)))  # the first round starts processes
-    images = AdaptImages(paths, preprocess, ViewConfig(crops=work.crops), seed=0)
-    views = _rounds(images.epoch(0, work.batch, workers=workers), at_once)
+    order = images.order(0).tolist()
+    batches = [order[begin : begin + batch] for begin in range(0, len(order), batch)]
+    views = _rounds(images.loaded(0, batches, workers), at_once)
     # Started as adaptation starts its own: from the clean server process that is there by now.
     known = "forkserver" in multiprocessing.get_all_start_methods()
     only_decoded: DataLoader[str] = DataLoader(
-        [str(path) for path in paths],  # type: ignore[arg-type]  # has all that a Dataset needs
-        batch_size=work.batch,
+        [str(path) for path in images.paths],  # type: ignore[arg-type]  # all a Dataset needs
+        batch_size=batch,
         num_workers=workers,
-        collate_fn=partial(_decode, preprocess),
+        collate_fn=partial(_decode, images.preprocess),
         multiprocessing_context=("forkserver" if known else "spawn") if workers else None,
         generator=torch.Generator(),  # leaves the global one alone
     )
-    decoded = _rounds(only_decoded, at_once)
+    decoded, size = _rounds(only_decoded, at_once), batch * at_once
     return Pipeline(images=size, samples_s=decoded), Pipeline(images=size, samples_s=views)
 
 
@@ -164,16 +171,20 @@ def _measure_case(
     work: Work,
     photos: Sequence[Path],
     config: PhotoConfig,
+    views: ViewConfig,
     notes: Console,
     sides: Sequence[str],
     repeats: int,
     workers: int,
 ) -> Case:
     name, geometry = work.geometry, random_geometry(work.geometry)
+    preprocess = geometry.preprocess.model_copy(update={"photos": config})
+    count = work.batch * max(workers, 1) * (repeats + 1)  # the first round starts processes
+    images = AdaptImages(list(islice(cycle(photos), count)), preprocess, views, seed=0)
     notes.print(f"{name}: training steps")
     try:
         steps = measure_steps(geometry, work, sides, repeats)
-        upload_s = measure_upload(work, geometry.preprocess, repeats)
+        upload_s, cut_s = measure_before(work, images, repeats)
     except torch.cuda.OutOfMemoryError as error:
         raise EnvironmentProblem(
             f"{name}: the GPU is out of memory; use a smaller --batch-size or fewer --crops"
@@ -184,16 +195,16 @@ def _measure_case(
     notes.print(f"{name}: peak memory, in fresh processes")
     peaks = {side: peak_memory_mib(work, side) for side in sides}
     notes.print(f"{name}: loading, {workers} workers")
-    preprocess = geometry.preprocess.model_copy(update={"photos": config})
-    decode, views = measure_loading(work, photos, preprocess, repeats=repeats, workers=workers)
+    decode, loaded = measure_loading(images, work.batch, workers=workers)
     return Case(
         geometry=name,
         side=preprocess.size,
         **steps.model_dump(),
         peak_mib=peaks,
         upload_s=upload_s,
+        cut_s=cut_s,
         decode=decode,
-        views=views,
+        views=loaded,
     )
 
 

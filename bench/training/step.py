@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from microclip_deploy.adapt.loader import AdaptImages, Batch
 from microclip_deploy.adapt.train_step import AdaptConfig, Views, make_optimizer, train_step
 from microclip_deploy.bench.geometry import Geometry, random_geometry
 from microclip_deploy.bench.memory import forget_peak, peak_rss_bytes
@@ -32,7 +33,6 @@ from microclip_deploy.bench.training.report import (
     WEAK,
     Steps,
 )
-from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import EnvironmentProblem, VerificationError
 from microclip_deploy.model.clip import exact_float32
 
@@ -90,15 +90,22 @@ def measure_steps(geometry: Geometry, work: Work, sides: Sequence[str], repeats:
     return Steps(batch=work.batch, samples_s=samples, parts_s=parts, losses=losses)
 
 
-def measure_upload(work: Work, preprocess: Preprocess, repeats: int) -> list[float]:
-    """Return seconds from a batch of uint8 views on the host to network input on the device."""
-    shape = (work.batch * (2 + work.crops), 3, preprocess.size, preprocess.size)
-    pixels = torch.zeros(shape, dtype=torch.uint8)
+def measure_before(
+    work: Work, images: AdaptImages, repeats: int
+) -> tuple[list[float], list[float]]:
+    """Return seconds from a loaded batch to network input: of upload, and of views cut there."""
+    (loaded,) = images.loaded(0, [list(range(work.batch))])
+    device, preprocess = work.device, images.preprocess
 
-    def upload() -> Tensor:
-        return preprocess.normalize(pixels.to(work.device))
+    def timed(part: Callable[[], object]) -> list[float]:
+        return [_seconds(part, device) for _ in range(repeats + 1)][1:]
 
-    return [_seconds(upload, work.device) for _ in range(repeats + 1)][1:]
+    if isinstance(loaded, Batch):
+        views = [part.flatten(0, -4) for part in loaded[:3]]
+        return timed(lambda: [preprocess.normalize(view.to(device)) for view in views]), []
+    sent = loaded.to(device)
+    cut = timed(lambda: preprocess.normalize(sent.views(preprocess).flatten(0, 1)))
+    return timed(lambda: loaded.to(device)), cut
 
 
 def make_steps(
@@ -232,7 +239,7 @@ def _between(start: Mark, end: Mark) -> float:
     return float(end - start if on_host else start.elapsed_time(end) / 1000)
 
 
-def _seconds(step: Step, device: str) -> float:
+def _seconds(step: Callable[[], object], device: str) -> float:
     """Return the wall clock of some work, until the device has done it."""
     if device == "cuda":
         torch.cuda.synchronize()

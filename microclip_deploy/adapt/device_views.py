@@ -9,7 +9,7 @@ single levels, and in tall photos which pass comes first; docs/numerics.md secti
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -78,14 +78,18 @@ class PhotoBatch(NamedTuple):
             indices,
         )
 
-    def views(self, device: torch.device | str, preprocess: Preprocess) -> Tensor:
-        """Return the views on a device: uint8 (B, 2 + V, 3, S, S); weak, strong, crops."""
+    def to(self, device: torch.device | str) -> Self:
+        """Return the batch with pixels and cuts on a device."""
         pixels, cuts = (_sent(part, torch.device(device)) for part in (self.pixels, self.cuts))
+        return self._replace(pixels=pixels, cuts=cuts)
+
+    def views(self, preprocess: Preprocess) -> Tensor:
+        """Return the views on that device: uint8 (B, 2 + V, 3, S, S); weak, strong, crops."""
         side = preprocess.size
-        views = pixels.new_empty(*cuts.shape[:2], 3, side, side)
+        views = self.pixels.new_empty(*self.cuts.shape[:2], 3, side, side)
         areas = [height * width * 3 for height, width in self.sizes]
         for view, flat, size, own, operations in zip(
-            views, pixels.split(areas), self.sizes, cuts, self.operations, strict=True
+            views, self.pixels.split(areas), self.sizes, self.cuts, self.operations, strict=True
         ):
             photo = flat.view(*size, 3).permute(2, 0, 1).float()
             at_once = max(1, _AT_ONCE // (side * max(size)))

@@ -120,7 +120,8 @@ class AdaptImages:
         Raises:
             DataError: a file became unreadable after it was checked. It is never replaced, because
                 the results would then depend on when it happened.
-            EnvironmentProblem: a worker process was killed, or an object store cannot be reached.
+            EnvironmentProblem: a worker process was killed, an object store cannot be reached, or
+                the device has no memory for the views.
             UsageError: a value out of range.
         """
         count = self.iterations(batch_size)
@@ -133,10 +134,27 @@ class AdaptImages:
         begins = range(start_iteration * batch_size, len(order), batch_size)
         batches = [order[begin : begin + batch_size] for begin in begins]
         mine = [rows[ranks.share(len(rows))] for rows in batches]
+        # A process without a share reads an image all the same: its views have their shape.
+        wanted = [own or rows[:1] for own, rows in zip(mine, batches, strict=True)]
+        loaded = (self._batch(found, device) for found in self.loaded(epoch, wanted, workers))
+        return (
+            Batch(*(part[: len(own)] for part in batch))._replace(whole=torch.tensor(rows))
+            for batch, own, rows in zip(loaded, mine, batches, strict=True)
+        )
+
+    def loaded(
+        self, epoch: int, batches: Sequence[list[int]], workers: int = 0
+    ) -> Iterator["Batch | PhotoBatch"]:
+        """Yield batches as the loading processes send them; see `epoch`.
+
+        Args:
+            epoch: >= 0.
+            batches: positions of the images of each.
+            workers: processes that decode.
+        """
         loader = DataLoader(
             _EpochViews(self, epoch),
-            # A process without a share reads an image all the same: its views have their shape.
-            batch_sampler=[own or rows[:1] for own, rows in zip(mine, batches, strict=True)],
+            batch_sampler=batches,
             num_workers=workers,
             collate_fn=_collate,
             worker_init_fn=_ignore_interrupts,
@@ -145,17 +163,19 @@ class AdaptImages:
             # belongs to the model.
             generator=torch.Generator(),
         )
-        loaded = (self._batch(found, device) for found in _checked(loader))
-        return (
-            Batch(*(part[: len(own)] for part in batch))._replace(whole=torch.tensor(rows))
-            for batch, own, rows in zip(loaded, mine, batches, strict=True)
-        )
+        return _checked(loader)
 
     def _batch(self, loaded: "Batch | PhotoBatch", device: torch.device | str) -> Batch:
         """Return the views of what was loaded."""
         if isinstance(loaded, Batch):
             return loaded
-        views, indices = loaded.views(device, self.preprocess), loaded.indices
+        try:
+            views, indices = loaded.to(device).views(self.preprocess), loaded.indices
+        except torch.OutOfMemoryError as error:  # smaller parts of the step would not help
+            raise EnvironmentProblem(
+                f"{device}: out of memory while views are cut; free memory of it and continue with "
+                "--resume, or start again with a lower --batch-size or --set views.device=cpu"
+            ) from error
         return Batch(views[:, 0], views[:, 1], views[:, 2:], indices, indices)
 
 

@@ -314,6 +314,9 @@ def bench_adapt(
     repeats: Annotated[int, option(HOW_LONG, "N", "Timed steps a side.", min=1)] = 5,
     workers: Annotated[int, option(TIMED, "N", "Image loading processes.", min=0)] = 0,
     device: Annotated[str, option(TIMED, "DEVICE", "auto, cpu or cuda.")] = "cpu",
+    views_there: Annotated[
+        bool, option(TIMED, None, "Cut views on --device: views.device=model.", "--views-there")
+    ] = False,
     plain_peer: Annotated[
         bool, option(TIMED, None, "Time the plain algorithm too.", "--plain/--no-plain")
     ] = True,
@@ -347,6 +350,7 @@ def bench_adapt(
         images=images,
         max_pixels=max_pixels,
         bit_depth=bit_depth,
+        views_there=views_there,
     )
     shown = notes if as_json else out
     shown.print(report.plain(measured), markup=False, highlight=False, soft_wrap=True)

@@ -1,13 +1,15 @@
 """Views cut on the model's device are those of the CPU, within a few levels."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from microclip_deploy.adapt import device_operations, views
+from microclip_deploy.adapt import device_operations, device_views, views
 from microclip_deploy.adapt.device_views import PhotoBatch, WholePhoto
 from microclip_deploy.adapt.loader import AdaptImages, Batch
 from microclip_deploy.adapt.ranks import Ranks
@@ -18,6 +20,7 @@ from microclip_deploy.adapt.views import (
     randaugment_names,
     view_generator,
 )
+from microclip_deploy.cli.main import main
 from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import UsageError
 
@@ -39,7 +42,7 @@ def cut(image: Image.Image, index: int, preprocess: Preprocess, config: ViewConf
     """Return the views of a photo, int (2 + V, 3, S, S), as the device makes them."""
     photo = WholePhoto.of(image, view_generator(0, 0, index), preprocess, config)
     batch = PhotoBatch.of([photo], torch.tensor([0]))
-    return batch.views("cpu", preprocess)[0].int()
+    return batch.views(preprocess)[0].int()
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -122,6 +125,33 @@ def test_large_photos_are_sent_reduced_but_to_no_less_than_crops_need(
     preprocess, rng = CLIP.model_copy(update={"size": size}), view_generator(0, 0, 0)
     assert WholePhoto.of(smooth(1600, 1200), rng, preprocess, ON_MODEL).pixels.shape == shape
     assert WholePhoto.of(smooth(900, 300), rng, preprocess, ON_MODEL).pixels.shape == (300, 900, 3)
+
+
+def test_memory_that_runs_out_is_an_error_and_the_run_goes_on(
+    adapt_arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin = [*adapt_arguments, "--set", "views.device=model", "--epochs", "1"]
+    run = Path(begin[begin.index("-o") + 1])
+    photos, limit = device_views.cut_views, 12
+
+    def limited(*given: Any) -> torch.Tensor:
+        nonlocal limit
+        limit -= 1
+        if limit < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return photos(*given)
+
+    monkeypatch.setattr(device_views, "cut_views", limited)
+    assert main([*begin, "--save-every", "1"]) == 4
+    told = " ".join(capsys.readouterr().err.split())
+    assert "cpu: out of memory while views are cut; free memory of it and continue" in told
+    assert (run / "state/step-000000001.json").exists()  # of 8 photos
+    limit = 100
+    assert main(["adapt", "--resume", "-o", str(run)]) == 0
+    shutil.copy(run / "weights.safetensors", run.parent)
+    assert main([*begin, "--overwrite"]) == 0
+    again = run.parent / "weights.safetensors"
+    assert again.read_bytes() == (run / "weights.safetensors").read_bytes()
 
 
 def test_gaussian_blur_is_refused_before_anything_runs() -> None:

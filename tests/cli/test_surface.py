@@ -68,6 +68,7 @@ SURFACE = {
     "bench compare": set(),
     "bench adapt": {
         "--geometry", "--batch-size", "--crops", "--repeats", "--workers", "--device", "--plain",
+        "--views-there",
         "--images", "--out", "--json", *PHOTOS,
     },
     "bench saliency": {

@@ -95,11 +95,11 @@ def test_views_cut_on_cuda_equal_the_cpus_and_wait_for_nothing() -> None:
         WholePhoto.of(photo, view_generator(0, 0, index), preprocess, config) for index in range(64)
     ]
     batch = PhotoBatch.of(photos, torch.arange(64))
-    expected = batch.views("cpu", preprocess)
-    batch.views("cuda", preprocess)  # allocates
+    expected = batch.views(preprocess)
+    batch.to("cuda").views(preprocess)  # allocates
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = batch.views("cuda", preprocess)
+        found = batch.to("cuda").views(preprocess)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     difference = (found.cpu().int() - expected.int()).abs()

@@ -3,14 +3,17 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from microclip_deploy.adapt.device_views import PhotoBatch
 from microclip_deploy.artifact import read_json
 from microclip_deploy.bench.geometry import random_geometry
+from microclip_deploy.bench.table_text import in_ms
 from microclip_deploy.bench.training import step
 from microclip_deploy.bench.training.report import (
     BACKWARD,
@@ -26,6 +29,7 @@ from microclip_deploy.bench.training.report import (
 )
 from microclip_deploy.bench.training.step import Work
 from microclip_deploy.cli.main import main
+from microclip_deploy.data.preprocess import Preprocess
 from microclip_deploy.errors import EnvironmentProblem, VerificationError
 
 COMMITTED = Path(__file__).parents[3] / "bench" / "results" / "2026-11-27-cpu-adapt-vit-b-32.json"
@@ -96,9 +100,45 @@ def test_the_users_photos_are_loaded(
     (tmp_path / "broken.png").write_bytes(b"no image")
     assert main([*TINY, *options, "--no-plain", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
+    assert report["cases"][0]["cut_s"] == []
     assert (report["photos"]["count"], report["photos"]["median_short_side_px"]) == (1, 40)
     assert report["cases"][0]["ratio"] is None
     assert "–" in plain(AdaptationReport.model_validate(report)).splitlines()[2]
+
+
+def test_views_cut_on_the_device_are_measured_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "ProcessPoolExecutor", in_this_process)
+    cut: list[int] = []
+    views = PhotoBatch.views
+
+    def counted(self: PhotoBatch, preprocess: Preprocess) -> torch.Tensor:
+        cut.append(len(self.sizes))
+        return views(self, preprocess)
+
+    monkeypatch.setattr(PhotoBatch, "views", counted)
+    options = ["--batch-size", "3", "--crops", "2", "--repeats", "2", "--no-plain", "--json"]
+    assert main([*TINY, *options, "--views-there"]) == 0
+    report = AdaptationReport.model_validate_json(capsys.readouterr().out)
+    (case,) = report.cases
+    assert cut == [3, 3, 3]  # a warm-up and two samples; none while loading is measured
+    assert (len(case.upload_s), len(case.cut_s), len(case.views.samples_s)) == (2, 2, 2)
+    assert case.images_per_s[PRODUCT] > report.scaling[0].images_per_s
+    told = plain(report)
+    assert f"{in_ms(median(case.cut_s))} ms" in told
+    assert "decode + reducing" in told
+
+
+def test_what_is_done_on_the_device_before_a_step_counts() -> None:
+    stored = made_up(500, 100, 50).model_dump()
+    stored["cases"][0] |= {"upload_s": [0.02], "cut_s": [0.06, 0.08, 0.1]}
+    report = AdaptationReport.model_validate(stored)
+    assert "at most 30.8 images a second" in report.limits  # 8 in 0.16 + 0.02 + 0.08
+    assert report.scaling[0].images_per_s == pytest.approx(8 / 0.26)
+    stored["cases"][0]["views"] = {"images": 32, "samples_s": [32 / 20]}
+    report = AdaptationReport.model_validate(stored)
+    assert "or a pack, whose photos are reduced once" in report.limits
 
 
 def test_numbers_follow_from_the_samples_and_the_ratio_comes_first() -> None:
