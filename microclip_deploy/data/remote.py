@@ -1,11 +1,14 @@
 """Files in object stores and on web servers: `s3://`, `gs://` and `https://`, by obstore.
 
 As a path, `s3://bucket/key` is `s3:/bucket/key`. Credentials and endpoints come from the usual
-variables (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_SERVICE_ACCOUNT`, ...). Requests that
-fail are repeated for RETRY_S; then the run ends and can be resumed.
+variables (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_SERVICE_ACCOUNT`, ...), and so do
+certificate authorities (`SSL_CERT_FILE`). Requests that fail are repeated for RETRY_S; then the run
+ends and can be resumed.
 """
 
+import http.client
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +25,11 @@ SCHEMES = ("s3", "gs", "https", "http")
 
 RETRY_S = 60
 """How long a request is repeated."""
+
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or for a public bucket AWS_SKIP_SIGNATURE",
+    "gs": "GOOGLE_SERVICE_ACCOUNT, a key file, or for a public bucket GOOGLE_SKIP_SIGNATURE",
+}
 
 _READ_AHEAD = 8 * 2**20  # bytes a request where a file is read through
 
@@ -133,11 +141,29 @@ def _store(root: str) -> "ObjectStore":
     require("obstore", "remote")
     from obstore.store import from_url
 
+    if root.startswith("gs:"):
+        _require_google_credentials()
     return from_url(
         root,
         client_options={"allow_http": True, "timeout": "30s"},
-        retry_config={"max_retries": 20, "retry_timeout": timedelta(seconds=RETRY_S)},
+        retry_config={"max_retries": 1000, "retry_timeout": timedelta(seconds=RETRY_S)},
     )
+
+
+def _require_google_credentials() -> None:
+    """Raise OSError where there are none, before obstore asks for them for minutes."""
+    stored = os.path.expanduser("~/.config/gcloud/application_default_credentials.json")
+    if os.path.exists(stored) or any(name.startswith("GOOGLE_") for name in os.environ):
+        return
+    host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
+    machine = http.client.HTTPConnection(host, timeout=3)
+    try:
+        machine.connect()
+    except OSError as error:
+        told = f"no credentials, and no machine of Google's, which has its own ({error})"
+        raise OSError(told) from error
+    finally:
+        machine.close()
 
 
 @contextmanager
@@ -154,13 +180,16 @@ def _explained(path: str) -> Iterator[_Place]:
         refused = isinstance(
             error, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
         ) or any(word in str(error).lower() for word in ("credential", "accesskey", "token"))
-        remedy = (
-            "set the store's credentials (such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-            "AWS_SKIP_SIGNATURE=true for a public bucket)"
-            if refused
-            else f"it was tried for up to {RETRY_S} s; check network and address"
-        )
         told = printable(str(error).split("\n")[0])[:300]
+        remedy = f"it was tried for up to {RETRY_S} s; check network and address"
+        doubt = re.search(r"InvalidCertificate\(\s*(\w+)", str(error))
+        if doubt:
+            told = f"a certificate that is not trusted ({doubt[1]})"
+            remedy = "set SSL_CERT_FILE to a PEM file of the authorities to trust"
+        elif refused:
+            remedy = "give an address that needs no credentials"
+            if scheme in _CREDENTIALS:
+                remedy = f"set {_CREDENTIALS[scheme]}=true"
         raise EnvironmentProblem(
             f"{url(path)}: expected an answer of the store, found: {told}; {remedy} and run again, "
             "adapt with --resume"

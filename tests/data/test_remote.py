@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import io
+import json
 import socket
 import subprocess
 import sys
@@ -76,18 +77,14 @@ def started(pictures: Path) -> Iterator[Server]:
     try:
         boto3 = importlib.import_module("boto3")  # comes with moto
         keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret"}
-        boto3.client(
-            "s3", endpoint_url=server.address, region_name="us-east-1", **keys
-        ).create_bucket(Bucket="bucket")
-        own = {"access_key_id": "key", "secret_access_key": "secret", "region": "us-east-1"}
-        own |= {"endpoint": server.address}
-        store = obstore.store.from_url("s3://bucket", client_options={"allow_http": True}, **own)
+        client = boto3.client("s3", endpoint_url=server.address, region_name="us-east-1", **keys)
+        client.create_bucket(Bucket="bucket")
         for path in sorted(pictures.parent.rglob("*")):
             if path.is_file() and path.name != ".lock":
                 key = path.relative_to(pictures.parent).as_posix()
-                obstore.put(store, key, path.read_bytes())
-                if path.suffix == ".tar":
-                    obstore.put(store, "foreign/x.tar", path.read_bytes())
+                for name in (key, "foreign/x.tar")[: 1 + (path.suffix == ".tar")]:
+                    public = {"Bucket": "bucket", "Key": name, "ACL": "public-read"}
+                    client.put_object(**public, Body=path.read_bytes())
         yield server
     finally:
         server.end()
@@ -157,6 +154,31 @@ def test_missing_credentials_are_named(server: Server, monkeypatch: pytest.Monke
     forget()
     with pytest.raises(EnvironmentProblem, match="AWS_SKIP_SIGNATURE=true"):
         list_images("s3://bucket/pack")
+    monkeypatch.setenv("HOME", "/nowhere")
+    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")
+    with pytest.raises(EnvironmentProblem, match=r"no credentials, .* GOOGLE_SKIP_SIGNATURE=true"):
+        list_images("gs://bucket/pack")
+
+
+def test_gs_is_read_with_a_key_file(
+    tmp_path: Path, pictures: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's S3 dialect is that of Google's XML interface, which obstore speaks."""
+    account = {"gcs_base_url": server.address, "disable_oauth": True, "client_email": ""}
+    (tmp_path / "key.json").write_text(
+        json.dumps({**account, "private_key": "", "private_key_id": ""})
+    )
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "key.json"))
+    for place in ("photos", "pack"):
+        found = list_images(f"gs://bucket/{place}")
+        assert contents(found.paths) == contents(list_images(pictures).paths)
+        assert check_images(found.paths).good == found.paths
+    with pytest.raises(DataError, match="found no files"):
+        list_images("gs://bucket/nothing")
+    (tmp_path / "key.json").unlink()
+    forget()
+    with pytest.raises(EnvironmentProblem, match=r"key\.json.*set GOOGLE_SERVICE_ACCOUNT, a key"):
+        list_images("gs://bucket/photos")
 
 
 WEB = """
@@ -165,7 +187,8 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 app = Starlette(routes=[Mount("/", StaticFiles(directory="."))])
-uvicorn.run(app, port=int(sys.argv[1]), log_level="error")
+own = dict(zip(["ssl_certfile"], sys.argv[1:-1]))
+uvicorn.run(app, port=int(sys.argv[-1]), log_level="error", **own)
 """
 
 
@@ -179,6 +202,31 @@ def test_a_web_server_gives_packs(pictures: Path) -> None:
             list_images(f"{server.address}/nothing")
     finally:
         server.end()
+
+
+def test_a_private_authority_is_trusted_where_it_is_named(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    trustme = pytest.importorskip("trustme", reason="makes the certificates")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+    own = authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem
+    own.write_to_path(tmp_path / "own.pem")
+    monkeypatch.setattr(remote, "RETRY_S", 0.2)
+    server = Server("-c", WEB, str(tmp_path / "own.pem"), cwd=pictures.parent)
+    address = f"https://127.0.0.1:{server.port}/pack"
+    try:
+        with pytest.raises(
+            EnvironmentProblem, match=r"not trusted \(UnknownIssuer\); set SSL_CERT"
+        ):
+            list_images(address)
+        forget()
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+        assert contents(list_images(address).paths) == contents(list_images(pictures).paths)
+    finally:
+        server.end()
+        forget()
 
 
 def test_a_cut_network_ends_an_epoch_and_it_is_resumed_exactly(
