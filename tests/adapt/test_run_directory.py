@@ -1,12 +1,17 @@
 """A run directory after kills, mistakes and damage: nothing is lost, and resuming goes on."""
 
 import json
+import multiprocessing
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -122,6 +127,64 @@ def test_a_run_stopped_and_killed_ends_with_the_bytes_of_one_that_was_not(
     assert bytes_of(run) == bytes_of(finished)
     assert len(history(run)) == 2
     assert not list((run / "state").glob("*.part"))
+
+
+def lines_of(run: Path) -> list[dict[str, object]]:
+    """Return metrics and history without times."""
+    text = (run / "metrics.jsonl").read_text() + (run / "history.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in lines
+    ]
+
+
+def saved(run: Path) -> int:
+    """Return the newest iteration whose state is on disk."""
+    return max((int(path.stem[5:]) for path in (run / "state").glob("step-*.json")), default=0)
+
+
+def begin(arguments: list[str]) -> ForkServerProcess:
+    """Start the command line, forked from a server that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["microclip_deploy.cli.adapt"])
+    process = context.Process(target=main, args=(arguments,))
+    process.start()
+    return process
+
+
+@pytest.mark.large
+def test_fifty_kills_on_tars_end_with_the_bytes_of_a_run_without(
+    tmp_path: Path, photos: Path, adapt_into: Callable[[Path], list[str]]
+) -> None:
+    shards, rng = tmp_path / "shards", random.Random(0)
+    shards.mkdir()
+    for number, folder in enumerate(sorted(photos.iterdir())):
+        with tarfile.open(shards / f"train-{number:05d}.tar", "w") as tar:
+            tar.add(folder, folder.name)
+
+    def arguments(run: Path) -> list[str]:
+        own = ["--epochs", "25", "--batch-size", "5", "--save-every", "2", "--resume"]
+        return [*adapt_into(run)[:1], str(shards), *adapt_into(run)[2:], *own]
+
+    assert main(arguments(tmp_path / "0")) == 0
+    newest = f"state/step-{saved(tmp_path / '0'):09d}.safetensors"
+    kills = job = 0
+    while kills < 50:
+        job += 1
+        run = tmp_path / str(job)
+        while not (run / "manifest.json").exists():
+            some, process = rng.choice((0, 2, 8, 20)), begin(arguments(run))
+            wanted, deadline = saved(run) + some, time.monotonic() + 300
+            while process.is_alive() and saved(run) < wanted and time.monotonic() < deadline:
+                time.sleep(0.001)
+            process.join(rng.random() * (0.1 if some else 3))  # while it trains; while it starts
+            kills += process.is_alive()
+            process.kill()
+            process.join()
+        assert lines_of(run) == lines_of(tmp_path / "0")
+        for name in ("weights.safetensors", "pseudo-labels.csv", newest):
+            assert (run / name).read_bytes() == (tmp_path / "0" / name).read_bytes()
+        assert not list(run.rglob("*.part"))
 
 
 @pytest.mark.parametrize("lost", ["bytes of the newest", "newest", "all"])
