@@ -13,6 +13,7 @@ Every message says what was expected, what was found, and what to do.
 """
 
 import importlib
+import re
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,5 +128,11 @@ def printable(path: Path | str) -> str:
     Line breaks, control characters and undecodable bytes become backslash escapes.
     """
     return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(path)
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
+        for c in as_url(str(path))
     )
+
+
+def as_url(path: str) -> str:
+    """Return the URL that a path stands for (`data.remote`), any other path as it is."""
+    return re.sub(r"^(s3|gs|https?):/+", r"\1://", path)

@@ -24,6 +24,7 @@ from microclip_deploy import artifact
 from microclip_deploy.bulk.table import EXTRAS, Wanted
 from microclip_deploy.calibration import FOLDER, UNIFORM
 from microclip_deploy.data.lists import LIST_ENDINGS
+from microclip_deploy.data.location import absolute
 from microclip_deploy.data.sources import ImageSet
 from microclip_deploy.errors import DataError, UsageError, printable
 
@@ -167,7 +168,7 @@ def _sha256_of(sources: Sequence[Path]) -> str:
     """Hash where the photos come from: names as given, where they lead, and the bytes of lists."""
     digest = hashlib.sha256()
     for source in sources:
-        digest.update(os.fsencode(source) + b"\0" + os.fsencode(os.path.abspath(source)) + b"\0")
+        digest.update(os.fsencode(source) + b"\0" + os.fsencode(absolute(source)) + b"\0")
         if source.suffix.lower() in LIST_ENDINGS and source.is_file():
             digest.update(bytes.fromhex(artifact.sha256_file(source)))
     return digest.hexdigest()

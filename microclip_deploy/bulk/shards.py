@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from microclip_deploy import artifact
 from microclip_deploy.bulk.job import Job, write_table
 from microclip_deploy.bulk.table import answered
-from microclip_deploy.errors import DataError, UsageError, printable
+from microclip_deploy.errors import DataError, UsageError, as_url, printable
 from microclip_deploy.serving import Session
 
 SUCCESS = "_SUCCESS"
@@ -166,7 +166,7 @@ def _shard(
     """Classify the photos of one shard; `index` and `path` say which photo a row is of."""
     first = number * job.shard_rows
     names: list[bytes] = job.names.slice(first, job.shard_rows).to_pylist()
-    paths = [name.decode("utf-8", "backslashreplace") for name in names]
+    paths = [as_url(name.decode("utf-8", "backslashreplace")) for name in names]
     index = pa.array(range(first, first + len(names)), pa.int64())
     keys = pa.table({"index": index, "path": pa.array(paths, pa.string())})
     photos, told = (Path(os.fsdecode(name)) for name in names), iter(names)

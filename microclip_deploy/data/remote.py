@@ -16,7 +16,7 @@ from datetime import timedelta
 from functools import cache
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
-from microclip_deploy.errors import EnvironmentProblem, printable, require
+from microclip_deploy.errors import EnvironmentProblem, as_url, printable, require
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -43,12 +43,6 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     """Say whether a path stands for a URL."""
     scheme, colon, _ = os.fspath(path).partition(":/")
     return bool(colon) and scheme in SCHEMES
-
-
-def url(path: str) -> str:
-    """Return the URL that a path stands for."""
-    scheme, _, rest = path.partition(":/")
-    return f"{scheme}://{rest.lstrip('/')}"
 
 
 @cache
@@ -170,7 +164,7 @@ def _require_google_credentials() -> None:
 def _explained(path: str) -> Iterator[_Place]:
     """Give where a path is; turn what a store answers into errors a user can act on."""
     exceptions = require("obstore.exceptions", "remote")
-    scheme, _, rest = url(path).partition("://")
+    scheme, _, rest = as_url(path).partition("://")
     root, _, key = rest.partition("/")
     try:
         yield _Place(_store(f"{scheme}://{root}"), key)
@@ -191,6 +185,6 @@ def _explained(path: str) -> Iterator[_Place]:
             if scheme in _CREDENTIALS:
                 remedy = f"set {_CREDENTIALS[scheme]}=true"
         raise EnvironmentProblem(
-            f"{url(path)}: expected an answer of the store, found: {told}; {remedy} and run again, "
-            "adapt with --resume"
+            f"{as_url(path)}: expected an answer of the store, found: {told}; {remedy} and run "
+            "again, adapt with --resume"
         ) from error

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Literal, Self
 
 from microclip_deploy.data.text_file import cell as cell
-from microclip_deploy.errors import DataError, printable
+from microclip_deploy.errors import DataError, as_url, printable
 from microclip_deploy.evaluation.predict import FailedImage, Result
 from microclip_deploy.serving.classification import Guess
 
@@ -212,4 +212,4 @@ def file_name(
         undecodable: what stands for bytes that are no UTF-8: \xff, or a lone surrogate, whose
             JSON escape reads back as the same name.
     """
-    return os.fsencode(path).decode("utf-8", undecodable)
+    return as_url(os.fsencode(path).decode("utf-8", undecodable))

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,40 @@ def test_a_removed_shard_is_made_again_with_the_same_bytes(predict: Predict, out
     assert predict() == 0
     assert shard.read_bytes() == before
     assert not list(out.glob("*.part"))
+
+
+@pytest.fixture(params=["tar", "parquet", "arrow", "pack"])
+def archived(request: pytest.FixtureRequest, photos: Path, tmp_path: Path) -> Path:
+    """Return the photos in another kind of source, in the order of the folder."""
+    paths, source = sorted(photos.rglob("*.png")), tmp_path / f"photos.{request.param}"
+    table = pa.table({"image": [path.read_bytes() for path in paths]})
+    if request.param == "pack":
+        assert main(["pack", str(photos), "-o", str(source)]) == 0
+    elif request.param == "tar":
+        with tarfile.open(source, "w") as tar:
+            tar.add(photos, ".")
+    elif request.param == "parquet":
+        pq.write_table(table, source, row_group_size=7)
+    else:
+        with pa.OSFile(str(source), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    return source
+
+
+def test_archives_give_the_rows_of_their_photos(
+    predict: Predict, out: Path, archived: Path, photos: Path, session: Session
+) -> None:
+    assert predict("--part", "2/3", images=archived) == 0
+    assert predict(images=archived) == 0
+    paths = [str(path) for path in sorted(photos.rglob("*.png"))]
+    wanted, found = classify_table(session, pa.table({"path": paths})), pq.read_table(out)
+    assert found.drop_columns(["index", "path"]).equals(wanted.drop_columns(["path"]))
+    assert all(name.startswith(f"{archived}/") for name in found["path"].to_pylist())
+    assert len(set(found["path"].to_pylist())) == 24
+    before = (out / "shard-00002.parquet").read_bytes()
+    (out / "shard-00002.parquet").unlink()
+    assert predict(images=archived) == 0
+    assert (out / "shard-00002.parquet").read_bytes() == before
 
 
 def test_bad_photos_are_rows_with_their_reason(

@@ -147,6 +147,35 @@ def test_tables_in_a_store_are_read(pictures: Path, server: Server, name: str) -
     assert contents(found.paths) == contents([pictures / "cat" / "2.png"] * 3)
 
 
+@pytest.mark.parametrize("place", ["photos", "pack", "foreign/x.tar"])
+def test_predictions_of_a_bucket_go_on_after_a_cut(
+    place: str, tmp_path: Path, pictures: Path, server: Server, tiny_export: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra parquet")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(remote, "RETRY_S", 0.2)
+    assert main(["predict", str(tiny_export), f"s3://bucket/{place}", "--format", "csv"]) == 0
+    assert f"\ns3://bucket/{place}/" in capsys.readouterr().out.replace("\r", "")
+    out, own = tmp_path / "shards", tmp_path / "own"
+    options = ["--shard-rows", "2", "--device", "cpu", "--threads", "1"]
+    command = ["predict", str(tiny_export), f"s3://bucket/{place}", *options, "--out", f"{out}/"]
+    assert main([*command, "--part", "2/3"]) == 0
+    monkeypatch.chdir(tmp_path)  # a part may run anywhere
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    forget()
+    assert main(command) == 4
+    assert "expected an answer of the store" in capsys.readouterr().err
+    assert [path.name for path in out.glob("shard-*")] == ["shard-00001.parquet"]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.address)
+    forget()
+    assert main(command) == 0
+    assert main(["predict", str(tiny_export), str(pictures), *options, "--out", f"{own}/"]) == 0
+    found, wanted = parquet.read_table(out), parquet.read_table(own)
+    assert found.drop_columns(["path"]).equals(wanted.drop_columns(["path"]))
+    assert found["path"][0].as_py().startswith(f"s3://bucket/{place}/")
+
+
 def test_missing_credentials_are_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "RETRY_S", 0.2)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
