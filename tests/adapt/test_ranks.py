@@ -1,6 +1,6 @@
 """Shares and parts of a batch teach what the whole batch does, and no process waits for a dead one.
 
-Most tests let threads stand for processes; few start real ones, which takes seconds.
+Most tests let threads stand for processes; few start real ones.
 """
 
 import json
@@ -8,16 +8,16 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -39,6 +39,7 @@ from microclip_deploy.adapt.train_step import (
 from microclip_deploy.cli.main import main
 from microclip_deploy.errors import EnvironmentProblem
 from microclip_deploy.model.microclip import MicroCLIP
+from tests.adapt.processes import begin
 from tests.adapt.test_train_step import GOLDEN, build, views_of
 
 # Float32 sums of B images in another order. AdamW divides a gradient by its own size, so what moves
@@ -272,40 +273,47 @@ def test_memory_for_no_image_is_an_error_that_says_what_to_do(
 # ------------------------------------------------------------------------------ processes
 
 
-Start = Callable[[list[str], int], list["subprocess.Popen[str]"]]
+class Rank(NamedTuple):
+    """A process of those that adapt together."""
+
+    process: ForkServerProcess
+    told: Path
+    """What it says on stderr."""
+
+
+Start = Callable[[list[str], int], list[Rank]]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Give what starts processes as torchrun does, one thread each; none outlives the test."""
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Give what starts processes with the variables of torchrun; none outlives the test."""
     with ExitStack() as stack:
 
-        def begin(arguments: list[str], count: int) -> list["subprocess.Popen[str]"]:
+        def starting(arguments: list[str], count: int) -> list[Rank]:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = str(free.getsockname()[1])
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
             begun = []
             for rank in map(str, range(count)):
-                ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(count)}
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "microclip_deploy", *arguments],
-                    env={**os.environ, **meeting, **ranks},
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-                stack.enter_context(process)
+                own, told = {"RANK": rank, "LOCAL_RANK": rank}, tmp_path / f"rank-{rank}.txt"
+                process = begin(arguments, told, partial(launched, {**meeting, **own}))
                 stack.callback(process.kill)
-                begun.append(process)
+                begun.append(Rank(process, told))
             return begun
 
-        yield begin
+        yield starting
 
 
-def ended(processes: list["subprocess.Popen[str]"]) -> tuple[list[int], list[str]]:
+def launched(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+
+
+def ended(ranks: list[Rank]) -> tuple[list[int | None], list[str]]:
     """Return exit codes and what was said on stderr; nothing may take minutes."""
-    told = [process.communicate(timeout=400)[1] for process in processes]
-    return [process.returncode for process in processes], told
+    for rank in ranks:
+        rank.process.join(400)
+    return [rank.process.exitcode for rank in ranks], [rank.told.read_text() for rank in ranks]
 
 
 def test_two_processes_learn_what_one_does(
@@ -318,7 +326,6 @@ def test_two_processes_learn_what_one_does(
     require_equal_runs(tmp_path / "run", finished)
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_processes(
     tmp_path: Path, finished: Path, often: Callable[..., list[str]], start: Start
 ) -> None:
@@ -331,20 +338,19 @@ def test_a_run_goes_on_with_other_numbers_of_processes(
     for count, until in ((2, 2), (1, 5), (2, 8)):
         processes = start([*arguments, "--save-every", "1"], count)
         wait_for(run / f"state/step-{until:09d}.json", processes)
-        processes[-1].send_signal(signal.SIGTERM)
+        processes[-1].process.terminate()
         codes, told = ended(processes)
         assert set(codes) == ({0} if until == 8 else {128 + signal.SIGTERM}), told
     require_equal_runs(run, finished)
 
 
-def wait_for(path: Path, processes: list["subprocess.Popen[str]"]) -> None:
+def wait_for(path: Path, processes: list[Rank]) -> None:
     """Wait for a file, or for processes that end without it."""
     deadline = time.monotonic() + 400
-    while time.monotonic() < deadline and not path.exists() and processes[0].poll() is None:
+    while time.monotonic() < deadline and not path.exists() and processes[0].process.is_alive():
         time.sleep(0.001)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_death_of_one_process_ends_the_other(
     tmp_path: Path, often: Callable[..., list[str]], start: Start, victim: int
@@ -352,7 +358,7 @@ def test_the_death_of_one_process_ends_the_other(
     run = tmp_path / "run"
     processes = start(often(run, "--epochs", "1000", "--save-every", "4"), 2)
     wait_for(run / "state/step-000000004.json", processes)
-    processes[victim].kill()
+    processes[victim].process.kill()
     codes, told = ended(processes)
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] == 4, told

@@ -1,17 +1,15 @@
 """A run directory after kills, mistakes and damage: nothing is lost, and resuming goes on."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkServerProcess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,23 +19,20 @@ from microclip_deploy.adapt.reference import VECTORS
 from microclip_deploy.adapt.run_directory import locked
 from microclip_deploy.cli.main import main
 from microclip_deploy.model.clip import BackboneSpec, load_clip
+from tests.adapt.processes import begin
 
-STOPPED = """
-import os, sys
-from microclip_deploy.cli.main import main
 
-signum, *names = sys.argv[1].split(",")
+def signalled(signum: int, names: str) -> None:
+    """Let this process get a signal once it has touched files of some names, in that order."""
+    waiting = names.split(",")
 
-def stop(event, touched):
-    if names and event in ("open", "os.rename") and names[0] in str(touched):
-        names.pop(0)
-        if not names:
-            os.kill(os.getpid(), int(signum))
+    def stop(event: str, touched: tuple[object, ...]) -> None:
+        if waiting and event in ("open", "os.rename") and waiting[0] in str(touched):
+            waiting.pop(0)
+            if not waiting:
+                os.kill(os.getpid(), signum)
 
-sys.addaudithook(stop)
-sys.exit(main(sys.argv[2:]))
-"""
-"""The command line, which gets a signal once it has touched files of some names, in that order."""
+    sys.addaudithook(stop)
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +76,11 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 # ------------------------------------------------------------------------------ kills
 
 
-def stopped(signum: signal.Signals, names: str, arguments: list[str]) -> tuple[int, str]:
-    """Adapt until files were touched and the signal had its way; return exit code and stderr."""
-    call = [sys.executable, "-c", STOPPED, f"{signum:d},{names}", *arguments]
-    found = subprocess.run(call, capture_output=True, text=True, check=False)
-    return found.returncode, found.stderr
+def stopped(told: Path, signum: int, names: str, arguments: list[str]) -> int | None:
+    """Adapt until files were touched and the signal had its way; return the exit code."""
+    process = begin(arguments, told, partial(signalled, signum, names))
+    process.join(400)
+    return process.exitcode
 
 
 BOUNDARY = [
@@ -99,7 +94,6 @@ BOUNDARY = [
 DEVICE_VIEWS = ["--set", "views.device=model"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [[], BOUNDARY, DEVICE_VIEWS], ids=["method", "boundary", "device views"]
 )
@@ -114,11 +108,12 @@ def test_a_run_stopped_and_killed_ends_with_the_bytes_of_one_that_was_not(
         adapt_arguments, finished = [*adapt_arguments, *settings], tmp_path / "finished"
         assert main([*adapt_into(finished), *settings]) == 0
     run, resume = tmp_path / "run", [*adapt_arguments, "--resume"]
-    code, told = stopped(signal.SIGTERM, "history.jsonl,.png", resume)  # in the first batch
-    assert code == 128 + signal.SIGTERM
-    assert "stopped at iteration 1 of 6; the state is saved" in told
-    killed_while_saving = ("step-000000005.safetensors", [*resume, "--save-every", "1"])
-    assert stopped(signal.SIGKILL, *killed_while_saving)[0] == -signal.SIGKILL
+    told = tmp_path / "told.txt"
+    in_the_first_batch = (signal.SIGTERM, "history.jsonl,.png", resume)
+    assert stopped(told, *in_the_first_batch) == 128 + signal.SIGTERM
+    assert "stopped at iteration 1 of 6; the state is saved" in told.read_text()
+    while_saving = (signal.SIGKILL, "step-000000005.safetensors", [*resume, "--save-every", "1"])
+    assert stopped(told, *while_saving) == -signal.SIGKILL
     if settings == BOUNDARY:
         (run / VECTORS).write_bytes(b"damaged")  # made again
     assert max((run / "state").glob("*.json")).stem == "step-000000004"
@@ -143,15 +138,6 @@ def saved(run: Path) -> int:
     return max((int(path.stem[5:]) for path in (run / "state").glob("step-*.json")), default=0)
 
 
-def begin(arguments: list[str]) -> ForkServerProcess:
-    """Start the command line, forked from a server that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["microclip_deploy.cli.adapt"])
-    process = context.Process(target=main, args=(arguments,))
-    process.start()
-    return process
-
-
 @pytest.mark.large
 def test_fifty_kills_on_tars_end_with_the_bytes_of_a_run_without(
     tmp_path: Path, photos: Path, adapt_into: Callable[[Path], list[str]]
@@ -173,7 +159,7 @@ def test_fifty_kills_on_tars_end_with_the_bytes_of_a_run_without(
         job += 1
         run = tmp_path / str(job)
         while not (run / "manifest.json").exists():
-            some, process = rng.choice((0, 2, 8, 20)), begin(arguments(run))
+            some, process = rng.choice((0, 2, 8, 20)), begin(arguments(run), tmp_path / "told.txt")
             wanted, deadline = saved(run) + some, time.monotonic() + 300
             while process.is_alive() and saved(run) < wanted and time.monotonic() < deadline:
                 time.sleep(0.001)

@@ -1,0 +1,29 @@
+"""Command lines in processes of their own, forked from a server that has imported everything.
+
+A fresh interpreter takes seconds to import torch; a test of several processes, most of its time.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from microclip_deploy.cli.main import main
+
+
+def begin(arguments: list[str], told: Path, prepare: Callable[[], Any] = int) -> ForkServerProcess:
+    """Start a command line, whose stderr goes to a file; `prepare` is called in its process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["microclip_deploy.cli.adapt", __name__])
+    process = context.Process(target=_run, args=(arguments, told, prepare))
+    process.start()
+    return process
+
+
+def _run(arguments: list[str], told: Path, prepare: Callable[[], Any]) -> None:
+    os.dup2(os.open(told, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
+    prepare()
+    sys.exit(main(arguments))
