@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from microclip_deploy.console import tell_left_out, tell_skipped, tell_warnings
-from microclip_deploy.data.decode import decode_image
+from microclip_deploy.data.decode import decode_image, opened_photo
 from microclip_deploy.data.photo import USUAL, PhotoConfig
 from microclip_deploy.data.sources import check_images, list_images
 from microclip_deploy.export.proof.probes import made_up_photos
@@ -52,7 +52,13 @@ def encoded_photos(
     tell_skipped(checked.bad, notes)
     tell_warnings(checked.remarks, notes)
     source = f"the user's (left out: {left_out})" if left_out else "the user's"
-    return [path.read_bytes() for path in checked.good], source
+    return [encoded(path, reading) for path in checked.good], source
+
+
+def encoded(path: Path, reading: PhotoConfig) -> bytes:
+    """Return the bytes of a photo that `check_images` found good."""
+    with opened_photo(path, reading) as stream:
+        return stream.read()
 
 
 def described(encoded: Sequence[bytes], sides: Sequence[int], source: str) -> str:

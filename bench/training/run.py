@@ -8,7 +8,6 @@ adaptation on this machine.
 
 import gc
 import multiprocessing
-import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,7 +27,7 @@ from microclip_deploy.adapt.loader import AdaptImages
 from microclip_deploy.adapt.views import ViewConfig
 from microclip_deploy.bench.card import environment
 from microclip_deploy.bench.geometry import TINY, random_geometry
-from microclip_deploy.bench.photos import SIDE, made_up_jpegs
+from microclip_deploy.bench.photos import SIDE, encoded, made_up_jpegs
 from microclip_deploy.bench.training.report import (
     PLAIN,
     PRODUCT,
@@ -237,5 +236,5 @@ def _photo_facts(
         "source": printable(source.resolve().name) if source else "made-up JPEG photos",
         "count": len(photos),
         "median_short_side_px": median(min(read_photo(path, config).image.size) for path in photos),
-        "median_kib": round(median(os.path.getsize(path) for path in photos) / 1024, 1),
+        "median_kib": round(median(len(encoded(path, config)) for path in photos) / 1024, 1),
     }

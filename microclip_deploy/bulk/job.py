@@ -195,6 +195,6 @@ def _require_same(directory: Path, stored: Any, settings: Mapping[str, Any]) -> 
     ]
     if differing:
         raise UsageError(
-            f"--out {printable(directory)}: expected the job that was begun there, found another "
-            f"{', '.join(differing)}; give the command that began it, or another --out"
+            f"--out {printable(directory)}: expected the job that was begun there, found other "
+            f"settings: {', '.join(differing)}; give the command that began it, or another --out"
         )

@@ -202,7 +202,7 @@ def test_other_photos_and_another_model_are_refused(
     listed.write_text(f"{photos}/red circle/01.png\n" * 2)
     assert predict(images=listed) == 2
     assert predict(images=photos, model=finished_run) == 2
-    assert "found another model, images; give" in capsys.readouterr().err
+    assert "found other settings: model, images; give" in capsys.readouterr().err
 
 
 def test_the_bytes_of_a_prior_count(tiny_export: Path, photos: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`microclip-deploy bench adapt`: both sides, the data pipeline, and what limits an adaptation."""
 
 import json
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -107,9 +108,14 @@ def test_the_users_photos_are_loaded(
 
 
 def test_views_cut_on_the_device_are_measured_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    photos: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(step, "ProcessPoolExecutor", in_this_process)
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(photos, ".")
     cut: list[int] = []
     views = PhotoBatch.views
 
@@ -119,12 +125,14 @@ def test_views_cut_on_the_device_are_measured_there(
 
     monkeypatch.setattr(PhotoBatch, "views", counted)
     options = ["--batch-size", "3", "--crops", "2", "--repeats", "2", "--no-plain", "--json"]
-    assert main([*TINY, *options, "--views-there"]) == 0
+    images = ["--images", str(tmp_path / "photos.tar")]
+    assert main([*TINY, *options, *images, "--views-there"]) == 0
     report = AdaptationReport.model_validate_json(capsys.readouterr().out)
     (case,) = report.cases
     assert cut == [3, 3, 3]  # a warm-up and two samples; none while loading is measured
     assert (len(case.upload_s), len(case.cut_s), len(case.views.samples_s)) == (2, 2, 2)
     assert case.images_per_s[PRODUCT] > report.scaling[0].images_per_s
+    assert report.photos["median_kib"] > 1
     told = plain(report)
     assert f"{in_ms(median(case.cut_s))} ms" in told
     assert "decode + reducing" in told
