@@ -154,7 +154,7 @@ def _require_google_credentials() -> None:
     try:
         machine.connect()
     except OSError as error:
-        told = f"no credentials, and no machine of Google's, which has its own ({error})"
+        told = f"no credentials, and no machine of Google's, which would have its own ({error})"
         raise OSError(told) from error
     finally:
         machine.close()
@@ -185,6 +185,6 @@ def _explained(path: str) -> Iterator[_Place]:
             if scheme in _CREDENTIALS:
                 remedy = f"set {_CREDENTIALS[scheme]}=true"
         raise EnvironmentProblem(
-            f"{as_url(path)}: expected an answer of the store, found: {told}; {remedy} and run "
+            f"{as_url(path)}: expected an answer of the store, found: {told}; {remedy}, and run "
             "again, adapt with --resume"
         ) from error

@@ -5,6 +5,7 @@ A fresh interpreter takes seconds to import torch; a test of several processes, 
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
@@ -24,6 +25,8 @@ def begin(arguments: list[str], told: Path, prepare: Callable[[], Any] = int) ->
 
 
 def _run(arguments: list[str], told: Path, prepare: Callable[[], Any]) -> None:
+    # The server blocks them where the loader of photos began it.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     os.dup2(os.open(told, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
     prepare()
     sys.exit(main(arguments))
