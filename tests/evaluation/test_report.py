@@ -71,9 +71,9 @@ def test_the_page_stands_alone(page: str) -> None:
     assert "default-src 'none'" in page
 
 
-def test_the_montage_shows_five_pictures_an_image(page: str) -> None:
+def test_an_image_is_shown_at_a_glance_and_with_all_its_pictures(page: str) -> None:
     pictures = [a["src"] or "" for tag, a in Elements(page).found if tag == "img"]
-    assert sum("image/jpeg" in source for source in pictures) == 3 * 5
+    assert sum("image/jpeg" in source for source in pictures) == 3 * (2 + 5)
 
 
 def test_the_page_tells_what_happened(page: str) -> None:
@@ -88,7 +88,7 @@ def test_the_page_tells_what_happened(page: str) -> None:
     ("ViT-B-32", "/photos/weights.safetensors", "ViT-B-32", "weights.safetensors, 32 pixels"),
     ("local-dir:/models/tiny", None, "tiny", "a local folder, 32 pixels"),
     ("hf-hub:org/repo", None, "repo", "org, 32 pixels"),
-    ("demo", None, "demo", "the tiny model of this package, 32 pixels"),
+    ("demo", None, "demo", "a tiny model of this package, 32 pixels"),
 ])  # fmt: skip
 def test_the_backbone_is_named(
     manifest: dict[str, Any], model: str, pretrained: str | None, name: str, remark: str
