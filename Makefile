@@ -16,7 +16,7 @@ $(VENV)/.done: pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[adapt,bench,export,cpu,dev]"
 	touch $@
 
-demo: setup     ## Adapt, evaluate, predict, export and verify on the embedded benchmark
+demo: setup     ## Adapt, evaluate, predict, export and verify on the embedded benchmark of drawn animals
 	$(BIN)/microclip-deploy demo
 
 test: setup     ## Run the default test suite, in as many processes as there are cores, at most four
@@ -40,8 +40,9 @@ bench: setup    ## Time a model, its stages and peers, and a training step on th
 export-parity: setup ## Hold exported graphs of well-known sizes against PyTorch
 	$(BIN)/python -m microclip_deploy.bench.export_parity --geometries tiny,ViT-B-32,ViT-B-16
 
-ablations: setup ## Rerun the ablation table on the embedded benchmark (about an hour on two cores)
+ablations: setup ## Rerun the ablation tables on both embedded benchmarks (some hours on two cores)
 	$(BIN)/python -m microclip_deploy.bench.training.ablations
+	$(BIN)/python -m microclip_deploy.bench.training.ablations --benchmark letters
 
 verify-kernel: setup ## Compare 20,000 graphs with float64, and print a table (some minutes)
 	NCUT_GRAPHS=20000 $(BIN)/python -m pytest -q -s tests/cuda/test_kernel_families.py

@@ -8,7 +8,7 @@
 A labelling that is right gives neighbours the same class; one that pushes photos into classes
 where they do not belong tears neighbours apart. So the accuracy that adaptation gained follows
 k(adapted) - k(zero-shot), both on the same neighbours. The line and the width of the interval are
-fitted on runs of the embedded benchmark whose truth is known, harmful ones among them;
+fitted on runs of the letters benchmark whose truth is known, harmful ones among them;
 docs/verdict.md says how often the verdict was right there. On other photos it is a conjecture,
 which `audit` settles.
 """

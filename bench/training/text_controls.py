@@ -1,4 +1,4 @@
-"""What class texts are worth on the embedded benchmark: texts x seeds -> one table.
+"""What class texts are worth on the letters benchmark: texts x seeds -> one table.
 
 The recipe of the demo adapts from each set of texts. Sets that say nothing about the classes show
 how much of the accuracy the descriptions bring by what they say. Random words are drawn again for
@@ -20,7 +20,8 @@ from microclip_deploy.bench.document import write_files
 from microclip_deploy.bench.table_text import markdown_table
 from microclip_deploy.bench.training.ablations import adapt_once, measure_once, spread
 from microclip_deploy.data.classes import ClassTexts, class_texts
-from microclip_deploy.demo.folders import RECIPE, write_benchmark
+from microclip_deploy.demo.folders import write_benchmark
+from microclip_deploy.demo.letters.benchmark import LETTERS
 from microclip_deploy.describe.controls import filtered, random_words, words_of
 from microclip_deploy.model.clip import BackboneSpec, TextEncoder, load_clip
 
@@ -80,8 +81,8 @@ def run_all(
     for seed in seeds:
         for title, texts in text_sets(out / "images", encode, seed).items():
             directory = out / title.replace(" ", "-") / f"seed-{seed}"
-            adapt_once(out / "images", directory, RECIPE, seed, texts=texts, sets=sets)
-            run = measure_once(out / "images", directory)
+            adapt_once(LETTERS, out / "images", directory, seed, texts=texts, sets=sets)
+            run = measure_once(LETTERS, out / "images", directory)
             results.setdefault(title, []).append(run)
             notes.print(f"{title}, seed {seed}: fused {run['fused']:.3f}")
     return results
@@ -125,7 +126,7 @@ def main(
 ) -> None:
     """Run what is missing and print the table."""
     notes = Console(stderr=True)
-    write_benchmark(out / "images", notes)
+    write_benchmark(LETTERS, out / "images", notes)
     results = run_all(out, [int(seed) for seed in seeds.split(",")], notes, sets=sets or ())
     document = {"benchmark": "text controls", "results": results, "environment": environment()}
     if results_to is not None:

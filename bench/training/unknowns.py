@@ -25,7 +25,9 @@ from microclip_deploy.bench.training.long_tail import EPOCHS, Photos, answers, t
 from microclip_deploy.calibration import softmax
 from microclip_deploy.data.classes import ClassTexts, class_texts
 from microclip_deploy.data.sources import list_images
-from microclip_deploy.demo.folders import RECIPE, hidden_labels, write_benchmark
+from microclip_deploy.demo.benchmark import Split
+from microclip_deploy.demo.folders import write_benchmark
+from microclip_deploy.demo.letters.benchmark import LETTERS
 from microclip_deploy.demo.long_tail import long_tail
 from microclip_deploy.evaluation.reliability import Strangers
 from microclip_deploy.serving import Session, open_session
@@ -83,11 +85,12 @@ def run_once(images: Path, out: Path, seed: int) -> Row:
     texts = class_texts(images / "classes.txt", images / "descriptions.json")
     some, known = split_classes(texts, seed)
     paths = list_images(images / "adapt").paths
-    labels = hidden_labels(len(paths))
+    labels = LETTERS.labels(Split.ADAPT, len(paths))
     chosen = long_tail(labels, 1, 0, most=10)
     chosen = chosen[np.isin(labels[chosen], known)]
     own = tuple(paths[i] for i in chosen)
-    adapt_paths(images, out, RECIPE, seed, own, texts=some, sets=(f"adapt.epochs={EPOCHS}",))
+    sets = (f"adapt.epochs={EPOCHS}",)
+    adapt_paths(LETTERS, images, out, seed, own, texts=some, sets=sets)
     test = test_photos(images, texts.names)
     is_known = np.isin(test.labels, known)
 
@@ -115,7 +118,7 @@ def main(
 ) -> None:
     """Run what is missing and print the table."""
     notes = Console(stderr=True)
-    write_benchmark(out / "images", notes)
+    write_benchmark(LETTERS, out / "images", notes)
     rows = [run_once(out / "images", out / f"seed-{seed}", int(seed)) for seed in seeds.split(",")]
     table = [["measured", "%"], *([name, spread([row[name] for row in rows])] for name in rows[0])]
     text = "\n".join([*markdown_table(table), ""])

@@ -45,7 +45,7 @@ def estimate(passes: Callable[[], Iterable[NDArray[np.float32]]]) -> NDArray[np.
 
 UNEVEN = 0.75
 """Share of the classes that are effectively there, below which a folder is called uneven. Even
-folders of the embedded benchmark are estimated at 0.83, those of imbalance 10 at 0.75, of 50 at
+folders of the letters benchmark are estimated at 0.83, those of imbalance 10 at 0.75, of 50 at
 0.67 (docs/long-tails.md)."""
 
 

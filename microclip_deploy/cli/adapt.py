@@ -46,7 +46,7 @@ from microclip_deploy.model.checkpoint import read_checkpoint
 from microclip_deploy.model.clip import BackboneSpec, Clip, load_clip
 from microclip_deploy.model.microclip import MicroCLIP
 from microclip_deploy.model.text import TextHeads, text_heads
-from microclip_deploy.model.weights import default_tag, file_warning
+from microclip_deploy.model.weights import DEMO_MODELS, default_tag, file_warning
 from microclip_deploy.processors import usable_cpus
 from microclip_deploy.serving import open_run
 from microclip_deploy.serving.torch_session import TorchSession, resolve_device
@@ -274,7 +274,7 @@ def _finished(directory: Path, device: str, clip: Clip, notes: Console) -> dict[
 
 def _backbone(asked: Asked, default: str = DEFAULT_MODEL) -> BackboneSpec:
     model = asked.model or default
-    located = model == "demo" or model.startswith(("hf-hub:", "local-dir:"))
+    located = model in DEMO_MODELS or model.startswith(("hf-hub:", "local-dir:"))
     if model.startswith("local-dir:"):
         model = f"local-dir:{Path(model.removeprefix('local-dir:')).absolute()}"
     if located and asked.pretrained:

@@ -1,4 +1,4 @@
-"""The embedded benchmark, end to end: zero-shot, adapt, evaluate, predict, export, verify.
+"""An embedded benchmark, end to end: zero-shot, adapt, evaluate, predict, export, verify.
 
 The images are written as ordinary folders first, so everything below is what a user's photos go
 through.
@@ -13,7 +13,8 @@ from rich.console import Console
 from microclip_deploy.adapt.log import HISTORY, read_history
 from microclip_deploy.cli.adapt import Asked, run_adapt
 from microclip_deploy.cli.commands import run_evaluate, run_predict
-from microclip_deploy.demo.folders import RECIPE, write_benchmark
+from microclip_deploy.demo.benchmark import Benchmark
+from microclip_deploy.demo.folders import write_benchmark
 from microclip_deploy.errors import VerificationError
 from microclip_deploy.evaluation.evaluate import Evaluation
 from microclip_deploy.export.command import run_export
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Measured:
     """What the benchmark measured."""
 
     evaluation: Evaluation
@@ -46,35 +47,45 @@ class Benchmark:
         return {"adapt_s": adapt_s, "exported": exported, **self.evaluation.to_json()}
 
 
-def run(out: Path, *, seed: int, device: str, notes: Console, printed: Console) -> Benchmark:
+def run(
+    benchmark: Benchmark,
+    out: Path,
+    *,
+    seed: int,
+    device: str,
+    notes: Console,
+    printed: Console,
+) -> Measured:
     """Run the whole benchmark in a folder; what is already there is not done again.
 
     Args:
-        out: gets images/, the run directory seed-N/ and its export, export-N/.
+        benchmark: which.
+        out: gets images/, the run directory seed-N/, its export, export-N/, and overlays/.
         seed: of the adaptation; the images are always the same.
         device: "auto", "cpu", "cuda" or "cuda:N".
         notes: progress and remarks.
         printed: the predictions and the proof.
     """
     images, directory = out / "images", out / f"seed-{seed}"
-    write_benchmark(images, notes)
+    write_benchmark(benchmark, images, notes)
     asked = Asked(
         images=images / "adapt",
         classes=images / "classes.txt",
         descriptions=images / "descriptions.json",
-        model="demo",
-        recipe=RECIPE,
+        templates=tuple(benchmark.templates),
+        model=benchmark.model,
+        recipe=benchmark.recipe,
         overrides=(f"adapt.seed={seed}",),
     )
     run_adapt(directory, asked, notes, device=device, resume=True)
     evaluation = run_evaluate(directory, images / "test", notes, device=device, batch_size=128)
     photos = sorted((images / "test").glob("*/*.png"))
     photos = photos[:: len(photos) // 5][:5]
-    run_predict(directory, photos, printed, notes, top_k=3, device=device)
+    run_predict(directory, photos, printed, notes, top_k=3, overlay=out / "overlays", device=device)
     exported = _export(directory, out / f"export-{seed}", images, notes, printed)
     _require_same(evaluation, exported)
     seconds = sum(epoch["seconds"] for epoch in read_history(directory / HISTORY))
-    return Benchmark(evaluation, exported, seconds)
+    return Measured(evaluation, exported, seconds)
 
 
 def _export(run: Path, out: Path, images: Path, notes: Console, printed: Console) -> Evaluation:

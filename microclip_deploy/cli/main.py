@@ -32,6 +32,7 @@ from microclip_deploy.cli.options import (
     Adapted,
     AsJson,
     BatchSize,
+    BenchmarkName,
     BitDepth,
     Descriptions,
     Device,
@@ -314,9 +315,13 @@ app.add_typer(bench_app, name="bench", rich_help_panel=DEPLOY)
 
 @look()
 def demo(
+    benchmark: Annotated[
+        BenchmarkName, option(PHOTOS, "NAME", "Animals among clutter, or letters with one mark.")
+    ] = BenchmarkName.OBJECTS,
     out_dir: Annotated[
-        Path, option(OUTPUT, "DIR", "Folder for images, run and export.", "-o", "--out")
-    ] = Path("runs/demo"),
+        Path | None,
+        option(OUTPUT, "DIR", "Images, run and export. [default: runs/demo-NAME]", "-o", "--out"),
+    ] = None,
     write_images: Annotated[
         Path | None, option(OUTPUT, "DIR", "Only write the benchmark's images into this folder.")
     ] = None,
@@ -324,17 +329,23 @@ def demo(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Run the embedded benchmark: adapt, evaluate, predict, export, verify. Three minutes."""
+    """Run an embedded benchmark: adapt, evaluate, predict, export, verify. Three minutes."""
     with waiting(notes, "loading PyTorch"):
         require_exporter()
         from microclip_deploy.cli import demo
+        from microclip_deploy.demo import BENCHMARKS
         from microclip_deploy.demo.folders import write_benchmark
 
     if write_images is not None:
-        write_benchmark(write_images, notes)
+        write_benchmark(BENCHMARKS[benchmark], write_images, notes)
         return
     result = demo.run(
-        out_dir, seed=seed, device=device, notes=notes, printed=notes if as_json else out
+        BENCHMARKS[benchmark],
+        out_dir or Path("runs") / f"demo-{benchmark}",
+        seed=seed,
+        device=device,
+        notes=notes,
+        printed=notes if as_json else out,
     )
     if as_json:
         print_json(result.to_json())

@@ -10,7 +10,7 @@ from rich.console import Console
 Step = tuple[Sequence[str | Path], str]
 """Words after `microclip-deploy`, and what the command is for."""
 
-DEMO: Step = (("demo",), "all of it on made-up letters, in three minutes and without a download")
+DEMO: Step = (("demo",), "all of it on drawn animals, in three minutes and without a download")
 DOCTOR: Step = (("doctor",), "what is installed here, and what will be used")
 
 

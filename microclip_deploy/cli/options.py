@@ -19,6 +19,13 @@ class Dtype(StrEnum):
     auto = "auto"
 
 
+class BenchmarkName(StrEnum):
+    """The embedded benchmarks: animals among clutter, or letters that differ by one mark."""
+
+    OBJECTS = "objects"
+    LETTERS = "letters"
+
+
 class ExportDtype(StrEnum):
     """Precision of an export that is made for a measurement."""
 

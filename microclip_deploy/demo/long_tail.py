@@ -5,6 +5,8 @@ least one: the frequent ones about as many as they have, the rarest `imbalance` 
 from the hidden labels, which only those who measure know.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,12 +14,9 @@ IMBALANCES = (10, 50)
 ORDERS = (0, 1, 2)
 """Of the lists that `demo` writes."""
 
-MOST = 38
-"""Images of the most frequent class: as many as a class has on average."""
-
 
 def long_tail(
-    labels: NDArray[np.int64], imbalance: float, order: int, most: int = MOST
+    labels: NDArray[np.int64], imbalance: float, order: int, most: int | None = None
 ) -> NDArray[np.int64]:
     """Return the positions that are kept, int64 (n,), ascending.
 
@@ -25,9 +24,10 @@ def long_tail(
         labels: int64 (N,), the class of each image.
         imbalance: images of the most frequent class over those of the rarest, at least 1.
         order: seed of which class is frequent.
-        most: images of the most frequent class.
+        most: images of the most frequent class; None for as many as a class has on average.
     """
     classes = int(labels.max()) + 1
+    most = math.ceil(len(labels) / classes) if most is None else most
     rank = np.random.default_rng(order).permutation(classes)
     quota = np.maximum(1, np.rint(most * imbalance ** (-rank / (classes - 1))))
     return np.flatnonzero(_occurrence(labels, classes) < quota[labels])

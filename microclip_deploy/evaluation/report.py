@@ -30,6 +30,7 @@ from microclip_deploy.evaluation.moves import believed
 from microclip_deploy.evaluation.page import data_uri, percent
 from microclip_deploy.evaluation.predict import FailedImage, ImagePrediction, predict
 from microclip_deploy.model.checkpoint import SCHEMA
+from microclip_deploy.model.weights import DEMO_MODELS
 from microclip_deploy.paths import StrPath, as_path
 from microclip_deploy.serving import RunSessions, open_run
 from microclip_deploy.serving.classification import Guess
@@ -230,8 +231,8 @@ def _backbone(manifest: Mapping[str, Any]) -> tuple[str, str]:
     model, pretrained = manifest["backbone"]["model"], manifest["backbone"]["pretrained"]
     kind, _, place = model.rpartition(":")
     weights = {"local-dir": "a local folder", "hf-hub": place.partition("/")[0]}.get(kind, "")
-    if model == "demo":
-        weights = "the tiny model of this package"
+    if model in DEMO_MODELS:
+        weights = "a tiny model of this package"
     origin = Path(pretrained).name if pretrained else weights
     side = f"{manifest['preprocess']['size']} pixels"
     return Path(place).name or model, f"{origin}, {side}" if origin else side

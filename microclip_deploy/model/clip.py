@@ -36,9 +36,9 @@ class BackboneSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    """open_clip name, "hf-hub:ORG/REPO", "local-dir:PATH", or "demo"."""
+    """open_clip name, "hf-hub:ORG/REPO", "local-dir:PATH", "demo" or "demo-objects"."""
     pretrained: str | None = None
-    """open_clip tag or a .safetensors file; none for hf-hub:, local-dir: and demo."""
+    """open_clip tag or a .safetensors file; none for hf-hub:, local-dir: and the demo's."""
 
 
 class _ExactFloat32(ContextDecorator):

@@ -36,8 +36,8 @@ from safetensors import SafetensorError, safe_open
 
 from microclip_deploy.errors import CheckpointError, EnvironmentProblem, MicroclipError, printable
 
-DEMO_MODEL = "demo"
-"""Name of the tiny model inside the package."""
+DEMO_MODELS = {"demo": "letters", "demo-objects": "objects"}
+"""Name of a tiny model inside the package -> the folder in `demo` that holds it."""
 
 CONFIG = "open_clip_config.json"
 """What makes a folder a model directory, beside a .safetensors file."""
@@ -66,9 +66,10 @@ _Loaded = TypeVar("_Loaded")
 
 
 def resolve_name(model: str) -> str:
-    """Return open_clip's name of `model`; "demo" is the directory inside this package."""
-    if model == DEMO_MODEL:
-        return f"local-dir:{resources.files('microclip_deploy') / 'demo' / 'model'}"
+    """Return open_clip's name of `model`; the demo's are directories inside this package."""
+    if model in DEMO_MODELS:
+        folder = resources.files("microclip_deploy") / "demo" / DEMO_MODELS[model] / "model"
+        return f"local-dir:{folder}"
     plain = model.replace("/", "-")  # OpenAI writes ViT-B/32
     return plain if plain in open_clip.list_models() else model
 
@@ -122,7 +123,7 @@ def _check_name(model: str, name: str) -> None:
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         told = f"found no such name; for a repository on the hub write --model hf-hub:{model}"
     else:
-        known = {each.casefold(): each for each in [*open_clip.list_models(), DEMO_MODEL]}
+        known = {each.casefold(): each for each in [*open_clip.list_models(), *DEMO_MODELS]}
         near = difflib.get_close_matches(model.casefold(), known, n=3)
         hint = f"did you mean {', '.join(known[each] for each in near)}? " if near else ""
         told = f"found no such name; {hint}open_clip.list_models() lists all"

@@ -1,6 +1,7 @@
 """The benchmark end to end, on a handful of images."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,27 +9,26 @@ import pytest
 from PIL import Image
 
 from microclip_deploy.cli.main import main
-from microclip_deploy.demo import folders
-from microclip_deploy.demo.folders import Split, hidden_labels, target_image
-from microclip_deploy.demo.glyphs import CLASS_CHARACTERS
-from microclip_deploy.demo.ink import inked_tokens, mask_ink_iou
+from microclip_deploy.demo.benchmark import Split
+from microclip_deploy.demo.objects.benchmark import OBJECTS, Objects
+from microclip_deploy.demo.truth import mask_iou, object_tokens
 from microclip_deploy.serving import open_session
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder that `demo --write-images` wrote, with a handful of images."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Give the folder that `demo --write-images` wrote, with a handful of images."""
     folder = tmp_path_factory.mktemp("demo") / "images"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folders, "SIZES", {Split.ADAPT: 24, Split.VAL: 82, Split.TEST: 82})
+        patch.setattr(Objects, "sizes", {Split.ADAPT: 64, Split.VAL: 42, Split.TEST: 42})
         assert main(["demo", "--write-images", str(folder)]) == 0
-    return folder
+        yield folder
 
 
 def test_write_images_gives_ordinary_folders(images: Path) -> None:
-    assert len(list((images / "adapt").glob("*.png"))) == 24
-    assert len(list((images / "test").glob("*/*.png"))) == 82
-    assert len((images / "classes.txt").read_text("utf-8").splitlines()) == 82
+    assert len(list((images / "adapt").glob("*.png"))) == 64
+    assert len(list((images / "test").glob("*/*.png"))) == 42
+    assert len((images / "classes.txt").read_text("utf-8").splitlines()) == 42
 
 
 @pytest.mark.slow
@@ -38,13 +38,13 @@ def test_demo_measures_before_and_after(images: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr()
     assert "already written" in shown.err
     found = json.loads(shown.out.splitlines()[-1])
-    assert found["images"] == 82
+    assert found["images"] == 42
     assert {row["model"] for row in found["rows"]} == {"adapted", "zero-shot"}
     adapted = [row for row in found["rows"] if row["model"] == "adapted"]
     assert found["exported"] == adapted  # the graph in ONNX Runtime says the same
     assert (out / "seed-0" / "report.html").is_file()
     with open_session(out / "seed-0") as session:
-        assert 0 < mask_ink_iou(session, images) < 1
+        assert 0 < mask_iou(session, OBJECTS, images) < 1
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(
@@ -55,14 +55,9 @@ def test_a_folder_that_cannot_be_written_is_one_error(
     assert "could not be written" in capsys.readouterr().err
 
 
-def test_hidden_labels_are_the_rendered_characters() -> None:
-    drawn = [target_image(Split.ADAPT, index)[0] for index in range(5)]
-    assert [CLASS_CHARACTERS[label] for label in hidden_labels(5)] == drawn
-
-
-def test_inked_tokens_cover_the_glyph(tmp_path: Path) -> None:
-    ink = np.zeros((64, 64), np.uint8)
-    ink[8:16, 16:24] = 255
-    Image.fromarray(ink).save(tmp_path / "ink.png")
-    found = inked_tokens(tmp_path / "ink.png", 64)
+def test_object_tokens_are_those_it_covers(tmp_path: Path) -> None:
+    cover = np.zeros((64, 64), np.uint8)
+    cover[8:16, 16:24] = 255
+    Image.fromarray(cover).save(tmp_path / "cover.png")
+    found = object_tokens(tmp_path / "cover.png", 64, 0.1)
     np.testing.assert_array_equal(np.flatnonzero(found), [1 * 8 + 2])

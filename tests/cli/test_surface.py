@@ -85,7 +85,7 @@ SURFACE = {
         "--temperature", "--seed", "--max-tokens-total", "--max-cost", "--price-in", "--price-out",
         "--clip", "--clip-weights", "--images", "--no-filter", "--report", "--dry-run", "--json",
     },
-    "demo": {"--out", "--write-images", "--seed", "--device", "--json"},
+    "demo": {"--benchmark", "--out", "--write-images", "--seed", "--device", "--json"},
     "doctor": {"--require", "--json"},
     "recipes": {"--json"},
     "version": {"--json"},
@@ -155,7 +155,7 @@ def test_help_of_a_group_shows_what_a_target_takes(
         ("bench --pe", ["--percentiles", "--peers"]),
         ("bench exports/birds --pe", ["--percentiles", "--peers"]),
         ("describe classes.txt --max", ["--max-tokens-total", "--max-cost"]),
-        ("adapt --recipe de", ["default", "demo"]),
+        ("adapt --recipe de", ["default", "demo", "demo-objects"]),
     ],
 )
 def test_shells_complete(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from microclip_deploy.demo.glyphs import class_names, descriptions_by_name
+from microclip_deploy.demo.letters.glyphs import class_names, descriptions_by_name
 from microclip_deploy.describe.judge import judged
 from microclip_deploy.describe.sentence import Sentence
 from microclip_deploy.describe.separation import margins, neutral, separating

@@ -12,14 +12,16 @@ from microclip_deploy.bench.training.text_controls import (
     run_all,
     text_sets,
 )
-from microclip_deploy.demo.folders import Split, write_class_texts, write_images
+from microclip_deploy.demo.benchmark import Split
+from microclip_deploy.demo.folders import write_class_texts, write_images
+from microclip_deploy.demo.letters.benchmark import LETTERS
 from microclip_deploy.model.clip import BackboneSpec, load_clip
 
 ROWS = ["names only", "templates", "descriptions", "filtered", "random words", "shuffled words"]
 
 
 def test_every_row_has_texts_for_every_class(tmp_path: Path) -> None:
-    write_class_texts(tmp_path)
+    write_class_texts(LETTERS, tmp_path)
     encode = load_clip(BackboneSpec(model="demo")).text
     sets = text_sets(tmp_path, encode, 0)
     assert list(sets) == ROWS
@@ -45,9 +47,9 @@ def test_the_table_holds_every_row_and_what_follows() -> None:
 @pytest.mark.slow
 def test_a_tiny_benchmark_runs_through_and_is_not_repeated(tmp_path: Path) -> None:
     images = tmp_path / "images"
-    write_class_texts(images)
-    write_images(images, Split.TEST, 82)
-    write_images(images, Split.ADAPT, 32)
+    write_class_texts(LETTERS, images)
+    write_images(LETTERS, images, Split.TEST, 82)
+    write_images(LETTERS, images, Split.ADAPT, 32)
     tiny = ["adapt.epochs=1", "adapt.batch_size=16", "views.crops=1"]
     quiet = Console(quiet=True)
     results = run_all(tmp_path, [0], quiet, sets=tiny)

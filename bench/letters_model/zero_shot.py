@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from microclip_deploy.demo.glyphs import CLASS_CHARACTERS, descriptions, glyph_name
-from microclip_deploy.demo.render import Domain, PrintStyle, image_generator, render_glyph
+from microclip_deploy.demo.letters.glyphs import CLASS_CHARACTERS, descriptions, glyph_name
+from microclip_deploy.demo.letters.render import Domain, PrintStyle, image_generator, render_glyph
 from microclip_deploy.model.backbone import VisionBackbone
 from microclip_deploy.model.saliency import saliency
 from microclip_deploy.model.soap import SOAP

@@ -2,7 +2,7 @@
 
 How to reproduce the shipped model (an hour or less on two CPU cores, no network):
 
-    python -m microclip_deploy.bench.demo_model.pretrain --out model
+    python -m microclip_deploy.bench.letters_model.pretrain --out model
 
 The seed fixes images, captions, their order and the initial weights, so a run on the same torch
 build and thread count gives the same numbers (other builds sum in another order and end close by).
@@ -46,11 +46,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from microclip_deploy import demo
 from microclip_deploy.artifact import read_json, write_bytes, write_json
-from microclip_deploy.bench.demo_model.bpe import merges_bytes, train_merges
-from microclip_deploy.bench.demo_model.captions import PRETRAINING_CHARACTERS, caption
-from microclip_deploy.bench.demo_model.zero_shot import (
+from microclip_deploy.bench.letters_model.bpe import merges_bytes, train_merges
+from microclip_deploy.bench.letters_model.captions import PRETRAINING_CHARACTERS, caption
+from microclip_deploy.bench.letters_model.zero_shot import (
     Encoder,
     ImagePool,
     class_weights,
@@ -58,8 +57,9 @@ from microclip_deploy.bench.demo_model.zero_shot import (
     render_pool,
     score,
 )
-from microclip_deploy.demo.glyphs import CLASS_CHARACTERS
-from microclip_deploy.demo.render import HELD_OUT_FACES, SOURCE, TARGET, Domain, PrintStyle
+from microclip_deploy.demo import letters
+from microclip_deploy.demo.letters.glyphs import CLASS_CHARACTERS
+from microclip_deploy.demo.letters.render import HELD_OUT_FACES, SOURCE, TARGET, Domain, PrintStyle
 
 SEED = 0
 """Of images, captions, order and initial weights."""
@@ -85,7 +85,7 @@ MAX_TOKEN_COSINE = 0.25
 MAX_LOGIT_SCALE = math.log(100)
 
 CONFIG = "open_clip_config.json"
-SHIPPED_CONFIG = Path(demo.__file__).parent / "model" / CONFIG
+SHIPPED_CONFIG = Path(letters.__file__).parent / "model" / CONFIG
 """Holds the architecture: 1.2 M parameters, 8x8 patches of a 64x64 image."""
 WEIGHTS = "open_clip_model.safetensors"
 MERGES_FILE = "bpe_merges.txt.gz"
@@ -156,19 +156,19 @@ def _train(
     model: CLIP, tokenizer: SimpleTokenizer, pool: ImagePool, stage: Stage, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Optimise `model` in place; yield what is to be logged."""
-    optimizers, encoder = _optimizers(model), Encoder(model.visual)
-    schedules = [LambdaLR(optimizer, lambda done: _rate(done, stage)) for optimizer in optimizers]
+    both, encoder = optimizers(model), Encoder(model.visual)
+    schedules = [LambdaLR(optimizer, lambda done: _rate(done, stage)) for optimizer in both]
     held_out = render_pool(CLASS_CHARACTERS, SOURCE_HELD_OUT, 820, seed=SEED, split=HELD_OUT_SPLIT)
     generator = torch.Generator().manual_seed(seed)
     started = time.monotonic()
     batches = islice(_batches(pool, seed), stage.steps)
     for step, (images, captions) in enumerate(batches, 1):
         losses = _losses(model, encoder, _jitter(pixels(images), generator), tokenizer(captions))
-        for optimizer in optimizers:
+        for optimizer in both:
             optimizer.zero_grad()
         (losses["cls"] + DENSE_WEIGHT * losses["dense"] + losses["spread"]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+        for optimizer, schedule in zip(both, schedules, strict=True):
             optimizer.step()
             schedule.step()
         with torch.no_grad():
@@ -228,7 +228,8 @@ def _jitter(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def _optimizers(model: CLIP) -> list[torch.optim.Optimizer]:
+def optimizers(model: CLIP) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the blocks and AdamW for all else, at their peak rates."""
     named = dict(model.named_parameters())
     matrices = [name for name, p in named.items() if p.ndim == 2 and "resblocks" in name]
     muon = torch.optim.Muon(

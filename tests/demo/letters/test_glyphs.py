@@ -1,6 +1,6 @@
-"""The class list of the embedded benchmark."""
+"""The class list of the letters benchmark."""
 
-from microclip_deploy.demo.glyphs import (
+from microclip_deploy.demo.letters.glyphs import (
     CLASS_CHARACTERS,
     class_names,
     descriptions,

@@ -1,18 +1,18 @@
-"""What the embedded model was trained on: captions and their merges."""
+"""What the letters' model was trained on: captions and their merges."""
 
 from pathlib import Path
 from random import Random
 
-from microclip_deploy import demo
-from microclip_deploy.bench.demo_model.bpe import train_merges
-from microclip_deploy.bench.demo_model.captions import PRETRAINING_CHARACTERS, caption
-from microclip_deploy.bench.demo_model.pretrain import MERGES_FILE, write_tokenizer
-from microclip_deploy.demo.render import PrintStyle
+from microclip_deploy.bench.letters_model.bpe import train_merges
+from microclip_deploy.bench.letters_model.captions import PRETRAINING_CHARACTERS, caption
+from microclip_deploy.bench.letters_model.pretrain import MERGES_FILE, write_tokenizer
+from microclip_deploy.demo import letters
+from microclip_deploy.demo.letters.render import PrintStyle
 
 
 def test_the_recipe_writes_the_shipped_merges(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
-    shipped = Path(demo.__file__).parent / "model" / MERGES_FILE
+    shipped = Path(letters.__file__).parent / "model" / MERGES_FILE
     assert (tmp_path / MERGES_FILE).read_bytes() == shipped.read_bytes()
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from microclip_deploy.bench.demo_model.captions import PRETRAINING_CHARACTERS
-from microclip_deploy.demo.glyphs import CLASS_CHARACTERS
-from microclip_deploy.demo.render import (
+from microclip_deploy.bench.letters_model.captions import PRETRAINING_CHARACTERS
+from microclip_deploy.demo.letters.glyphs import CLASS_CHARACTERS
+from microclip_deploy.demo.letters.render import (
     HELD_OUT_FACES,
     SOURCE,
     SOURCE_FACES,

@@ -8,12 +8,17 @@ import pytest
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
 
-from microclip_deploy import demo
-from microclip_deploy.bench.demo_model.zero_shot import Encoder, class_weights, render_pool, score
-from microclip_deploy.demo.glyphs import CLASS_CHARACTERS, descriptions
-from microclip_deploy.demo.render import SOURCE
+from microclip_deploy.bench.letters_model.zero_shot import (
+    Encoder,
+    class_weights,
+    render_pool,
+    score,
+)
+from microclip_deploy.demo import letters
+from microclip_deploy.demo.letters.glyphs import CLASS_CHARACTERS, descriptions
+from microclip_deploy.demo.letters.render import SOURCE
 
-MODEL = Path(demo.__file__).parent / "model"
+MODEL = Path(letters.__file__).parent / "model"
 MAX_WEIGHTS_BYTES = 6_000_000
 
 

@@ -5,7 +5,7 @@ Plain and stroked letters exist only in pretraining: they teach the model that a
 
 from random import Random
 
-from microclip_deploy.demo.glyphs import (
+from microclip_deploy.demo.letters.glyphs import (
     CLASS_CHARACTERS,
     LETTER_SHAPES,
     MARKS,
@@ -13,7 +13,7 @@ from microclip_deploy.demo.glyphs import (
     glyph_name,
     parts,
 )
-from microclip_deploy.demo.render import PrintStyle
+from microclip_deploy.demo.letters.render import PrintStyle
 
 _STROKED = "øłđħŧ"
 _PLAIN = "abcdefghijklmnopqrstuvwxyz"

@@ -1,0 +1,369 @@
+"""Pretrain the tiny CLIP of the objects benchmark on scenes that are drawn as it goes.
+
+    python -m microclip_deploy.bench.objects_model.pretrain SHEETS --out model --seed 1
+
+SHEETS is what `artists` wrote. About an hour and a half on two CPU cores; no image is shown twice.
+The folder holds what the letters' does (`bench.letters_model.pretrain`), with the same optimisers.
+The shipped weights (seed 1) came from a process for each stage, the last two of them shared by two
+processes that averaged gradients, each with half of the batch. The stages encode that; they have
+not been run in one go.
+
+The objective, a sum of:
+
+* [CLS] against the names of the objects in the scene, one at a time, the others masked out;
+* [FG] by the true mask of each object against its name, and of the rest against "an empty
+  background": the tie between tokens and words that large CLIP models have from scale;
+* the mean of all tokens against the names, so that it is a fair rival of [FG];
+* coherence: tokens of one object point one way, those of the ground another.
+
+So the geometry that the cut relies on is taught, with the renderer's masks. Adaptation sees no
+mask. The artists of the target (`TARGET_ARTISTS`) take part with everything but the classes.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import typer
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.func import functional_call
+from torch.optim.lr_scheduler import LambdaLR
+
+from microclip_deploy.artifact import read_json, write_bytes, write_json
+from microclip_deploy.bench.letters_model.bpe import merges_bytes, train_merges
+from microclip_deploy.bench.letters_model.pretrain import (
+    CONFIG,
+    MAX_LOGIT_SCALE,
+    MERGES_FILE,
+    WARMUP_STEPS,
+    WEIGHTS,
+    optimizers,
+)
+from microclip_deploy.bench.objects_model.artists import SOURCE_ARTISTS, read_sheets
+from microclip_deploy.bench.objects_model.zero_shot import (
+    class_weights,
+    document,
+    score,
+    source_scenes,
+    target_scenes,
+)
+from microclip_deploy.demo import objects
+from microclip_deploy.demo.benchmark import Split
+from microclip_deploy.demo.objects.drawings import Drawings, Sheet
+from microclip_deploy.demo.objects.names import CAPTIONS, CLASSES, CLUTTER
+from microclip_deploy.demo.objects.scene import COVERED, PATCH, SIDE, Domain, render, token_cover
+from microclip_deploy.model.backbone import Tokens, VisionBackbone
+from microclip_deploy.model.soap import SOAP
+from microclip_deploy.ncut.spec import NCutSpec
+
+WORDINGS = (
+    *CAPTIONS,
+    "{}",
+    "a picture of a {}",
+    "the {}",
+    "an emoji of a {}",
+    "a {} somewhere in a colourful scene",
+)
+"""Captions of pretraining; the benchmark's sentences are five of them."""
+GROUND = "an empty background"
+MERGES = 700
+"""Most merges of the tokenizer."""
+
+REGION_WEIGHT, GROUND_WEIGHT, MEAN_WEIGHT = 0.5, 0.1, 0.3
+"""Of the terms beside [CLS]'s."""
+WITHIN, APART, LEAST_OBJECT, LEAST_GROUND = 0.7, -0.1, 0.5, 0.4
+"""Cosines: mean within object and ground, at most between them, of each token with its own side."""
+
+TEXT_STEPS, TEXT_RATE, TEXT_SCALE = 150, 2e-3, 6.0
+"""Of the warm-up in which two wordings of a thing find one another, before any image."""
+
+METHOD = {"method": NCutSpec()}
+"""The rule of the cut that the log tells of."""
+
+SHIPPED_CONFIG = Path(objects.__file__).parent / "model" / CONFIG
+
+
+class Stage(NamedTuple):
+    """One run of the optimisers, from fresh momenta."""
+
+    side: int
+    """Of the scenes, pixels; small ones have one object each and cost a quarter."""
+    batch: int
+    steps: int
+    cosine_steps: int
+    """Length of the cosine that the rates follow; longer than `steps` stops it early."""
+    peak: float
+    """Share of the peak rates."""
+    others: float
+    """Share of the objects that belong to no class of the benchmark."""
+    domain: Domain
+
+
+def _near(jitter: float, bend: float) -> Domain:
+    sizes = ((24, 46),)
+    return Domain(sizes=sizes, clutter=0.2, shapes=0.15, jitter=jitter, bend=bend)
+
+
+STAGES = (
+    Stage(48, 96, 1000, 1700, 1.0, 0.5, _near(2.0, 0.12)),
+    Stage(48, 96, 700, 700, 0.9, 0.2, _near(1.5, 0.08)),
+    Stage(48, 128, 500, 3000, 0.6, 0.25, _near(2.0, 0.12)),
+    Stage(48, 128, 160, 100_000, 0.2, 0.08, _near(1.7, 0.1)),
+    Stage(48, 128, 750, 1500, 0.35, 0.1, _near(1.7, 0.1)),
+    Stage(96, 64, 2800, 2800, 0.4, 0.12, Domain(number=(0.45, 0.3, 0.25), jitter=1.7, bend=0.1)),
+)
+"""Six, because rates and augmentation were changed on the way; only the last sees whole scenes."""
+
+
+class Vocabulary:
+    """Everything that is drawn and named: the classes first, then all other things."""
+
+    def __init__(self, sheets: Mapping[str, Sheet], folder: Path) -> None:
+        """Train the tokenizer on all names, write it into `folder`, and encode them."""
+        known = {name for sheet in sheets.values() for name in sheet}
+        others = sorted(name for name in known - {*CLASSES, *CLUTTER} if "flag" not in name)
+        self.drawings = Drawings(sheets, (*CLASSES, *others), _seen_in_pretraining)
+        self.clutter = Drawings(sheets, CLUTTER)
+        names = self.drawings.things
+        texts = [wording.format(name) for wording in WORDINGS for name in (*names, *CLASSES * 10)]
+        write_bytes(folder / MERGES_FILE, merges_bytes(train_merges(texts, MERGES)))
+        context = read_json(SHIPPED_CONFIG)["model_cfg"]["text_cfg"]["context_length"]
+        merges = str(folder / MERGES_FILE)
+        self.tokenizer = SimpleTokenizer(bpe_path=merges, context_length=context)
+        self.captions: Tensor = torch.stack(
+            [self.tokenizer([wording.format(name) for name in names]) for wording in WORDINGS]
+        )
+        """int64 (wordings, things, context)."""
+        self.ground: Tensor = self.tokenizer([GROUND])
+
+    def weights(self, others: float) -> Tensor:
+        """Return how often each thing is drawn, float (things,)."""
+        count = len(self.drawings.things)
+        weights = torch.full((count,), others / (count - len(CLASSES)))
+        weights[: len(CLASSES)] = (1 - others) / len(CLASSES)
+        return weights
+
+    def worded(self, things: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return the things in random wordings, and the ground last: int64 (n + 1, context)."""
+        wording = torch.randint(len(WORDINGS), (len(things),), generator=generator)
+        return torch.cat([self.captions[wording, things], self.ground])
+
+
+def _seen_in_pretraining(thing: str, artist: str) -> bool:
+    return artist in SOURCE_ARTISTS or thing not in CLASSES
+
+
+def pretrain(
+    sheets: Annotated[Path, typer.Argument(help="Sheets of all artists, by `artists`.")],
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
+    seed: Annotated[int, typer.Option(help="Of scenes, captions and initial weights.")] = 0,
+    threads: Annotated[int, typer.Option(help="Of torch; they decide the order of sums.")] = 2,
+    every: Annotated[int, typer.Option(help="Steps between two evaluations.")] = 500,
+) -> None:
+    """Pretrain the tiny CLIP of the benchmark; log to the folder and to stdout."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = read_sheets(sheets)
+    vocabulary = Vocabulary(drawn, out)
+    config = read_json(SHIPPED_CONFIG)
+    config["model_cfg"]["text_cfg"]["vocab_size"] = vocabulary.tokenizer.vocab_size
+    write_json(out / CONFIG, config)
+    config["model_cfg"]["text_cfg"].pop("tokenizer_kwargs")
+    model = CLIP(**config["model_cfg"])
+    _warm_text(model, vocabulary)
+    with (out / "pretrain-log.jsonl").open("w") as log:
+        for number, stage in enumerate(STAGES):
+            for record in _train(model, vocabulary, stage, seed + number, every):
+                scores = _scores(model, vocabulary, drawn)
+                line = json.dumps({"stage": number, **record, **scores})
+                print(line, flush=True)
+                print(line, file=log, flush=True)
+            weights = {name: w.half().contiguous() for name, w in model.state_dict().items()}
+            write_bytes(out / WEIGHTS, save(weights))
+            model.load_state_dict(load_file(out / WEIGHTS))  # goes on from the rounded weights
+
+
+def _warm_text(model: CLIP, vocabulary: Vocabulary) -> None:
+    """Spread the texts: two wordings of a thing are taught to find one another."""
+    named = model.named_parameters()
+    own = [p for name, p in named if not name.startswith("visual") and name != "logit_scale"]
+    optimizer = torch.optim.AdamW(own, lr=TEXT_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = LambdaLR(optimizer, lambda i: min(1, (i + 1) / 10) * (1 - i / TEXT_STEPS))
+    count = len(vocabulary.drawings.things)
+    for _ in range(TEXT_STEPS):
+        some = torch.cat([torch.arange(len(CLASSES)), torch.randint(len(CLASSES), count, (80,))])
+        pair = [
+            model.encode_text(vocabulary.worded(some.unique(), None), normalize=True)
+            for _ in range(2)
+        ]
+        logits, truth = TEXT_SCALE * pair[0] @ pair[1].T, torch.arange(len(pair[0]))
+        optimizer.zero_grad()
+        (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def _train(
+    model: CLIP, vocabulary: Vocabulary, stage: Stage, seed: int, every: int
+) -> Iterator[dict[str, Any]]:
+    """Optimise `model` in place; yield the losses now and then."""
+    generator = torch.Generator().manual_seed(seed)
+    both = optimizers(model)
+    schedules = [LambdaLR(each, lambda done: _rate(done, stage)) for each in both]
+    backbone, weights = VisionBackbone(model.visual), vocabulary.weights(stage.others)
+    started = time.monotonic()
+    for step in range(1, stage.steps + 1):
+        losses = _losses(model, backbone, vocabulary, stage, weights, generator)
+        for optimizer in both:
+            optimizer.zero_grad()
+        torch.stack([*losses.values()]).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(both, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        if step % every == 0 or step == stage.steps:
+            yield {
+                "step": step,
+                "seconds": round(time.monotonic() - started),
+                "losses": {name: round(term.item(), 4) for name, term in losses.items()},
+                "logit_scale": round(model.logit_scale.exp().item(), 2),
+            }
+
+
+def _rate(done: int, stage: Stage) -> float:
+    """Return the share of the peak rates after so many steps: linear warm-up times cosine."""
+    cosine = 0.5 * (1 + math.cos(math.pi * done / stage.cosine_steps))
+    return min(1.0, (done + 1) / WARMUP_STEPS) * stage.peak * cosine
+
+
+def _losses(
+    model: CLIP,
+    backbone: VisionBackbone,
+    vocabulary: Vocabulary,
+    stage: Stage,
+    weights: Tensor,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Return the weighted terms of the objective for a fresh batch, scalars."""
+    scenes = render(
+        vocabulary.drawings,
+        vocabulary.clutter,
+        stage.batch,
+        stage.domain,
+        generator,
+        side=stage.side,
+        weights=weights,
+    )
+    things, labels = _local(scenes.labels)
+    words = model.encode_text(vocabulary.worded(things, generator), normalize=True)
+    scale, names = model.logit_scale.exp(), words[:-1]
+    cls, patches = _encode(backbone, scenes.images * 2 - 1, generator)
+    cover = token_cover(scenes.cover)
+    shown, ground = cover >= COVERED, cover.sum(1) < COVERED
+    scene, k = torch.nonzero((labels >= 0) & (shown.sum(-1) >= 2), as_tuple=True)
+    pool = SOAP(backbone.width)
+    fg = backbone.project(pool(patches[scene], shown[scene, k]).vector)
+    rest = backbone.project(pool(patches, ground).vector)
+    nothing = torch.full((stage.batch,), len(names))
+    return {
+        "cls": _named(scale * cls @ names.T, labels),
+        "region": REGION_WEIGHT * F.cross_entropy(scale * fg @ words.T, labels[scene, k]),
+        "ground": GROUND_WEIGHT * F.cross_entropy(scale * rest @ words.T, nothing),
+        "coherence": _coherence(patches, scene, shown[scene, k].float(), ground.float()),
+        "mean": MEAN_WEIGHT * _named(scale * backbone.project(patches.mean(1)) @ names.T, labels),
+    }
+
+
+def _local(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the things a batch is told from, the classes first, and the labels among them."""
+    things = torch.cat([torch.arange(len(CLASSES)), labels[labels >= len(CLASSES)]]).unique()
+    place = torch.full((int(things.max()) + 1,), -1)
+    place[things] = torch.arange(len(things))
+    return things, torch.where(labels >= 0, place[labels.clamp(min=0)], -1)
+
+
+def _encode(backbone: VisionBackbone, images: Tensor, generator: torch.Generator) -> Tokens:
+    """Encode scenes; a small one takes the positions of a random window of a whole one."""
+    side, grid = images.shape[-1] // PATCH, SIDE // PATCH
+    if side == grid:
+        tokens: Tokens = backbone(images)
+        return tokens
+    row, column = torch.randint(grid + 1 - side, (2,), generator=generator).tolist()
+    position = backbone.visual.positional_embedding
+    window = position[1:].view(grid, grid, -1)[row : row + side, column : column + side]
+    moved = torch.cat([position[:1], window.reshape(side * side, -1)])
+    found: Tokens = functional_call(backbone, {"visual.positional_embedding": moved}, (images,))
+    return found
+
+
+def _named(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each named object, its companions in the scene masked out."""
+    scene, k = torch.nonzero(labels >= 0, as_tuple=True)
+    own = labels[scene, k]
+    companions = torch.zeros(len(scene), logits.shape[1], dtype=torch.bool)
+    for other in labels[scene].unbind(1):
+        there = (other >= 0) & (other != own)
+        companions[torch.nonzero(there)[:, 0], other[there]] = True
+    return F.cross_entropy(logits[scene].masked_fill(companions, -1e9), own)
+
+
+def _coherence(patches: Tensor, scene: Tensor, shown: Tensor, ground: Tensor) -> Tensor:
+    """Return how far tokens are from one direction for each object and another for the ground.
+
+    Args:
+        patches: (B, N, D).
+        scene: (K,), the scene of each object.
+        shown: 0 or 1, (K, N): its tokens.
+        ground: 0 or 1, (B, N): tokens of no object.
+    """
+    unit = F.normalize(patches, dim=-1)
+    objects_mean = torch.einsum("kn,knd->kd", shown, unit[scene]) / shown.sum(-1, keepdim=True)
+    ground_mean = torch.einsum("bn,bnd->bd", ground, unit) / ground.sum(-1, keepdim=True).clamp(1)
+    within = F.relu(WITHIN - objects_mean.square().sum(-1))
+    between = F.relu((objects_mean * ground_mean[scene]).sum(-1) - APART)
+    means = (within + between).mean() + F.relu(WITHIN - ground_mean.square().sum(-1)).mean()
+    to_object = torch.einsum("knd,kd->kn", unit[scene], F.normalize(objects_mean, dim=-1))
+    to_ground = torch.einsum("bnd,bd->bn", unit, F.normalize(ground_mean, dim=-1))
+    behind = ground[scene]
+
+    def mean(values: Tensor, where: Tensor) -> Tensor:
+        return (values * where).sum() / where.sum()
+
+    tokens = (
+        mean(F.relu(to_object - APART), behind)
+        + mean(F.relu(LEAST_GROUND - to_ground), ground)
+        + mean(F.relu(to_ground[scene] - APART), shown)
+        + mean(F.relu(LEAST_OBJECT - to_object), shown)
+    )
+    return means + tokens
+
+
+def _scores(model: CLIP, vocabulary: Vocabulary, sheets: Mapping[str, Sheet]) -> dict[str, Any]:
+    def encode(texts: list[str]) -> Tensor:
+        embedded: Tensor = model.encode_text(vocabulary.tokenizer(texts))
+        return embedded
+
+    backbone, weights = VisionBackbone(model.visual), class_weights(encode)
+    scored = {
+        "source": score(backbone, weights, source_scenes(sheets), METHOD),
+        "target": score(backbone, weights, target_scenes(Split.VAL), METHOD),
+    }
+    return {
+        name: {**each["top1"], "mask_iou": each["mask_iou"]["method"]}
+        for name, each in document(scored).items()
+    }
+
+
+if __name__ == "__main__":
+    typer.run(pretrain)

@@ -1,0 +1,1 @@
+"""Small letters that differ by one mark, each filling its image."""
