@@ -29,7 +29,7 @@ source domain is trained on; target images are scored once, at the end.
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -157,22 +157,18 @@ def _train(
 ) -> Iterator[dict[str, Any]]:
     """Optimise `model` in place; yield what is to be logged."""
     both, encoder = optimizers(model), Encoder(model.visual)
-    schedules = [LambdaLR(optimizer, lambda done: _rate(done, stage)) for optimizer in both]
+    schedules = [
+        LambdaLR(optimizer, lambda done: rate(done, stage.cosine_steps, stage.peak))
+        for optimizer in both
+    ]
     held_out = render_pool(CLASS_CHARACTERS, SOURCE_HELD_OUT, 820, seed=SEED, split=HELD_OUT_SPLIT)
     generator = torch.Generator().manual_seed(seed)
     started = time.monotonic()
     batches = islice(_batches(pool, seed), stage.steps)
     for step, (images, captions) in enumerate(batches, 1):
         losses = _losses(model, encoder, _jitter(pixels(images), generator), tokenizer(captions))
-        for optimizer in both:
-            optimizer.zero_grad()
-        (losses["cls"] + DENSE_WEIGHT * losses["dense"] + losses["spread"]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(both, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        loss = losses["cls"] + DENSE_WEIGHT * losses["dense"] + losses["spread"]
+        advance(model, both, schedules, loss)
         if step % EVALUATE_EVERY == 0 or step == stage.steps:
             yield {
                 "event": "step",
@@ -243,10 +239,28 @@ def optimizers(model: CLIP) -> list[torch.optim.Optimizer]:
     return [muon, torch.optim.AdamW(rest, lr=ADAMW_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def _rate(done: int, stage: Stage) -> float:
+def rate(done: int, cosine_steps: int, peak: float) -> float:
     """Return the share of the peak rates after so many steps: linear warm-up times cosine."""
-    cosine = 0.5 * (1 + math.cos(math.pi * done / stage.cosine_steps))
-    return min(1.0, (done + 1) / WARMUP_STEPS) * stage.peak * cosine
+    cosine = 0.5 * (1 + math.cos(math.pi * done / cosine_steps))
+    return min(1.0, (done + 1) / WARMUP_STEPS) * peak * cosine
+
+
+def advance(
+    model: CLIP,
+    both: Sequence[torch.optim.Optimizer],
+    schedules: Sequence[LambdaLR],
+    loss: Tensor,
+) -> None:
+    """Take one step of the optimisers and their schedules down the gradient of a loss."""
+    for optimizer in both:
+        optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer, schedule in zip(both, schedules, strict=True):
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
 
 def _scores(model: CLIP, tokenizer: SimpleTokenizer, pool: ImagePool) -> dict[str, float]:

@@ -5,8 +5,8 @@
     pip install resvg-py==0.5.0
     python -m microclip_deploy.bench.objects_model.artists node_modules/@iconify-json sheets
 
-`sheets/` gets ARTIST.png and
-ARTIST.json for each set. `--shipped DIR` writes the sheets of the benchmark itself.
+`sheets/` gets ARTIST.png and ARTIST.json for each set. `--shipped DIR` writes the sheets of the
+benchmark itself.
 """
 
 import io

@@ -21,7 +21,6 @@ mask. The artists of the target (`TARGET_ARTISTS`) take part with everything but
 """
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,11 +40,11 @@ from microclip_deploy.artifact import read_json, write_bytes, write_json
 from microclip_deploy.bench.letters_model.bpe import merges_bytes, train_merges
 from microclip_deploy.bench.letters_model.pretrain import (
     CONFIG,
-    MAX_LOGIT_SCALE,
     MERGES_FILE,
-    WARMUP_STEPS,
     WEIGHTS,
+    advance,
     optimizers,
+    rate,
 )
 from microclip_deploy.bench.objects_model.artists import SOURCE_ARTISTS, read_sheets
 from microclip_deploy.bench.objects_model.zero_shot import (
@@ -218,20 +217,14 @@ def _train(
     """Optimise `model` in place; yield the losses now and then."""
     generator = torch.Generator().manual_seed(seed)
     both = optimizers(model)
-    schedules = [LambdaLR(each, lambda done: _rate(done, stage)) for each in both]
+    schedules = [
+        LambdaLR(each, lambda done: rate(done, stage.cosine_steps, stage.peak)) for each in both
+    ]
     backbone, weights = VisionBackbone(model.visual), vocabulary.weights(stage.others)
     started = time.monotonic()
     for step in range(1, stage.steps + 1):
         losses = _losses(model, backbone, vocabulary, stage, weights, generator)
-        for optimizer in both:
-            optimizer.zero_grad()
-        torch.stack([*losses.values()]).sum().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(both, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        advance(model, both, schedules, torch.stack([*losses.values()]).sum())
         if step % every == 0 or step == stage.steps:
             yield {
                 "step": step,
@@ -239,12 +232,6 @@ def _train(
                 "losses": {name: round(term.item(), 4) for name, term in losses.items()},
                 "logit_scale": round(model.logit_scale.exp().item(), 2),
             }
-
-
-def _rate(done: int, stage: Stage) -> float:
-    """Return the share of the peak rates after so many steps: linear warm-up times cosine."""
-    cosine = 0.5 * (1 + math.cos(math.pi * done / stage.cosine_steps))
-    return min(1.0, (done + 1) / WARMUP_STEPS) * stage.peak * cosine
 
 
 def _losses(
