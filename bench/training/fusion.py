@@ -1,26 +1,38 @@
-"""Ways to weigh [CLS], [FG] and photos of the folder, measured on finished long-tailed runs.
+"""Ways to weigh [CLS], [FG] and photos of the folder, measured on finished runs.
 
-No training: `long_tail` keeps what each run answered. A weight a photo, by how sure each token is
+No training: what each run answered is kept beside it. A weight a photo, by how sure each token is
 or by whether they agree, is held against fixed weights; the mean photo of each class (prototype),
 of the surest half or of all, is blended into the rows of the classifier.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from microclip_deploy.artifact import MANIFEST
 from microclip_deploy.bench.card import environment
 from microclip_deploy.bench.document import write_files
 from microclip_deploy.bench.table_text import markdown_table
-from microclip_deploy.bench.training.ablations import spread
-from microclip_deploy.bench.training.long_tail import ANSWERS, Answers, read_answers
+from microclip_deploy.bench.training.ablations import OWN, spread
+from microclip_deploy.bench.training.answers import (
+    ANSWERS,
+    Answers,
+    adapt_photos,
+    read_answers,
+    run_answers,
+    test_photos,
+)
 from microclip_deploy.calibration import softmax
+from microclip_deploy.demo import BENCHMARKS
+from microclip_deploy.demo.benchmark import Benchmark
 from microclip_deploy.head import LOGIT_SCALE, fused_logits
 
+ACCURACY = "half and half, top-1"
 TEMPERATURE = 3.0
 """About where the probabilities of these runs are calibrated."""
 
@@ -86,8 +98,8 @@ def readings(told: Answers, split: str) -> dict[str, NDArray[np.float32]]:
     return found
 
 
-def gains(told: Answers) -> dict[str, dict[str, float]]:
-    """Return top-1 of every way less the method's own, by split."""
+def measure(told: Answers) -> dict[str, dict[str, float]]:
+    """Return top-1 of the method's own way, then of every way less that, by split; fractions."""
     found: dict[str, dict[str, float]] = {}
     for split in ("folder", "test"):
         labels = told[f"{split}.labels"]
@@ -95,29 +107,64 @@ def gains(told: Answers) -> dict[str, dict[str, float]]:
             name: float((logits.argmax(axis=1) == labels).mean())
             for name, logits in readings(told, split).items()
         }
-        for name, share in right.items():
-            found.setdefault(name, {})[split] = share - right["half and half"]
+        own = right["half and half"]
+        told_of = {ACCURACY: own} | {name: share - own for name, share in right.items()}
+        for name, share in told_of.items():
+            found.setdefault(name, {})[split] = share
     return found
 
 
+def long_tailed(runs: Path, recipes: Sequence[str]) -> dict[str, list[Answers]]:
+    """Return the answers that `long_tail` kept, by recipe and kind of folder."""
+    return {
+        f"{recipe}, {title}": [
+            read_answers(path) for path in sorted(runs.glob(f"{recipe}/{pattern}/*/{ANSWERS}"))
+        ]
+        for recipe in recipes
+        for title, pattern in {"balanced": "balanced", "long-tailed": "imbalance-*"}.items()
+    }
+
+
+def ablated(benchmark: Benchmark, runs: Path, recipes: Sequence[str]) -> dict[str, list[Answers]]:
+    """Return the answers of the finished runs of `ablations`, by recipe."""
+    images = runs / "images"
+    splits = {"folder": adapt_photos(benchmark, images), "test": test_photos(benchmark, images)}
+    return {
+        recipe: [
+            run_answers(done.parent, splits)
+            for done in sorted(runs.glob(f"{recipe}/seed-*/{MANIFEST}"))
+        ]
+        for recipe in recipes
+    }
+
+
 def main(
-    runs: Annotated[Path, typer.Argument(help="Folder of `long_tail`.")] = Path("runs/long-tail"),
-    recipes: Annotated[str, typer.Option(help="Comma-separated.")] = "microclip,default",
+    runs: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of the runs; runs/long-tail or runs/ablations-BENCHMARK."),
+    ] = None,
+    benchmark: Annotated[
+        Literal["objects", "letters"] | None,
+        typer.Option(help="Whose runs of `ablations`; without it those of `long_tail`."),
+    ] = None,
+    recipes: Annotated[
+        str | None, typer.Option(help=f"Comma-separated; microclip,default or {OWN}.")
+    ] = None,
     results_to: Annotated[
         Path | None, typer.Option(help="Write NAME.json and NAME.md with this prefix.")
     ] = None,
 ) -> None:
-    """Measure all ways on finished runs and print the table."""
-    groups = {
-        f"{recipe}, {title}": sorted(runs.glob(f"{recipe}/{pattern}/*/{ANSWERS}"))
-        for recipe in recipes.split(",")
-        for title, pattern in {"balanced": "balanced", "long-tailed": "imbalance-*"}.items()
-    }
-    results = {
-        group: [gains(read_answers(path)) for path in paths]
-        for group, paths in groups.items()
-        if paths
-    }
+    """Measure all ways on finished runs and print the table: points, after the first row."""
+    if benchmark is None:
+        runs = runs or Path("runs/long-tail")
+        groups = long_tailed(runs, (recipes or "microclip,default").split(","))
+    else:
+        runs = runs or Path(f"runs/ablations-{benchmark}")
+        groups = ablated(BENCHMARKS[benchmark], runs, (recipes or OWN).split(","))
+    results = {group: [*map(measure, found)] for group, found in groups.items() if found}
+    if not results:
+        maker = "long_tail" if benchmark is None else f"ablations --benchmark {benchmark}"
+        raise typer.BadParameter(f"{runs}: expected finished runs, found none; run {maker} first")
     columns = [f"{group} ({split})" for group in results for split in ("folder", "test")]
     rows = [["reading", *columns]]
     for name in next(iter(results.values()))[0]:

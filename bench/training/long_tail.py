@@ -2,9 +2,8 @@
 
 Each run adapts to a folder with hidden labels and is measured on that folder, as it is, and on the
 balanced test split, with the folder's class frequencies and with uniform ones expected. The last
-table holds each run's verdict against the truth. Harmful recipes are there for it. The answers are
-kept beside each run (`answers.safetensors`), so that whatever reads logits can be measured without
-training again. Finished runs are not repeated.
+table holds each run's verdict against the truth. Harmful recipes are there for it. Finished runs
+are not repeated.
 """
 
 import json
@@ -17,31 +16,29 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
-from safetensors.numpy import load_file, save_file
 
 from microclip_deploy.adapt.log import HISTORY, read_history
 from microclip_deploy.bench.card import environment
 from microclip_deploy.bench.document import write_files
 from microclip_deploy.bench.table_text import markdown_table
 from microclip_deploy.bench.training.ablations import adapt_paths, spread
+from microclip_deploy.bench.training.answers import (
+    Answers,
+    Photos,
+    adapt_photos,
+    run_answers,
+    test_photos,
+)
 from microclip_deploy.calibrating import calibrate
 from microclip_deploy.calibration import softmax
-from microclip_deploy.data.sources import list_images, read_batches
-from microclip_deploy.demo.benchmark import Split
 from microclip_deploy.demo.folders import write_benchmark
 from microclip_deploy.demo.letters.benchmark import LETTERS
 from microclip_deploy.demo.long_tail import long_tail
 from microclip_deploy.evaluation.reliability import Reliability
-from microclip_deploy.serving import Session, open_run
 from microclip_deploy.verdict import Verdict, verdict
 
 EPOCHS = 8
 """The folders hold a quarter of the benchmark's images; the demo takes 2 epochs over all."""
-
-ANSWERS = "answers.safetensors"
-Answers = dict[str, NDArray[Any]]
-"""`SPLIT.labels`, `SPLIT.adapted|initial.cls|fg|logits` for the splits folder and test, and the
-class matrices `classifier`, `names` and `prior`."""
 
 
 class Folder(NamedTuple):
@@ -80,13 +77,6 @@ FEW = ("balanced", "imbalance-50-order-0")
 """Folders on which these run."""
 
 
-class Photos(NamedTuple):
-    """Images with their classes."""
-
-    paths: Sequence[Path]
-    labels: NDArray[np.int64]
-
-
 class Measured(NamedTuple):
     """What one run came to; accuracies are fractions."""
 
@@ -120,51 +110,17 @@ Results = dict[str, dict[str, list[Measured]]]
 
 def folder_photos(images: Path, folder: Folder) -> Photos:
     """Return the images of a folder, in the order the adaptation has them."""
-    paths = list_images(images / "adapt").paths
-    labels = LETTERS.labels(Split.ADAPT, len(paths))
+    paths, labels = adapt_photos(LETTERS, images)
     kept = long_tail(labels, folder.imbalance, folder.order, folder.most)
     return Photos(tuple(paths[i] for i in kept), labels[kept])
 
 
-def test_photos(images: Path, classes: tuple[str, ...]) -> Photos:
-    """Return the balanced test split."""
-    listed = list_images(images / "test")
-    places = [classes.index(str(label)) for label in listed.labels]
-    return Photos(listed.paths, np.array(places, np.int64))
-
-
-def answers(session: Session, photos: Photos) -> dict[str, NDArray[np.float32]]:
-    """Return what a session says: cls and fg (N, E), logits (N, C)."""
-    batches = read_batches(photos.paths, session.preprocess, 256)
-    found = [session.predict(batch.images) for batch in batches]
-    names = ("cls", "fg", "logits")
-    return {name: np.concatenate([getattr(each, name) for each in found]) for name in names}
-
-
 def run_once(images: Path, out: Path, folder: Folder, sets: tuple[str, ...], seed: int) -> Answers:
     """Adapt to a folder unless it is done, and return the answers to it and to the test split."""
-    kept = out / ANSWERS
-    if kept.is_file():
-        return read_answers(kept)
     photos = folder_photos(images, folder)
     sets = (f"adapt.epochs={EPOCHS}", *sets)
     adapt_paths(LETTERS, images, out, seed, photos.paths, sets=sets)
-    with open_run(out) as run:
-        told: Answers = {"classifier": run.adapted.classifier()}
-        told |= {"names": run.names, "prior": run.prior}
-        test = test_photos(images, run.adapted.classes)
-        for split, those in {"folder": photos, "test": test}.items():
-            told[f"{split}.labels"] = those.labels
-            for model, session in {"adapted": run.adapted, "initial": run.initial}.items():
-                found = answers(session, those)
-                told |= {f"{split}.{model}.{name}": array for name, array in found.items()}
-    save_file(told, kept)
-    return told
-
-
-def read_answers(path: Path) -> Answers:
-    """Return what `run_once` kept."""
-    return dict(load_file(path))
+    return run_answers(out, {"folder": photos, "test": test_photos(LETTERS, images)})
 
 
 def measure(told: Answers, expected_accuracy: float) -> Measured:

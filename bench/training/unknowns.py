@@ -21,11 +21,10 @@ from microclip_deploy.bench.card import environment
 from microclip_deploy.bench.document import write_files
 from microclip_deploy.bench.table_text import markdown_table
 from microclip_deploy.bench.training.ablations import adapt_paths, spread
-from microclip_deploy.bench.training.long_tail import EPOCHS, Photos, answers, test_photos
+from microclip_deploy.bench.training.answers import Photos, adapt_photos, ask, test_photos
+from microclip_deploy.bench.training.long_tail import EPOCHS
 from microclip_deploy.calibration import softmax
 from microclip_deploy.data.classes import ClassTexts, class_texts
-from microclip_deploy.data.sources import list_images
-from microclip_deploy.demo.benchmark import Split
 from microclip_deploy.demo.folders import write_benchmark
 from microclip_deploy.demo.letters.benchmark import LETTERS
 from microclip_deploy.demo.long_tail import long_tail
@@ -65,7 +64,7 @@ def measure(session: Session, known: Photos, others: dict[str, NDArray[np.float3
     """Return accuracy, coverage and how each kind of unknown is told apart."""
     calibration = session.calibration
     assert calibration is not None, "every run carries one"
-    logits = answers(session, known)["logits"]
+    logits = ask(session, known)["logits"]
     sure = softmax(logits, calibration.temperature).max(axis=1)
     right, answered = logits.argmax(axis=1) == known.labels, sure >= calibration.unknown_below
     row = {
@@ -84,14 +83,13 @@ def run_once(images: Path, out: Path, seed: int) -> Row:
     """Adapt to the known classes unless it is done, and measure."""
     texts = class_texts(images / "classes.txt", images / "descriptions.json")
     some, known = split_classes(texts, seed)
-    paths = list_images(images / "adapt").paths
-    labels = LETTERS.labels(Split.ADAPT, len(paths))
+    paths, labels = adapt_photos(LETTERS, images)
     chosen = long_tail(labels, 1, 0, most=10)
     chosen = chosen[np.isin(labels[chosen], known)]
     own = tuple(paths[i] for i in chosen)
     sets = (f"adapt.epochs={EPOCHS}",)
     adapt_paths(LETTERS, images, out, seed, own, texts=some, sets=sets)
-    test = test_photos(images, texts.names)
+    test = test_photos(LETTERS, images)
     is_known = np.isin(test.labels, known)
 
     def part(mask: NDArray[np.bool_]) -> Photos:
@@ -101,7 +99,7 @@ def run_once(images: Path, out: Path, seed: int) -> Row:
 
     with open_session(out) as session:
         others = {
-            "other letters": answers(session, part(~is_known))["logits"],
+            "other letters": ask(session, part(~is_known))["logits"],
             "scrambled": session.predict_photos(scrambled(part(is_known), seed)).logits,
         }
         return measure(session, part(is_known), others)
