@@ -13,10 +13,11 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from microclip_deploy.bench.kernel import clock
+from microclip_deploy.bench.kernel import clock, cusolver
 from microclip_deploy.bench.kernel.inputs import Batch, device_tokens, random_fusion
 from microclip_deploy.bench.kernel.report import (
     AFFINITY,
+    BATCHED_EIGH,
     CUPY_EIGH,
     FUSION,
     ITERATIVE,
@@ -118,6 +119,7 @@ def _time_peers(case: Case, tokens: Tensor, stream: Any, deadline: float) -> Non
     shared = cupy.from_dlpack(matrices)
     peers: dict[str, Callable[[int], object]] = {
         ITERATIVE: lambda n: saliency_iterative(tokens[:n], SPEC),
+        BATCHED_EIGH: lambda n: cusolver.eigh(matrices[:n]),
         TORCH_EIGH: lambda n: torch.linalg.eigh(matrices[:n]),
         CUPY_EIGH: lambda n: cupy.linalg.eigh(shared[:n]),
     }

@@ -130,6 +130,7 @@ def look_at(
 
 
 @torch.no_grad()
+@exact_float32
 def _write(
     path: Path, model: MicroCLIP, images: AdaptImages, progress: Callable[[int, int], None]
 ) -> None:

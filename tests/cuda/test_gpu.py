@@ -1,7 +1,6 @@
 """What only a CUDA device can show. Run with: python -m pytest -m gpu"""
 
 import copy
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -71,21 +70,21 @@ def test_a_training_step_equals_the_one_on_the_cpu(model: MicroCLIP, views: View
         torch.testing.assert_close(found, parameter.detach(), atol=2e-4, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_training_step_never_waits_for_the_device(model: MicroCLIP, views: Views) -> None:
     config = AdaptConfig()
     model = model.cuda()
     optimizer = make_optimizer(model.trainable(), config)
     device_views = Views(*(view.cuda() for view in views))
     train_step(model, optimizer, device_views, config, average=None, rate=1e-4)  # warm-up
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch calls its mode a prototype
-            torch.cuda.set_sync_debug_mode("error")
         train_step(model, optimizer, device_views, config, average=None, rate=1e-4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_views_cut_on_cuda_equal_the_cpus_and_wait_for_nothing() -> None:
     preprocess = Preprocess(size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     config = ViewConfig(device="model", randaugment="rand-m9-mstd0.5-inc1-p1.0")

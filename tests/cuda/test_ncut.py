@@ -3,7 +3,6 @@
 Run with: python -m pytest -m gpu tests/cuda/test_ncut.py
 """
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -238,13 +237,12 @@ def test_kernels_run_on_the_stream_of_torch(stream: torch.cuda.Stream) -> None:
     assert_golden(found.mask.cpu().numpy(), found.degenerate.cpu().numpy(), 49)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_waits_for_the_device() -> None:
     tokens = golden(196)
     cuda.saliency_cuda(tokens, SPEC)
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch calls its mode a prototype
-            torch.cuda.set_sync_debug_mode("error")
         cuda.saliency_cuda(tokens, SPEC)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -110,6 +110,7 @@ def test_normalize_fills_its_constants_where_the_images_are() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_normalize_never_waits_for_the_device() -> None:
     images = torch.from_numpy(batch()).cuda()
     CLIP.normalize(images)  # warm-up
