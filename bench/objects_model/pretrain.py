@@ -2,18 +2,17 @@
 
     python -m microclip_deploy.bench.objects_model.pretrain SHEETS --out model --seed 1
 
-SHEETS is what `artists` wrote. About an hour and a half on two CPU cores; no image is shown twice.
+SHEETS is what `artists` wrote. Minutes on a GPU, hours on two CPU cores; no image is shown twice.
 The folder holds what the letters' does (`bench.letters_model.pretrain`), with the same optimisers.
-The shipped weights (seed 1) came from a process for each stage, the last two of them shared by two
-processes that averaged gradients, each with half of the batch. The stages encode that; they have
-not been run in one go.
 
-The objective, a sum of:
+Each step draws close-ups, from which [CLS] learns names as CLIP does from captioned photos, and
+whole scenes, in which tokens learn where things are. The objective, a sum of:
 
-* [CLS] against the names of the objects in the scene, one at a time, the others masked out;
+* [CLS] against the names of the objects in the image, one at a time, the others masked out; in
+  scenes with a small weight, so that [CLS] is drawn off by what lies about, as it is in CLIP;
+* the mean of all tokens of a close-up against the name, so that it is a fair rival of [FG];
 * [FG] by the true mask of each object against its name, and of the rest against "an empty
   background": the tie between tokens and words that large CLIP models have from scale;
-* the mean of all tokens against the names, so that it is a fair rival of [FG];
 * coherence: tokens of one object point one way, those of the ground another.
 
 So the geometry that the cut relies on is taught, with the renderer's masks. Adaptation sees no
@@ -31,7 +30,7 @@ import torch.nn.functional as F
 import typer
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
@@ -48,6 +47,7 @@ from microclip_deploy.bench.letters_model.pretrain import (
 )
 from microclip_deploy.bench.objects_model.artists import SOURCE_ARTISTS, read_sheets
 from microclip_deploy.bench.objects_model.zero_shot import (
+    Images,
     class_weights,
     document,
     score,
@@ -58,7 +58,15 @@ from microclip_deploy.demo import objects
 from microclip_deploy.demo.benchmark import Split
 from microclip_deploy.demo.objects.drawings import Drawings, Sheet
 from microclip_deploy.demo.objects.names import CAPTIONS, CLASSES, CLUTTER
-from microclip_deploy.demo.objects.scene import COVERED, PATCH, SIDE, Domain, render, token_cover
+from microclip_deploy.demo.objects.scene import (
+    COVERED,
+    PATCH,
+    SIDE,
+    Domain,
+    Scenes,
+    render,
+    token_cover,
+)
 from microclip_deploy.model.backbone import Tokens, VisionBackbone
 from microclip_deploy.model.soap import SOAP
 from microclip_deploy.ncut.spec import NCutSpec
@@ -76,8 +84,6 @@ GROUND = "an empty background"
 MERGES = 700
 """Most merges of the tokenizer."""
 
-REGION_WEIGHT, GROUND_WEIGHT, MEAN_WEIGHT = 0.5, 0.1, 0.3
-"""Of the terms beside [CLS]'s."""
 WITHIN, APART, LEAST_OBJECT, LEAST_GROUND = 0.7, -0.1, 0.5, 0.4
 """Cosines: mean within object and ground, at most between them, of each token with its own side."""
 
@@ -90,47 +96,55 @@ METHOD = {"method": NCutSpec()}
 SHIPPED_CONFIG = Path(objects.__file__).parent / "model" / CONFIG
 
 
-class Stage(NamedTuple):
-    """One run of the optimisers, from fresh momenta."""
+class Part(NamedTuple):
+    """What a step draws of one kind, and which terms of the objective it is for."""
 
     side: int
-    """Of the scenes, pixels; small ones have one object each and cost a quarter."""
-    batch: int
-    steps: int
-    cosine_steps: int
-    """Length of the cosine that the rates follow; longer than `steps` stops it early."""
-    peak: float
-    """Share of the peak rates."""
-    others: float
-    """Share of the objects that belong to no class of the benchmark."""
+    """Of the scenes, pixels."""
+    images: int
     domain: Domain
+    terms: Mapping[str, float]
+    """Name of a term -> its weight."""
 
 
-def _near(jitter: float, bend: float) -> Domain:
-    sizes = ((24, 46),)
-    return Domain(sizes=sizes, clutter=0.2, shapes=0.15, jitter=jitter, bend=bend)
-
-
-STAGES = (
-    Stage(48, 96, 1000, 1700, 1.0, 0.5, _near(2.0, 0.12)),
-    Stage(48, 96, 700, 700, 0.9, 0.2, _near(1.5, 0.08)),
-    Stage(48, 128, 500, 3000, 0.6, 0.25, _near(2.0, 0.12)),
-    Stage(48, 128, 160, 100_000, 0.2, 0.08, _near(1.7, 0.1)),
-    Stage(48, 128, 750, 1500, 0.35, 0.1, _near(1.7, 0.1)),
-    Stage(96, 64, 2800, 2800, 0.4, 0.12, Domain(number=(0.45, 0.3, 0.25), jitter=1.7, bend=0.1)),
+CLOSE_UPS = Part(
+    side=48,
+    images=192,
+    domain=Domain(sizes=((24, 46),), clutter=0.2, shapes=0.15, jitter=1.7, bend=0.1),
+    terms={"cls": 1.0, "mean": 0.3, "region": 0.5, "ground": 0.1, "coherence": 1.0},
 )
-"""Six, because rates and augmentation were changed on the way; only the last sees whole scenes."""
+"""One object each, that nearly fills the image, as in most captioned photos of the web."""
+
+SCENES = Part(
+    side=SIDE,
+    images=128,
+    domain=Domain(
+        number=(0.45, 0.3, 0.25), clutter=0.8, clutter_sizes=(12, 26), jitter=1.7, bend=0.1
+    ),
+    terms={"cls": 0.15, "region": 1.0, "ground": 0.1, "coherence": 1.0},
+)
+"""Up to three small objects among clutter, like the benchmark's images."""
+
+
+PARTS = {"close-ups": CLOSE_UPS, "scenes": SCENES}
+
+STEPS, PEAK = 4000, 0.4
+"""Of the one cosine, and its share of the peak rates."""
+AHEAD = 8
+"""Steps whose scenes are drawn together; they share the grain of their grounds."""
+OTHERS = 0.12
+"""Share of the objects that belong to no class of the benchmark."""
 
 
 class Vocabulary:
     """Everything that is drawn and named: the classes first, then all other things."""
 
-    def __init__(self, sheets: Mapping[str, Sheet], folder: Path) -> None:
+    def __init__(self, sheets: Mapping[str, Sheet], folder: Path, device: str) -> None:
         """Train the tokenizer on all names, write it into `folder`, and encode them."""
         known = {name for sheet in sheets.values() for name in sheet}
         others = sorted(name for name in known - {*CLASSES, *CLUTTER} if "flag" not in name)
-        self.drawings = Drawings(sheets, (*CLASSES, *others), _seen_in_pretraining)
-        self.clutter = Drawings(sheets, CLUTTER)
+        self.drawings = Drawings(sheets, (*CLASSES, *others), _seen_in_pretraining, device)
+        self.clutter = Drawings(sheets, CLUTTER, device=device)
         names = self.drawings.things
         texts = [wording.format(name) for wording in WORDINGS for name in (*names, *CLASSES * 10)]
         write_bytes(folder / MERGES_FILE, merges_bytes(train_merges(texts, MERGES)))
@@ -139,20 +153,22 @@ class Vocabulary:
         self.tokenizer = SimpleTokenizer(bpe_path=merges, context_length=context)
         self.captions: Tensor = torch.stack(
             [self.tokenizer([wording.format(name) for name in names]) for wording in WORDINGS]
-        )
+        ).to(device)
         """int64 (wordings, things, context)."""
-        self.ground: Tensor = self.tokenizer([GROUND])
+        self.ground: Tensor = self.tokenizer([GROUND]).to(device)
 
-    def weights(self, others: float) -> Tensor:
+    def weights(self) -> Tensor:
         """Return how often each thing is drawn, float (things,)."""
         count = len(self.drawings.things)
-        weights = torch.full((count,), others / (count - len(CLASSES)))
-        weights[: len(CLASSES)] = (1 - others) / len(CLASSES)
+        weights = torch.full((count,), OTHERS / (count - len(CLASSES)), device=self.ground.device)
+        weights[: len(CLASSES)] = (1 - OTHERS) / len(CLASSES)
         return weights
 
     def worded(self, things: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return the things in random wordings, and the ground last: int64 (n + 1, context)."""
-        wording = torch.randint(len(WORDINGS), (len(things),), generator=generator)
+        wording = torch.randint(
+            len(WORDINGS), things.shape, generator=generator, device=things.device
+        )
         return torch.cat([self.captions[wording, things], self.ground])
 
 
@@ -164,31 +180,35 @@ def pretrain(
     sheets: Annotated[Path, typer.Argument(help="Sheets of all artists, by `artists`.")],
     out: Annotated[Path, typer.Option(help="Model folder to write.")],
     seed: Annotated[int, typer.Option(help="Of scenes, captions and initial weights.")] = 0,
-    threads: Annotated[int, typer.Option(help="Of torch; they decide the order of sums.")] = 2,
+    device: Annotated[str, typer.Option(help="Renders and trains: cpu or cuda.")] = "cpu",
     every: Annotated[int, typer.Option(help="Steps between two evaluations.")] = 500,
 ) -> None:
     """Pretrain the tiny CLIP of the benchmark; log to the folder and to stdout."""
-    torch.set_num_threads(threads)
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     drawn = read_sheets(sheets)
-    vocabulary = Vocabulary(drawn, out)
+    scenes = {"source": source_scenes(drawn), "target": target_scenes(Split.VAL)}
+    tested = {
+        name: [
+            (pixels.to(device), labels.to(device), shown.to(device))
+            for pixels, labels, shown in batches
+        ]
+        for name, batches in scenes.items()
+    }
+    vocabulary = Vocabulary(drawn, out, device)
     config = read_json(SHIPPED_CONFIG)
     config["model_cfg"]["text_cfg"]["vocab_size"] = vocabulary.tokenizer.vocab_size
     write_json(out / CONFIG, config)
     config["model_cfg"]["text_cfg"].pop("tokenizer_kwargs")
-    model = CLIP(**config["model_cfg"])
+    model = CLIP(**config["model_cfg"]).to(device)
     _warm_text(model, vocabulary)
     with (out / "pretrain-log.jsonl").open("w") as log:
-        for number, stage in enumerate(STAGES):
-            for record in _train(model, vocabulary, stage, seed + number, every):
-                scores = _scores(model, vocabulary, drawn)
-                line = json.dumps({"stage": number, **record, **scores})
-                print(line, flush=True)
-                print(line, file=log, flush=True)
-            weights = {name: w.half().contiguous() for name, w in model.state_dict().items()}
-            write_bytes(out / WEIGHTS, save(weights))
-            model.load_state_dict(load_file(out / WEIGHTS))  # goes on from the rounded weights
+        for record in _train(model, vocabulary, seed, every):
+            line = json.dumps(record | _scores(model, vocabulary, tested))
+            print(line, flush=True)
+            print(line, file=log, flush=True)
+    weights = {name: w.half().contiguous() for name, w in model.state_dict().items()}
+    write_bytes(out / WEIGHTS, save(weights))
 
 
 def _warm_text(model: CLIP, vocabulary: Vocabulary) -> None:
@@ -199,59 +219,76 @@ def _warm_text(model: CLIP, vocabulary: Vocabulary) -> None:
     schedule = LambdaLR(optimizer, lambda i: min(1, (i + 1) / 10) * (1 - i / TEXT_STEPS))
     count = len(vocabulary.drawings.things)
     for _ in range(TEXT_STEPS):
-        some = torch.cat([torch.arange(len(CLASSES)), torch.randint(len(CLASSES), count, (80,))])
+        others = torch.randint(len(CLASSES), count, (80,))
+        some = torch.cat([torch.arange(len(CLASSES)), others]).to(vocabulary.ground.device)
         pair = [
             model.encode_text(vocabulary.worded(some.unique(), None), normalize=True)
             for _ in range(2)
         ]
-        logits, truth = TEXT_SCALE * pair[0] @ pair[1].T, torch.arange(len(pair[0]))
+        logits, truth = (
+            TEXT_SCALE * pair[0] @ pair[1].T,
+            torch.arange(len(pair[0]), device=some.device),
+        )
         optimizer.zero_grad()
         (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)).backward()
         optimizer.step()
         schedule.step()
 
 
-def _train(
-    model: CLIP, vocabulary: Vocabulary, stage: Stage, seed: int, every: int
-) -> Iterator[dict[str, Any]]:
+def _train(model: CLIP, vocabulary: Vocabulary, seed: int, every: int) -> Iterator[dict[str, Any]]:
     """Optimise `model` in place; yield the losses now and then."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(vocabulary.ground.device).manual_seed(seed)
     both = optimizers(model)
-    schedules = [
-        LambdaLR(each, lambda done: rate(done, stage.cosine_steps, stage.peak)) for each in both
-    ]
-    backbone, weights = VisionBackbone(model.visual), vocabulary.weights(stage.others)
+    schedules = [LambdaLR(each, lambda done: rate(done, STEPS, PEAK)) for each in both]
+    backbone, weights = VisionBackbone(model.visual), vocabulary.weights()
+    drawn = {name: _scenes(vocabulary, part, weights, generator) for name, part in PARTS.items()}
     started = time.monotonic()
-    for step in range(1, stage.steps + 1):
-        losses = _losses(model, backbone, vocabulary, stage, weights, generator)
-        advance(model, both, schedules, torch.stack([*losses.values()]).sum())
-        if step % every == 0 or step == stage.steps:
+    for step in range(1, STEPS + 1):
+        losses = {
+            name: _losses(model, backbone, vocabulary, next(drawn[name]), part.terms, generator)
+            for name, part in PARTS.items()
+        }
+        terms = [term for each in losses.values() for term in each.values()]
+        advance(model, both, schedules, torch.stack(terms).sum())
+        if step % every == 0 or step == STEPS:
             yield {
                 "step": step,
                 "seconds": round(time.monotonic() - started),
-                "losses": {name: round(term.item(), 4) for name, term in losses.items()},
+                "losses": {
+                    name: {term: round(value.item(), 4) for term, value in each.items()}
+                    for name, each in losses.items()
+                },
                 "logit_scale": round(model.logit_scale.exp().item(), 2),
             }
+
+
+def _scenes(
+    vocabulary: Vocabulary, part: Part, weights: Tensor, generator: torch.Generator
+) -> Iterator[Scenes]:
+    """Yield fresh batches forever; drawing several at once costs a GPU little more than one."""
+    while True:
+        scenes = render(
+            vocabulary.drawings,
+            vocabulary.clutter,
+            part.images * AHEAD,
+            part.domain,
+            generator,
+            side=part.side,
+            weights=weights,
+        )
+        for batch in zip(*(each.split(part.images) for each in scenes), strict=True):
+            yield Scenes(*batch)
 
 
 def _losses(
     model: CLIP,
     backbone: VisionBackbone,
     vocabulary: Vocabulary,
-    stage: Stage,
-    weights: Tensor,
+    scenes: Scenes,
+    weights: Mapping[str, float],
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Return the weighted terms of the objective for a fresh batch, scalars."""
-    scenes = render(
-        vocabulary.drawings,
-        vocabulary.clutter,
-        stage.batch,
-        stage.domain,
-        generator,
-        side=stage.side,
-        weights=weights,
-    )
+    """Return the weighted terms of a batch, scalars."""
     things, labels = _local(scenes.labels)
     words = model.encode_text(vocabulary.worded(things, generator), normalize=True)
     scale, names = model.logit_scale.exp(), words[:-1]
@@ -259,24 +296,26 @@ def _losses(
     cover = token_cover(scenes.cover)
     shown, ground = cover >= COVERED, cover.sum(1) < COVERED
     scene, k = torch.nonzero((labels >= 0) & (shown.sum(-1) >= 2), as_tuple=True)
-    pool = SOAP(backbone.width)
+    pool = SOAP(backbone.width).to(patches.device)
     fg = backbone.project(pool(patches[scene], shown[scene, k]).vector)
     rest = backbone.project(pool(patches, ground).vector)
-    nothing = torch.full((stage.batch,), len(names))
-    return {
+    nothing = labels.new_full((len(labels),), len(names))
+    terms = {
         "cls": _named(scale * cls @ names.T, labels),
-        "region": REGION_WEIGHT * F.cross_entropy(scale * fg @ words.T, labels[scene, k]),
-        "ground": GROUND_WEIGHT * F.cross_entropy(scale * rest @ words.T, nothing),
+        "region": F.cross_entropy(scale * fg @ words.T, labels[scene, k]),
+        "ground": F.cross_entropy(scale * rest @ words.T, nothing),
         "coherence": _coherence(patches, scene, shown[scene, k].float(), ground.float()),
-        "mean": MEAN_WEIGHT * _named(scale * backbone.project(patches.mean(1)) @ names.T, labels),
+        "mean": _named(scale * backbone.project(patches.mean(1)) @ names.T, labels),
     }
+    return {name: weight * terms[name] for name, weight in weights.items()}
 
 
 def _local(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the things a batch is told from, the classes first, and the labels among them."""
-    things = torch.cat([torch.arange(len(CLASSES)), labels[labels >= len(CLASSES)]]).unique()
-    place = torch.full((int(things.max()) + 1,), -1)
-    place[things] = torch.arange(len(things))
+    classes = torch.arange(len(CLASSES), device=labels.device)
+    things = torch.cat([classes, labels[labels >= len(CLASSES)]]).unique()
+    place = labels.new_full((int(things.max()) + 1,), -1)
+    place[things] = torch.arange(len(things), device=labels.device)
     return things, torch.where(labels >= 0, place[labels.clamp(min=0)], -1)
 
 
@@ -286,7 +325,9 @@ def _encode(backbone: VisionBackbone, images: Tensor, generator: torch.Generator
     if side == grid:
         tokens: Tokens = backbone(images)
         return tokens
-    row, column = torch.randint(grid + 1 - side, (2,), generator=generator).tolist()
+    row, column = torch.randint(
+        grid + 1 - side, (2,), generator=generator, device=generator.device
+    ).tolist()
     position = backbone.visual.positional_embedding
     window = position[1:].view(grid, grid, -1)[row : row + side, column : column + side]
     moved = torch.cat([position[:1], window.reshape(side * side, -1)])
@@ -298,7 +339,7 @@ def _named(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of each named object, its companions in the scene masked out."""
     scene, k = torch.nonzero(labels >= 0, as_tuple=True)
     own = labels[scene, k]
-    companions = torch.zeros(len(scene), logits.shape[1], dtype=torch.bool)
+    companions = torch.zeros_like(logits[scene], dtype=torch.bool)
     for other in labels[scene].unbind(1):
         there = (other >= 0) & (other != own)
         companions[torch.nonzero(there)[:, 0], other[there]] = True
@@ -336,16 +377,15 @@ def _coherence(patches: Tensor, scene: Tensor, shown: Tensor, ground: Tensor) ->
     return means + tokens
 
 
-def _scores(model: CLIP, vocabulary: Vocabulary, sheets: Mapping[str, Sheet]) -> dict[str, Any]:
+def _scores(model: CLIP, vocabulary: Vocabulary, tested: Mapping[str, Images]) -> dict[str, Any]:
     def encode(texts: list[str]) -> Tensor:
-        embedded: Tensor = model.encode_text(vocabulary.tokenizer(texts))
+        embedded: Tensor = model.encode_text(
+            vocabulary.tokenizer(texts).to(vocabulary.ground.device)
+        )
         return embedded
 
     backbone, weights = VisionBackbone(model.visual), class_weights(encode)
-    scored = {
-        "source": score(backbone, weights, source_scenes(sheets), METHOD),
-        "target": score(backbone, weights, target_scenes(Split.VAL), METHOD),
-    }
+    scored = {name: score(backbone, weights, images, METHOD) for name, images in tested.items()}
     return {
         name: {**each["top1"], "mask_iou": each["mask_iou"]["method"]}
         for name, each in document(scored).items()

@@ -112,7 +112,7 @@ def score(
     rules: Mapping[str, NCutSpec] = RULES,
 ) -> Scored:
     """Read scenes out in every way."""
-    pool = SOAP(backbone.width)
+    pool = SOAP(backbone.width).to(weights.device)
     hits: dict[str, list[Tensor]] = {}
     overlaps: dict[str, list[Tensor]] = {rule: [] for rule in rules}
     shares: dict[str, list[Tensor]] = {rule: [] for rule in rules}

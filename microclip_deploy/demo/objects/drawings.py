@@ -40,6 +40,7 @@ class Drawings:
         sheets: Mapping[str, Sheet],
         things: Sequence[str],
         chosen: Callable[[str, str], bool] = lambda thing, artist: True,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Take what the sheets have of the things; `chosen(thing, artist)` may leave some out."""
         found = {
@@ -54,8 +55,8 @@ class Drawings:
         self.things = tuple(found)
         """Those that somebody has drawn, in the order asked for."""
         tiles = np.stack([tile for drawn in found.values() for tile in drawn])
-        self._tiles = torch.from_numpy(tiles).permute(0, 3, 1, 2)
-        self._rows = _rows([len(drawn) for drawn in found.values()])
+        self._tiles = torch.from_numpy(tiles).permute(0, 3, 1, 2).to(device)
+        self._rows = _rows([len(drawn) for drawn in found.values()]).to(device)
 
     def draw(self, which: Tensor, generator: torch.Generator) -> Tensor:
         """Return a drawing of each thing, by one of its artists.
@@ -67,7 +68,9 @@ class Drawings:
         Returns:
             float32 (B, 4, TILE, TILE) in [0, 1], colours multiplied by alpha.
         """
-        column = torch.randint(self._rows.shape[1], (len(which),), generator=generator)
+        column = torch.randint(
+            self._rows.shape[1], which.shape, generator=generator, device=generator.device
+        )
         return self._tiles[self._rows[which, column]].float() / 255
 
 

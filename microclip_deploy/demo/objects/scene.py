@@ -1,6 +1,7 @@
 """Scenes: drawings of animals pasted small on a textured ground among clutter.
 
-Whole batches are drawn at once, in torch on the CPU. One generator decides every pixel; the ground
+Whole batches are drawn at once, in torch, where the generator lives: the benchmark's on the CPU. It
+decides every pixel; the ground
 comes from the same family in pretraining and in the benchmark, so that what is new to the model
 are the drawings.
 """
@@ -77,7 +78,7 @@ def render(
         clutter: what lies about.
         count: B.
         domain: what the scenes look like.
-        generator: decides every pixel, on the CPU.
+        generator: decides every pixel; on the device of the drawings.
         side: S, pixels; objects keep their size.
         labels: int64 (B,), the first object of each scene; None draws it. With several in a scene
             another may be the same.
@@ -85,7 +86,7 @@ def render(
     """
     images = _ground(count, domain, generator, side)
     for _ in range(_CLUTTER):
-        which = torch.randint(len(clutter.things), (count,), generator=generator)
+        which = _integers(generator, 0, len(clutter.things), count)
         drawn = clutter.draw(which, generator)
         size = _uniform(generator, count, low=domain.clutter_sizes[0], high=domain.clutter_sizes[1])
         x, y = (_uniform(generator, count, low=-0.85, high=0.85) for _ in range(2))
@@ -115,16 +116,17 @@ def _place(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Paste the named objects; several keep to a quadrant each, so that they hardly overlap."""
     count, side, most = len(images), images.shape[-1], len(domain.number)
-    number = torch.multinomial(
-        torch.tensor(domain.number), count, replacement=True, generator=generator
-    )
-    weights = torch.ones(len(objects.things)) if weights is None else weights
+    place = generator.device
+    shares = torch.tensor(domain.number, device=place)
+    number = torch.multinomial(shares, count, replacement=True, generator=generator)
+    weights = torch.ones(len(objects.things), device=place) if weights is None else weights
     named = torch.multinomial(weights.expand(count, -1), most, generator=generator)
     if labels is not None:
         named[:, 0] = labels
     quadrants = _uniform(generator, count, 4).argsort(1)
-    cover = torch.zeros(count, most, side, side)
-    low, high = torch.tensor(domain.sizes, dtype=torch.float32)[number].unbind(1)
+    cover = torch.zeros(count, most, side, side, device=place)
+    sizes = torch.tensor(domain.sizes, dtype=torch.float32, device=place)
+    low, high = sizes[number].unbind(1)
     for k in range(most):
         shown = number >= k
         if shown.any():
@@ -163,7 +165,7 @@ def _paste(
     drawn = drawn.clone()
     flipped = _uniform(generator, count) < 0.5
     drawn[flipped] = drawn[flipped].flip(-1)
-    mix = torch.eye(3) + 0.06 * jitter * _normal(generator, count, 3, 3)
+    mix = torch.eye(3, device=generator.device) + 0.06 * jitter * _normal(generator, count, 3, 3)
     light = 1 + jitter * _uniform(generator, count, 1, 1, 1, low=-0.3, high=0.15)
     drawn[:, :3] = torch.einsum("bij,bjhw->bihw", mix, drawn[:, :3]) * light
     affine = _affine(side / size, centre, jitter, generator)
@@ -178,7 +180,9 @@ def _paste(
 def _bent(drawn: Tensor, reach: float, generator: torch.Generator) -> Tensor:
     """Return drawings whose parts are moved apart and together, smoothly."""
     count, _, side, _ = drawn.shape
-    straight = F.affine_grid(torch.eye(2, 3).expand(count, 2, 3), list(drawn.shape), False)
+    straight = F.affine_grid(
+        torch.eye(2, 3).to(drawn).expand(count, 2, 3), list(drawn.shape), False
+    )
     moved = reach * _smooth(generator, count, 2, 4, side).permute(0, 2, 3, 1)
     return F.grid_sample(drawn, straight + moved, align_corners=False)
 
@@ -202,7 +206,7 @@ def _ground(count: int, domain: Domain, generator: torch.Generator, side: int) -
     """Return textured grounds with shapes on them, (B, 3, S, S)."""
     images = _uniform(generator, count, 3, 1, 1, low=0.12, high=0.92)
     slow = FIELD * _uniform(generator, count, 1, 1, 1)
-    cells = int(torch.randint(3, 7, (), generator=generator))
+    cells = int(_integers(generator, 3, 7))
     images = images + slow * _smooth(generator, count, 3, cells, side) * 1.5
     pattern = _pattern(count, generator, side)
     tint = _normal(generator, count, 3, 1, 1) + 1
@@ -216,26 +220,28 @@ def _ground(count: int, domain: Domain, generator: torch.Generator, side: int) -
 
 def _pattern(count: int, generator: torch.Generator, side: int) -> Tensor:
     """Return waves, stripes, checks, blobs or clouds in [-1, 1], (B, S, S)."""
-    x, y = _coordinates(side)
+    x, y = _coordinates(side, generator.device)
     frequency = _uniform(generator, count, 1, 1, low=2, high=9) * side / SIDE
     turn = _uniform(generator, count, 1, 1, high=math.pi)
     phase = _uniform(generator, count, 1, 1, high=6.28)
     along, across = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
     wave = torch.sin(math.pi * frequency * along + phase)
     check = wave * torch.sin(math.pi * frequency * across)
-    cells = int(torch.randint(5, 16, (), generator=generator))
+    cells = int(_integers(generator, 5, 16))
     blobs = _smooth(generator, count, 1, cells, side)[:, 0] * 3
     clouds = sum(
-        (_smooth(generator, count, 1, n, side)[:, 0] for n in (4, 8, 16, 32)), torch.zeros(())
+        (_smooth(generator, count, 1, n, side)[:, 0] for n in (4, 8, 16, 32)), torch.zeros_like(x)
     )
-    kind = torch.randint(6, (count,), generator=generator)
+    kind = _integers(generator, 0, 6, count)
     hard = [(8 * wave).clamp(-1, 1), (8 * check).clamp(-1, 1), (3 * blobs).clamp(-1, 1)]
-    return torch.stack([wave, *hard, clouds, clouds * 0.5], 1)[torch.arange(count), kind]
+    return torch.stack([wave, *hard, clouds, clouds * 0.5], 1)[
+        torch.arange(count, device=kind.device), kind
+    ]
 
 
 def _shape(count: int, chance: float, generator: torch.Generator, side: int) -> Tensor:
     """Return a rectangle, ellipse or line of each image, or nothing, (B, S, S) in [0, 1]."""
-    x, y = _coordinates(side)
+    x, y = _coordinates(side, generator.device)
     shown = (_uniform(generator, count) < chance).float().view(-1, 1, 1)
     left, top = (_uniform(generator, count, 1, 1, low=-1.1, high=1.1) for _ in range(2))
     turn = _uniform(generator, count, 1, 1, high=math.pi)
@@ -257,9 +263,9 @@ def _shape(count: int, chance: float, generator: torch.Generator, side: int) -> 
     return ((1 - reach) * torch.minimum(width, height) * side / 2).clamp(0, 1) * shown
 
 
-def _coordinates(side: int) -> tuple[Tensor, Tensor]:
+def _coordinates(side: int, place: torch.device) -> tuple[Tensor, Tensor]:
     """Return x and y of the pixels' centres in [-1, 1], broadcast to (1, S, S)."""
-    line = (torch.arange(side) + 0.5) / side * 2 - 1
+    line = (torch.arange(side, device=place) + 0.5) / side * 2 - 1
     return line.view(1, 1, side), line.view(1, side, 1)
 
 
@@ -272,8 +278,12 @@ def _smooth(generator: torch.Generator, count: int, channels: int, cells: int, s
 def _uniform(
     generator: torch.Generator, *shape: int, low: float = 0.0, high: float = 1.0
 ) -> Tensor:
-    return torch.rand(*shape, generator=generator) * (high - low) + low
+    return torch.rand(*shape, generator=generator, device=generator.device) * (high - low) + low
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator)
+    return torch.randn(*shape, generator=generator, device=generator.device)
+
+
+def _integers(generator: torch.Generator, low: int, end: int, *shape: int) -> Tensor:
+    return torch.randint(low, end, shape, generator=generator, device=generator.device)
