@@ -128,7 +128,7 @@ SCENES = Part(
 
 PARTS = {"close-ups": CLOSE_UPS, "scenes": SCENES}
 
-STEPS, PEAK = 4000, 0.4
+STEPS, PEAK = 2050, 0.4
 """Of the one cosine, and its share of the peak rates."""
 AHEAD = 8
 """Steps whose scenes are drawn together; they share the grain of their grounds."""
@@ -386,9 +386,12 @@ def _scores(model: CLIP, vocabulary: Vocabulary, tested: Mapping[str, Images]) -
 
     backbone, weights = VisionBackbone(model.visual), class_weights(encode)
     scored = {name: score(backbone, weights, images, METHOD) for name, images in tested.items()}
-    return {
+    found = {
         name: {**each["top1"], "mask_iou": each["mask_iou"]["method"]}
         for name, each in document(scored).items()
+    }
+    return {
+        name: {arm: round(value, 1) for arm, value in each.items()} for name, each in found.items()
     }
 
 

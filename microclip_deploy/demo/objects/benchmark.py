@@ -14,7 +14,7 @@ from microclip_deploy.demo.objects.drawings import TARGET_ARTISTS, Drawings, tar
 from microclip_deploy.demo.objects.names import CAPTIONS, CLASSES, CLUTTER, descriptions
 from microclip_deploy.demo.objects.scene import COVERED, Domain, render
 
-TARGET = Domain(sizes=((30, 44),), clutter=0.9)
+TARGET = Domain(sizes=((30, 44),), clutter=0.9, clutter_sizes=(14, 24))
 """One animal in each scene."""
 
 
