@@ -290,7 +290,10 @@ def _provider(device: str, threads: int | None) -> tuple[str, dict[str, str]]:
     if match := re.fullmatch(r"cuda(?::(\d+))?", device):
         # TF32 keeps 10 of the 23 bits of float32's factors, and is on by default: it would move
         # edges of the graph that the cut is made of.
-        return _CUDA, {"device_id": match[1] or "0", "use_tf32": "0"}
+        options = {"use_tf32": "0"}
+        number = int(match[1] or 0)
+        # ONNX Runtime warns of a number since 1.26, whatever the severity; without one it takes 0.
+        return _CUDA, {"device_id": str(number), **options} if number else options
     raise UsageError(
         f"--device: expected auto, cpu, cuda, cuda:N or openvino, found {device}; give one of them"
     )
@@ -300,7 +303,7 @@ def _device_of(session: onnxruntime.InferenceSession) -> str:
     """Return what a session says that it runs on."""
     provider = session.get_providers()[0]
     if provider == _CUDA:
-        return f"cuda:{session.get_provider_options()[_CUDA]['device_id']}"
+        return f"cuda:{session.get_provider_options()[_CUDA].get('device_id', '0')}"
     return {_CPU: "cpu", _OPENVINO: "openvino"}[provider]
 
 

@@ -49,7 +49,7 @@ class FakeSession:
         return self.providers
 
     def get_provider_options(self) -> dict[str, dict[str, str]]:
-        return dict(self.asked)
+        return {name: {"device_id": "0", **options} for name, options in self.asked}
 
     def run(self, _outputs: list[str], _feeds: dict[str, Any]) -> list[Any]:
         raise RuntimeError("Failed to allocate memory for requested buffer of size 4096")
@@ -134,18 +134,25 @@ def test_auto_says_why_it_is_not_the_gpu(
 
 
 @pytest.mark.parametrize(
-    ("device", "number"), [("auto", "0"), ("cuda", "0"), ("cuda:0", "0"), ("cuda:3", "3")]
+    ("device", "number", "asked"),
+    [
+        ("auto", "0", {}),
+        ("cuda", "0", {}),
+        ("cuda:0", "0", {}),
+        ("cuda:3", "3", {"device_id": "3"}),
+    ],
 )
 def test_the_gpu_computes_in_float32(
     graph_file: Path,
     runtime: type[FakeSession],
     device: str,
     number: str,
+    asked: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(runtime, "got", (CUDA, CPU))
     assert OnnxGraph(graph_file, device).device == f"cuda:{number}"
-    assert runtime.asked == [(CUDA, {"device_id": number, "use_tf32": "0"})]
+    assert runtime.asked == [(CUDA, {**asked, "use_tf32": "0"})]
 
 
 def test_openvino_computes_in_float32(
