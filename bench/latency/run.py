@@ -48,7 +48,8 @@ TIMED = {
     "the model, one after the other on one thread a request; a CUDA session resizes on the device",
     "cold start": "a new process: importing, opening the export on the device, its first and "
     "second request of one image",
-    "host": "launching upload, encoder, kernels and download from pinned memory, without waiting",
+    "host": "launching upload, encoder, kernels and download from pinned memory, without waiting; "
+    "ONNX Runtime waits for its encoder",
     "device": "the same between two CUDA events, waiting for the host included",
 }
 

@@ -38,7 +38,7 @@ Tokens = Mapping[str, cupy.ndarray]
 
 
 class Launches(NamedTuple):
-    """Two ways to launch the same work on a stream, without waiting for it."""
+    """Two ways to launch the same work on a stream; an encoder may be waited for, no kernel is."""
 
     replay: Callable[[], None]
     """As a CUDA graph, as far as the encoder can be captured: what serves."""
@@ -167,7 +167,7 @@ class CudaPipeline:
         return self._buckets[size]
 
     def launch(self, bucket: Bucket, work: Callable[[], None]) -> None:
-        """Upload the buffer, launch work of the bucket, and download: nothing waits."""
+        """Upload the buffer, launch work of the bucket, and download, without waiting for it."""
         bucket.pixels.set(bucket.host_pixels, stream=self.stream)
         work()
         bucket.block.get(stream=self.stream, out=bucket.host_block, blocking=False)
@@ -175,6 +175,8 @@ class CudaPipeline:
     def close(self) -> None:
         """Release graphs, buffers, weights and stream."""
         with CAPTURE, self.current():
+            # Callbacks that ONNX Runtime left on the stream hold memory of the encoder.
+            self.stream.synchronize()
             self._buckets.clear()
             del self._kernels, self._fusion
             self.encoder.close()

@@ -47,8 +47,8 @@ def open_export(path: Path, device: str) -> CudaSession:
 class OnnxEncoder:
     """backbone.onnx on the static buffers.
 
-    It is launched node by node before a graph of what follows it: ONNX Runtime allocates inside a
-    run, so another library cannot capture it.
+    It is launched node by node, and waited for, before a graph of what follows it: ONNX Runtime
+    allocates inside a run, so another library cannot capture it.
     """
 
     def __init__(self, graph: OnnxGraph, tokens: int, stream: cupy.cuda.Stream) -> None:

@@ -136,6 +136,7 @@ class OnnxGraph:
         try:
             found = self._session.run(list(outputs), dict(feeds))
         except _ERRORS as error:
+            self._settle(feeds)
             raise _problem(self._path, self.device, error) from error
         return cast(list[NDArray[Any]], found)
 
@@ -144,24 +145,27 @@ class OnnxGraph:
     ) -> Callable[[], None]:
         """Return what computes outputs from inputs in place, without copies.
 
-        On CUDA a run returns before the device is done: whatever follows on the graph's stream
-        comes after it. The caller keeps the memory alive.
+        A run returns when the device is done, because the host memory of a run that does not wait
+        is not freed before the session is: it grows with every run, and see `_settle`. The caller
+        keeps the buffers alive, and waits for the stream before it drops the graph.
 
         Raises:
             CheckpointError: the graph has no such input or output; so does each run that fails.
             EnvironmentProblem: by a run: the device failed, or is out of memory.
         """
         kind, _, number = self.device.partition(":")
-        session, options = self._session, onnxruntime.RunOptions()
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        session = self._session
 
         def place(buffer: Buffer) -> tuple[Any, ...]:
             return kind, int(number or 0), buffer.dtype, list(buffer.shape), buffer.address
 
         def run() -> None:
             try:
-                session.run_with_iobinding(binding, options)
+                session.run_with_iobinding(binding)
             except _ERRORS as error:
+                self._settle(
+                    {name: np.zeros(each.shape, each.dtype) for name, each in inputs.items()}
+                )
                 raise _problem(self._path, self.device, error) from error
 
         try:
@@ -173,6 +177,21 @@ class OnnxGraph:
         except _ERRORS as error:
             raise _problem(self._path, self.device, error) from error
         return run
+
+    def _settle(self, feeds: Mapping[str, NDArray[Any]]) -> None:
+        """Run one row after a failed run on CUDA, or never free the session.
+
+        A run leaves small pieces of pinned memory to be freed, and one that fails leaves them to
+        the next. What is left when the session is freed, CUDA frees on a thread of its own: where
+        that thread is the last to hold the pool, it may not call CUDA to free that, and the process
+        aborts.
+        """
+        if not self.device.startswith("cuda"):
+            return
+        try:
+            self._session.run(None, {name: feed[:1] for name, feed in feeds.items()})
+        except _ERRORS:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
 
 
 def has_cuda() -> bool:
@@ -271,7 +290,10 @@ def _provider(device: str, threads: int | None) -> tuple[str, dict[str, str]]:
     if match := re.fullmatch(r"cuda(?::(\d+))?", device):
         # TF32 keeps 10 of the 23 bits of float32's factors, and is on by default: it would move
         # edges of the graph that the cut is made of.
-        return _CUDA, {"device_id": match[1] or "0", "use_tf32": "0"}
+        options = {"use_tf32": "0"}
+        number = int(match[1] or 0)
+        # ONNX Runtime warns of a number since 1.26, whatever the severity; without one it takes 0.
+        return _CUDA, {"device_id": str(number), **options} if number else options
     raise UsageError(
         f"--device: expected auto, cpu, cuda, cuda:N or openvino, found {device}; give one of them"
     )
@@ -281,7 +303,7 @@ def _device_of(session: onnxruntime.InferenceSession) -> str:
     """Return what a session says that it runs on."""
     provider = session.get_providers()[0]
     if provider == _CUDA:
-        return f"cuda:{session.get_provider_options()[_CUDA]['device_id']}"
+        return f"cuda:{session.get_provider_options()[_CUDA].get('device_id', '0')}"
     return {_CPU: "cpu", _OPENVINO: "openvino"}[provider]
 
 

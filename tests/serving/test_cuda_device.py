@@ -1,5 +1,7 @@
 """What only a CUDA device can show of the CUDA session. Run with: python -m pytest -m gpu"""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -7,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from microclip_deploy.bench.latency import device_time
 from microclip_deploy.errors import EnvironmentProblem, UsageError
 from microclip_deploy.serving import Prediction, Session, open_session
 from microclip_deploy.serving.cuda_session import CudaSession
+from microclip_deploy.serving.onnx_graph import has_cuda
 from microclip_deploy.serving.torch_session import TorchSession
 
 pytestmark = [
@@ -64,7 +66,7 @@ def open_one(
     """Return what opens a session of either encoder."""
     if request.param == "run":
         return lambda: open_session(finished_run, "cuda")
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    if not has_cuda():
         pytest.skip("this onnxruntime has no CUDAExecutionProvider; install onnxruntime-gpu")
     return lambda: open_session(tiny_export, "cuda")
 
@@ -142,6 +144,35 @@ def test_a_closed_session_keeps_no_buffers(open_one: Callable[[], Session]) -> N
     assert not pool.total_bytes()
     with pytest.raises(UsageError, match="found it closed"):
         session.predict(images(1))
+
+
+OPENED_AGAIN_AND_AGAIN = f"""
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from microclip_deploy.serving import open_session
+
+images = np.zeros((3, {SIDE}, {SIDE}, 3), np.uint8)
+for _ in range(10):
+    with open_session(Path(sys.argv[1]), "cuda") as session:
+        for _ in range(30):
+            session.predict(images)
+left_open = open_session(Path(sys.argv[1]), "cuda")
+left_open.predict(images)
+"""
+
+
+@pytest.mark.parametrize("artifact", ["finished_run", "tiny_export"])
+def test_a_process_survives_its_sessions(artifact: str, request: pytest.FixtureRequest) -> None:
+    """A thread of the driver that frees a session's memory aborts the process, most times."""
+    if artifact == "tiny_export" and not has_cuda():
+        pytest.skip("this onnxruntime has no CUDAExecutionProvider; install onnxruntime-gpu")
+    call = [sys.executable, "-c", OPENED_AGAIN_AND_AGAIN, request.getfixturevalue(artifact)]
+    told = subprocess.run(call, capture_output=True, text=True, check=False, timeout=300)
+    assert told.returncode == 0, told.stderr
+    assert "No registered plugin EP device" not in told.stderr
 
 
 def test_a_session_survives_a_full_device(

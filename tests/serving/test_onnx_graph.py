@@ -1,10 +1,14 @@
 """Loading: the device that was asked for really runs it, and a bad graph is bad data."""
 
+import gc
 import json
 import logging
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import onnx
@@ -45,7 +49,7 @@ class FakeSession:
         return self.providers
 
     def get_provider_options(self) -> dict[str, dict[str, str]]:
-        return dict(self.asked)
+        return {name: {"device_id": "0", **options} for name, options in self.asked}
 
     def run(self, _outputs: list[str], _feeds: dict[str, Any]) -> list[Any]:
         raise RuntimeError("Failed to allocate memory for requested buffer of size 4096")
@@ -130,18 +134,25 @@ def test_auto_says_why_it_is_not_the_gpu(
 
 
 @pytest.mark.parametrize(
-    ("device", "number"), [("auto", "0"), ("cuda", "0"), ("cuda:0", "0"), ("cuda:3", "3")]
+    ("device", "number", "asked"),
+    [
+        ("auto", "0", {}),
+        ("cuda", "0", {}),
+        ("cuda:0", "0", {}),
+        ("cuda:3", "3", {"device_id": "3"}),
+    ],
 )
 def test_the_gpu_computes_in_float32(
     graph_file: Path,
     runtime: type[FakeSession],
     device: str,
     number: str,
+    asked: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(runtime, "got", (CUDA, CPU))
     assert OnnxGraph(graph_file, device).device == f"cuda:{number}"
-    assert runtime.asked == [(CUDA, {"device_id": number, "use_tf32": "0"})]
+    assert runtime.asked == [(CUDA, {**asked, "use_tf32": "0"})]
 
 
 def test_openvino_computes_in_float32(
@@ -307,3 +318,42 @@ def test_the_gpu_works_on_the_stream_it_is_given(
     monkeypatch.setattr(runtime, "got", (CUDA, CPU))
     OnnxGraph(graph_file, "cuda", stream=4096)
     assert runtime.asked[0][1]["user_compute_stream"] == "4096"
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("most", [0, 1])
+def test_a_run_that_fails_on_the_gpu_leaves_nothing_to_free_with_the_session(
+    graph_file: Path,
+    pixels: NDArray[np.uint8],
+    runtime: type[FakeSession],
+    monkeypatch: pytest.MonkeyPatch,
+    bound: bool,
+    most: int,
+) -> None:
+    """What a failed run leaves goes with the next run; without one the session must stay."""
+    ran = []
+
+    def run(
+        _session: FakeSession, _outputs: None, feeds: dict[str, NDArray[np.uint8]]
+    ) -> list[Any]:
+        if len(feeds["image"]) > most:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 4096")
+        ran.append(feeds["image"])
+        return []
+
+    def run_bound(session: FakeSession, _binding: Any) -> None:
+        run(session, None, {"image": pixels})
+
+    monkeypatch.setattr(runtime, "got", (CUDA, CPU))
+    monkeypatch.setattr(runtime, "run", run)
+    monkeypatch.setattr(runtime, "run_with_iobinding", run_bound, raising=False)
+    monkeypatch.setattr(runtime, "io_binding", lambda _session: MagicMock(), raising=False)
+    graph = OnnxGraph(graph_file, "cuda")
+    session = weakref.ref(graph._session)
+    fail = partial(graph.run, ["cls"], {"image": pixels})
+    with pytest.raises(EnvironmentProblem, match="lower --batch-size"):
+        (graph.bind({"image": buffer(pixels)}, {}) if bound else fail)()
+    assert [image.shape for image in ran] == most * [(1, 32, 32, 3)]
+    del graph, fail
+    gc.collect()
+    assert (session() is None) == bool(ran)

@@ -16,7 +16,7 @@ from microclip_deploy.bench.kernel.report import (
 )
 from microclip_deploy.errors import VerificationError
 
-COMMITTED = Path(__file__).parents[3] / "bench" / "results" / "2026-11-26-nvidia-h200-kernel.json"
+COMMITTED = Path(__file__).parents[3] / "bench" / "results" / "2026-11-29-nvidia-h200-kernel.json"
 
 
 @pytest.fixture
@@ -46,12 +46,12 @@ def test_files_carry_date_and_gpu_in_their_names(report: Report, tmp_path: Path)
 def test_tables_show_median_and_p95_and_what_was_left_out(report: Report) -> None:
     report.cases[0].skipped["cupy eigh"] = "one call took 4.0 s, longer than 3 s"
     text = markdown(report)
-    assert "| 49 | 768 | 1 | 8.65 / 8.65 | 19.2 / 19.3 | 15.2 / 15.2 | 43.1 / 43.2 |" in text
-    assert "| 25.7x | 0 % |" in text
+    assert "| 49 | 768 | 1 | 8.67 / 8.69 | 19.3 / 19.3 | 15.3 / 15.4 | 43.3 / 43.4 |" in text
+    assert "| 26.8x | 0 % |" in text
     assert "* N 49, B 1, cupy eigh: one call took 4.0 s, longer than 3 s" in text
     assert "14 / 28 / 50" in text
-    assert "4.15 TB/s" in text
-    assert "8.65 / 8.65" in plain(report)
+    assert "4.14 TB/s" in text
+    assert "8.67 / 8.69" in plain(report)
 
 
 def test_times_of_wrong_masks_are_refused(report: Report) -> None:
