@@ -26,7 +26,7 @@ _PURPOSE: Mapping[str, str] = {
     "adapt": "to adapt, and to evaluate and predict with a run",
     "export": "to export",
     "cpu": "to evaluate and predict with an export",
-    "gpu": "to run exports on the GPU",
+    "gpu": "for exports at full speed on the GPU",
     "bench": "to measure with `bench`",
 }
 
