@@ -175,7 +175,8 @@ class CudaPipeline:
     def close(self) -> None:
         """Release graphs, buffers, weights and stream."""
         with CAPTURE, self.current():
-            # Callbacks that ONNX Runtime left on the stream hold memory of the encoder.
+            # Callbacks that ONNX Runtime left on the stream hold memory of the encoder; they must
+            # not be the last to hold it (see OnnxGraph).
             self.stream.synchronize()
             self._buckets.clear()
             del self._kernels, self._fusion

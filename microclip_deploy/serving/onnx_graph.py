@@ -145,9 +145,9 @@ class OnnxGraph:
     ) -> Callable[[], None]:
         """Return what computes outputs from inputs in place, without copies.
 
-        A run returns when the device is done, because the host memory of a run that does not wait
-        is not freed before the session is: it grows with every run, and see `_settle`. The caller
-        keeps the buffers alive, and waits for the stream before it drops the graph.
+        A run returns when the device is done: the pinned memory that it took would otherwise be
+        kept until the session goes, and abort the process then (`_settle`). The caller keeps the
+        buffers alive, and waits for the stream before it drops the graph.
 
         Raises:
             CheckpointError: the graph has no such input or output; so does each run that fails.
@@ -179,12 +179,12 @@ class OnnxGraph:
         return run
 
     def _settle(self, feeds: Mapping[str, NDArray[Any]]) -> None:
-        """Run one row after a failed run on CUDA, or never free the session.
+        """Run one row after a failed run on CUDA; if that fails too, never free the session.
 
-        A run leaves small pieces of pinned memory to be freed, and one that fails leaves them to
-        the next. What is left when the session is freed, CUDA frees on a thread of its own: where
-        that thread is the last to hold the pool, it may not call CUDA to free that, and the process
-        aborts.
+        A run frees the small pieces of pinned memory that it took when it ends; a run that fails
+        leaves them to the next. What is left when the session goes is freed by a thread of CUDA's.
+        If that thread is then the last to hold the pool of these pieces, it frees the pool, which
+        takes a call that CUDA forbids there, and the process aborts.
         """
         if not self.device.startswith("cuda"):
             return
@@ -292,7 +292,7 @@ def _provider(device: str, threads: int | None) -> tuple[str, dict[str, str]]:
         # edges of the graph that the cut is made of.
         options = {"use_tf32": "0"}
         number = int(match[1] or 0)
-        # ONNX Runtime warns of a number since 1.26, whatever the severity; without one it takes 0.
+        # Given a number, ONNX Runtime warns since 1.26, whatever the severity; else it takes 0.
         return _CUDA, {"device_id": str(number), **options} if number else options
     raise UsageError(
         f"--device: expected auto, cpu, cuda, cuda:N or openvino, found {device}; give one of them"
