@@ -7,9 +7,9 @@ on two CPU cores; no image is shown twice. The folder holds what the letters' do
 (`bench.letters_model.pretrain`), with the same optimisers.
 
 The shipped weights are those of seed 0. Seeds 0, 1 and 2 were trained beside one another on an
-H200 for 255 s each. Their rates followed that clock where `STEPS` stands here, which came to 2048,
-2043 and 2059 steps. Their log's target has smaller clutter (12 to 21 pixels); the benchmark's was
-chosen afterwards, on the validation split.
+H200, for 255 s each: their rates followed the clock where this script counts `STEPS`, and they came
+to 2048, 2043 and 2059 steps. The target in their log has smaller clutter (12 to 21 pixels) than the
+benchmark, whose clutter was chosen afterwards, on the validation split.
 
 Each step draws close-ups, from which [CLS] learns names as CLIP does from captioned photos, and
 whole scenes, in which tokens learn where things are. The objective, a sum of:
@@ -108,6 +108,7 @@ class Part(NamedTuple):
     side: int
     """Of the scenes, pixels."""
     images: int
+    """Of a step."""
     domain: Domain
     terms: Mapping[str, float]
     """Name of a term -> its weight."""
@@ -145,7 +146,7 @@ class Vocabulary:
     """Everything that is drawn and named: the classes first, then all other things."""
 
     def __init__(self, sheets: Mapping[str, Sheet], folder: Path, device: str) -> None:
-        """Train the tokenizer on all names, write it into `folder`, and encode them."""
+        """Train the tokenizer on all names, write it into `folder`, and encode them on `device`."""
         known = {name for sheet in sheets.values() for name in sheet}
         others = sorted(name for name in known - {*CLASSES, *CLUTTER} if "flag" not in name)
         self.drawings = Drawings(sheets, (*CLASSES, *others), _seen_in_pretraining, device)
@@ -230,10 +231,8 @@ def _warm_text(model: CLIP, vocabulary: Vocabulary) -> None:
             model.encode_text(vocabulary.worded(some.unique(), None), normalize=True)
             for _ in range(2)
         ]
-        logits, truth = (
-            TEXT_SCALE * pair[0] @ pair[1].T,
-            torch.arange(len(pair[0]), device=some.device),
-        )
+        logits = TEXT_SCALE * pair[0] @ pair[1].T
+        truth = torch.arange(len(logits), device=some.device)
         optimizer.zero_grad()
         (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)).backward()
         optimizer.step()
@@ -384,9 +383,8 @@ def _coherence(patches: Tensor, scene: Tensor, shown: Tensor, ground: Tensor) ->
 
 def _scores(model: CLIP, vocabulary: Vocabulary, tested: Mapping[str, Images]) -> dict[str, Any]:
     def encode(texts: list[str]) -> Tensor:
-        embedded: Tensor = model.encode_text(
-            vocabulary.tokenizer(texts).to(vocabulary.ground.device)
-        )
+        tokens = vocabulary.tokenizer(texts).to(vocabulary.ground.device)
+        embedded: Tensor = model.encode_text(tokens)
         return embedded
 
     backbone, weights = VisionBackbone(model.visual), class_weights(encode)

@@ -49,7 +49,6 @@ RULES = {
 SOURCE_IMAGES = 504
 """Scenes with the drawings of pretraining."""
 
-
 WANTED = {
     "source [CLS]": 85,
     "target [CLS]": 50,
@@ -86,7 +85,7 @@ class Scored(NamedTuple):
 
 
 Sets = Mapping[str, Scored]
-"""`source`, and `target, SPLIT`."""
+"""How a model reads `source` and, after it, `target, SPLIT`."""
 
 Images = Iterable[tuple[Tensor, Tensor, Tensor]]
 """Batches: float (B, 3, S, S) in [0, 1], int64 labels (B,), bool (B, N) where the object is."""
@@ -127,7 +126,7 @@ def score(
     images: Images,
     rules: Mapping[str, NCutSpec] = RULES,
 ) -> Scored:
-    """Read scenes out in every way."""
+    """Read scenes out in every way; backbone, weights and images are on one device."""
     pool = SOAP(backbone.width).to(weights.device)
     hits: dict[str, list[Tensor]] = {}
     overlaps: dict[str, list[Tensor]] = {rule: [] for rule in rules}
@@ -207,9 +206,11 @@ def conditions(source: Scored, target: Scored) -> dict[str, tuple[float, float |
 def conditions_table(models: Mapping[str, Sets]) -> list[list[str]]:
     """Return a row for each model, under what is wanted."""
     rows = [["model", *WANTED], ["wanted", *(f"{least}" for least in WANTED.values())]]
-    for model, (source, target) in {name: sets.values() for name, sets in models.items()}.items():
+    for model, sets in models.items():
+        source, target = sets.values()
         found = conditions(source, target).values()
-        rows.append([model, *(f"{v:.1f}" + (f" ± {e:.1f}" if e else "") for v, e in found)])
+        cells = [f"{v:.1f}" if e is None else f"{v:.1f} ± {e:.1f}" for v, e in found]
+        rows.append([model, *cells])
     return rows
 
 
@@ -217,18 +218,19 @@ def main(
     sheets: Annotated[Path, typer.Argument(help="Sheets of all artists, by `artists`.")],
     models: Annotated[
         list[str] | None,
-        typer.Option("--model", help="As for `adapt --model`; may be repeated.  [demo-objects]"),
+        typer.Option("--model", help="As for `adapt --model`, repeatable; else demo-objects."),
     ] = None,
     split: Annotated[Literal["val", "test"], typer.Option(help="Of the target.")] = "val",
     results_to: Annotated[Path | None, typer.Option(help="Prefix of NAME.json and .md.")] = None,
 ) -> None:
     """Print what models score before adaptation."""
     found: dict[str, Sets] = {}
+    drawn = read_sheets(sheets)
     for model in models or ["demo-objects"]:
         clip = load_clip(BackboneSpec(model=model))
         weights = class_weights(clip.text)
         found[Path(model.removeprefix("local-dir:")).name] = {
-            "source": score(clip.vision, weights, source_scenes(read_sheets(sheets))),
+            "source": score(clip.vision, weights, source_scenes(drawn)),
             f"target, {split}": score(clip.vision, weights, target_scenes(Split[split.upper()])),
         }
     details = [f"## {name}\n\n{markdown(sets)}" for name, sets in found.items()]

@@ -42,7 +42,10 @@ class Drawings:
         chosen: Callable[[str, str], bool] = lambda thing, artist: True,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Take what the sheets have of the things; `chosen(thing, artist)` may leave some out."""
+        """Take what the sheets have of the things; `chosen(thing, artist)` may leave some out.
+
+        `device` is where the drawings lie, and where `draw` gets its arguments and leaves them.
+        """
         found = {
             thing: [
                 sheet[thing]
@@ -63,7 +66,7 @@ class Drawings:
 
         Args:
             which: int64 (B,), indices into `things`.
-            generator: chooses the artist.
+            generator: chooses the artist; both on the device of the drawings.
 
         Returns:
             float32 (B, 4, TILE, TILE) in [0, 1], colours multiplied by alpha.

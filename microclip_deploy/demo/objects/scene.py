@@ -1,9 +1,8 @@
 """Scenes: drawings of animals pasted small on a textured ground among clutter.
 
-Whole batches are drawn at once, in torch, where the generator lives: the benchmark's on the CPU. It
-decides every pixel; the ground
-comes from the same family in pretraining and in the benchmark, so that what is new to the model
-are the drawings.
+Whole batches are drawn at once in torch, on the device of the generator, which decides every pixel;
+the benchmark's is on the CPU. The ground comes from the same family in pretraining and in the
+benchmark, so that what is new to the model are the drawings.
 """
 
 import math
@@ -78,7 +77,7 @@ def render(
         clutter: what lies about.
         count: B.
         domain: what the scenes look like.
-        generator: decides every pixel; on the device of the drawings.
+        generator: decides every pixel; on the device of the drawings, as are labels and weights.
         side: S, pixels; objects keep their size.
         labels: int64 (B,), the first object of each scene; None draws it. With several in a scene
             another may be the same.
@@ -116,16 +115,16 @@ def _place(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Paste the named objects; several keep to a quadrant each, so that they hardly overlap."""
     count, side, most = len(images), images.shape[-1], len(domain.number)
-    place = generator.device
-    shares = torch.tensor(domain.number, device=place)
+    device = generator.device
+    shares = torch.tensor(domain.number, device=device)
     number = torch.multinomial(shares, count, replacement=True, generator=generator)
-    weights = torch.ones(len(objects.things), device=place) if weights is None else weights
+    weights = torch.ones(len(objects.things), device=device) if weights is None else weights
     named = torch.multinomial(weights.expand(count, -1), most, generator=generator)
     if labels is not None:
         named[:, 0] = labels
     quadrants = _uniform(generator, count, 4).argsort(1)
-    cover = torch.zeros(count, most, side, side, device=place)
-    sizes = torch.tensor(domain.sizes, dtype=torch.float32, device=place)
+    cover = torch.zeros(count, most, side, side, device=device)
+    sizes = torch.tensor(domain.sizes, dtype=torch.float32, device=device)
     low, high = sizes[number].unbind(1)
     for k in range(most):
         shown = number >= k
@@ -263,9 +262,9 @@ def _shape(count: int, chance: float, generator: torch.Generator, side: int) -> 
     return ((1 - reach) * torch.minimum(width, height) * side / 2).clamp(0, 1) * shown
 
 
-def _coordinates(side: int, place: torch.device) -> tuple[Tensor, Tensor]:
+def _coordinates(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return x and y of the pixels' centres in [-1, 1], broadcast to (1, S, S)."""
-    line = (torch.arange(side, device=place) + 0.5) / side * 2 - 1
+    line = (torch.arange(side, device=device) + 0.5) / side * 2 - 1
     return line.view(1, 1, side), line.view(1, side, 1)
 
 

@@ -35,4 +35,4 @@ def test_every_condition_of_a_claim_is_measured() -> None:
     assert [value for value, _ in found.values()] == pytest.approx([50, 50, 50, 64, 25, 50])
     rows = conditions_table({"one": {"source": scored, "target, val": scored}})
     assert rows[1][:2] == ["wanted", "85"]
-    assert rows[2] == ["one", "50.0", "50.0", "50.0", "64.0", "25.0 ± 49.0", "50.0"]
+    assert rows[2] == ["one", "50.0", "50.0", "50.0 ± 0.0", "64.0", "25.0 ± 49.0", "50.0 ± 0.0"]
