@@ -29,7 +29,7 @@ class Photos(NamedTuple):
     labels: NDArray[np.int64]
 
 
-def adapt_photos(benchmark: Benchmark, images: Path) -> Photos:
+def unlabelled_photos(benchmark: Benchmark, images: Path) -> Photos:
     """Return the unlabelled images, in the order the adaptation has them."""
     paths = list_images(images / "adapt").paths
     return Photos(paths, benchmark.labels(Split.ADAPT, len(paths)))

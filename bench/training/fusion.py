@@ -22,10 +22,10 @@ from microclip_deploy.bench.training.ablations import OWN, spread
 from microclip_deploy.bench.training.answers import (
     ANSWERS,
     Answers,
-    adapt_photos,
     read_answers,
     run_answers,
     test_photos,
+    unlabelled_photos,
 )
 from microclip_deploy.calibration import softmax
 from microclip_deploy.demo import BENCHMARKS
@@ -128,7 +128,10 @@ def long_tailed(runs: Path, recipes: Sequence[str]) -> dict[str, list[Answers]]:
 def ablated(benchmark: Benchmark, runs: Path, recipes: Sequence[str]) -> dict[str, list[Answers]]:
     """Return the answers of the finished runs of `ablations`, by recipe."""
     images = runs / "images"
-    splits = {"folder": adapt_photos(benchmark, images), "test": test_photos(benchmark, images)}
+    splits = {
+        "folder": unlabelled_photos(benchmark, images),
+        "test": test_photos(benchmark, images),
+    }
     return {
         recipe: [
             run_answers(done.parent, splits)

@@ -25,9 +25,9 @@ from microclip_deploy.bench.training.ablations import adapt_paths, spread
 from microclip_deploy.bench.training.answers import (
     Answers,
     Photos,
-    adapt_photos,
     run_answers,
     test_photos,
+    unlabelled_photos,
 )
 from microclip_deploy.calibrating import calibrate
 from microclip_deploy.calibration import softmax
@@ -110,7 +110,7 @@ Results = dict[str, dict[str, list[Measured]]]
 
 def folder_photos(images: Path, folder: Folder) -> Photos:
     """Return the images of a folder, in the order the adaptation has them."""
-    paths, labels = adapt_photos(LETTERS, images)
+    paths, labels = unlabelled_photos(LETTERS, images)
     kept = long_tail(labels, folder.imbalance, folder.order, folder.most)
     return Photos(tuple(paths[i] for i in kept), labels[kept])
 

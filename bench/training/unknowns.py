@@ -21,7 +21,7 @@ from microclip_deploy.bench.card import environment
 from microclip_deploy.bench.document import write_files
 from microclip_deploy.bench.table_text import markdown_table
 from microclip_deploy.bench.training.ablations import adapt_paths, spread
-from microclip_deploy.bench.training.answers import Photos, adapt_photos, ask, test_photos
+from microclip_deploy.bench.training.answers import Photos, ask, test_photos, unlabelled_photos
 from microclip_deploy.bench.training.long_tail import EPOCHS
 from microclip_deploy.calibration import softmax
 from microclip_deploy.data.classes import ClassTexts, class_texts
@@ -83,7 +83,7 @@ def run_once(images: Path, out: Path, seed: int) -> Row:
     """Adapt to the known classes unless it is done, and measure."""
     texts = class_texts(images / "classes.txt", images / "descriptions.json")
     some, known = split_classes(texts, seed)
-    paths, labels = adapt_photos(LETTERS, images)
+    paths, labels = unlabelled_photos(LETTERS, images)
     chosen = long_tail(labels, 1, 0, most=10)
     chosen = chosen[np.isin(labels[chosen], known)]
     own = tuple(paths[i] for i in chosen)

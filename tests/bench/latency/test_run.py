@@ -275,8 +275,8 @@ def test_the_command_writes_compares_and_limits(
     not torch.cuda.is_available() or find_spec("cupy") is None,
     reason="no CUDA device, or no cupy; run `pytest -m gpu` where there are both",
 )
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch.compile, which recommends TF32
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what it imports in PyTorch 2.11
+@pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.compile, PyTorch 2.11
 def test_a_run_is_measured_on_a_device(finished_run: Path) -> None:
     found = measured(finished_run, device="cuda", peers=PEERS, batches=(1, 2), with_stages=True)
     rows = {row.contestant: row for row in found.rows if row.scope == "image -> logits"}
