@@ -35,23 +35,21 @@ import torch
 import torch.nn.functional as F
 import typer
 from open_clip.model import CLIP
-from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import save
 from torch import Tensor
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 
 from microclip_deploy.artifact import read_json, write_bytes, write_json
-from microclip_deploy.bench.letters_model.bpe import merges_bytes, train_merges
 from microclip_deploy.bench.letters_model.pretrain import (
     CONFIG,
-    MERGES_FILE,
     WEIGHTS,
     advance,
     optimizers,
     rate,
 )
-from microclip_deploy.bench.objects_model.artists import SOURCE_ARTISTS, read_sheets
+from microclip_deploy.bench.objects_model.artists import read_sheets
+from microclip_deploy.bench.objects_model.vocabulary import SHIPPED_CONFIG, Vocabulary
 from microclip_deploy.bench.objects_model.zero_shot import (
     Images,
     class_weights,
@@ -60,10 +58,8 @@ from microclip_deploy.bench.objects_model.zero_shot import (
     source_scenes,
     target_scenes,
 )
-from microclip_deploy.demo import objects
 from microclip_deploy.demo.benchmark import Split
-from microclip_deploy.demo.objects.drawings import Drawings, Sheet
-from microclip_deploy.demo.objects.names import CAPTIONS, CLASSES, CLUTTER
+from microclip_deploy.demo.objects.names import CLASSES
 from microclip_deploy.demo.objects.scene import (
     COVERED,
     PATCH,
@@ -77,19 +73,6 @@ from microclip_deploy.model.backbone import Tokens, VisionBackbone
 from microclip_deploy.model.soap import SOAP
 from microclip_deploy.ncut.spec import NCutSpec
 
-WORDINGS = (
-    *CAPTIONS,
-    "{}",
-    "a picture of a {}",
-    "the {}",
-    "an emoji of a {}",
-    "a {} somewhere in a colourful scene",
-)
-"""Captions of pretraining; the benchmark's sentences are five of them."""
-GROUND = "an empty background"
-MERGES = 700
-"""Most merges of the tokenizer."""
-
 WITHIN, APART, LEAST_OBJECT, LEAST_GROUND = 0.7, -0.1, 0.5, 0.4
 """Cosines: mean within object and ground, at most between them, of each token with its own side."""
 
@@ -98,8 +81,6 @@ TEXT_STEPS, TEXT_RATE, TEXT_SCALE = 150, 2e-3, 6.0
 
 METHOD = {"method": NCutSpec()}
 """The rule of the cut that the log tells of."""
-
-SHIPPED_CONFIG = Path(objects.__file__).parent / "model" / CONFIG
 
 
 class Part(NamedTuple):
@@ -138,48 +119,6 @@ STEPS, PEAK = 2050, 0.4
 """Of the one cosine, and its share of the peak rates."""
 AHEAD = 8
 """Steps whose scenes are drawn together; they share the grain of their grounds."""
-OTHERS = 0.12
-"""Share of the objects that belong to no class of the benchmark."""
-
-
-class Vocabulary:
-    """Everything that is drawn and named: the classes first, then all other things."""
-
-    def __init__(self, sheets: Mapping[str, Sheet], folder: Path, device: str) -> None:
-        """Train the tokenizer on all names, write it into `folder`, and encode them on `device`."""
-        known = {name for sheet in sheets.values() for name in sheet}
-        others = sorted(name for name in known - {*CLASSES, *CLUTTER} if "flag" not in name)
-        self.drawings = Drawings(sheets, (*CLASSES, *others), _seen_in_pretraining, device)
-        self.clutter = Drawings(sheets, CLUTTER, device=device)
-        names = self.drawings.things
-        texts = [wording.format(name) for wording in WORDINGS for name in (*names, *CLASSES * 10)]
-        write_bytes(folder / MERGES_FILE, merges_bytes(train_merges(texts, MERGES)))
-        context = read_json(SHIPPED_CONFIG)["model_cfg"]["text_cfg"]["context_length"]
-        merges = str(folder / MERGES_FILE)
-        self.tokenizer = SimpleTokenizer(bpe_path=merges, context_length=context)
-        self.captions: Tensor = torch.stack(
-            [self.tokenizer([wording.format(name) for name in names]) for wording in WORDINGS]
-        ).to(device)
-        """int64 (wordings, things, context)."""
-        self.ground: Tensor = self.tokenizer([GROUND]).to(device)
-
-    def weights(self) -> Tensor:
-        """Return how often each thing is drawn, float (things,)."""
-        count = len(self.drawings.things)
-        weights = torch.full((count,), OTHERS / (count - len(CLASSES)), device=self.ground.device)
-        weights[: len(CLASSES)] = (1 - OTHERS) / len(CLASSES)
-        return weights
-
-    def worded(self, things: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return the things in random wordings, and the ground last: int64 (n + 1, context)."""
-        wording = torch.randint(
-            len(WORDINGS), things.shape, generator=generator, device=things.device
-        )
-        return torch.cat([self.captions[wording, things], self.ground])
-
-
-def _seen_in_pretraining(thing: str, artist: str) -> bool:
-    return artist in SOURCE_ARTISTS or thing not in CLASSES
 
 
 def pretrain(
